@@ -1,0 +1,50 @@
+# Every command of this project. `make` alone lists them.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format bench soak constraints clean
+
+help:  ## List these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(INSTALLED)  ## Make .venv with everything pinned (5.5 GB: torch's ordinary wheel brings CUDA along)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "dinoray needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,s3]'
+	@touch $@
+
+demo: install  ## Extract features of real photographs into ./demo and query them
+	$(BIN)/python examples/demo.py
+
+test: install  ## The tests that matter at every change (minutes)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install  ## Those and the slow ones
+	$(BIN)/python -m pytest
+
+lint: install  ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## Put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## Speed, memory and size as ratios; appends to benchmarks/results.md
+	$(BIN)/python -m benchmarks.extract
+
+soak: install  ## Kill runs at random moments, again and again (SOAK_ROUNDS=20)
+	DINORAY_SOAK_ROUNDS=$(or $(SOAK_ROUNDS),20) $(BIN)/python -m pytest -m slow tests/pipelines/test_killed.py
+
+constraints: install  ## Pin what is installed now
+	$(BIN)/pip freeze --exclude-editable --exclude dinoray > constraints.txt
+
+clean:  ## Remove what these commands made
+	rm -rf $(VENV) demo benchmarks/work *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Jobs over a store of DINO features: Ray stages, Delta tables, configuration and the command line."""

@@ -1,0 +1,253 @@
+"""The command `dinoray`. Parses, loads the configuration, calls the job, prints where the results are.
+
+Loads neither torch nor Ray nor pyarrow: jobs are imported when they are called, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.errors import DinorayError
+
+app = typer.Typer(
+    name="dinoray",
+    help="Turn image datasets into tables of DINO-ViT features, on a laptop or a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFiles = Annotated[list[Path] | None, typer.Option("-c", "--config", help="YAML settings; later files win.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; wins over files.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the effective configuration and the plan; do nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output; the rest on standard error.")]
+StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URI of a store.")]
+
+
+@app.command()
+def extract(
+    input: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="Folder, prefix, glob, .tar shards, manifest (.csv .jsonl .parquet) or Parquet dataset.",
+        ),
+    ],
+    store: StoreArgument,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove rows of images gone from INPUT.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try recorded failures again.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most this many of the images left.")] = None,
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Images to tables: one row per image, one row per patch, one row per failure. Run it again to add what is new."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.extract import run
+
+        return run(
+            settings,
+            input=input,
+            store=store,
+            prune=prune,
+            retry_failed=retry_failed,
+            limit=limit,
+            dry_run=dry_run,
+        )
+
+    _run_job(job, _print_extract, config, overrides, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+def verify(
+    store: StoreArgument,
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a store holds what it says: every image all its patches, files and log agreeing. Exit 1 if not."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.verify import run
+
+        return run(settings, store=store)
+
+    _run_job(job, _print_verify, config, overrides, dry_run=dry_run, as_json=as_json, reads_only=f"verify {store}")
+
+
+@app.command()
+def stats(
+    store: StoreArgument,
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """A store at a glance: rows, files, bytes, failures by reason, and its runs."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.stats import run
+
+        return run(settings, store=store)
+
+    _run_job(job, _print_stats, config, overrides, dry_run=dry_run, as_json=as_json, reads_only=f"read {store}")
+
+
+@app.command()
+def settings(
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Every setting: its value after -c and --set, and what it does."""
+
+    def job(loaded: Any) -> Any:
+        return loaded
+
+    def show(loaded: Any) -> None:
+        for section in type(loaded).model_fields:
+            print(f"\n{section}:")
+            values = getattr(loaded, section)
+            for key, about in type(values).model_fields.items():
+                value = json.dumps(loaded.without_secrets()[section][key])
+                print(f"  {key}: {value}\n      {about.description}")
+
+    _run_job(job, show, config, overrides, as_json=as_json)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+def _run_job(
+    job: Callable[[Any], Any],
+    show: Callable[[Any], None],
+    files: list[Path] | None,
+    overrides: list[str] | None,
+    *,
+    dry_run: bool = False,
+    as_json: bool = False,
+    reads_only: str = "",
+) -> None:
+    from pipelines.config import load_config
+
+    try:
+        config = load_config(files or (), overrides or ())
+        if dry_run and not as_json:
+            import yaml
+
+            print(yaml.safe_dump(config.without_secrets(), sort_keys=False), end="")
+        if dry_run and reads_only:
+            plan = {"would": reads_only}
+            print(json.dumps({"settings": config.without_secrets(), **plan}) if as_json else f"\nwould {reads_only}")
+            return
+        result = job(config)
+    except KeyboardInterrupt:
+        print("dinoray: interrupted.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        message = " ".join(str(error).split())
+        if as_json:
+            print(json.dumps({"error": message, "exit_code": code}))
+        print(f"dinoray: {message}", file=sys.stderr)
+        raise typer.Exit(code) from None
+    if as_json:
+        content = result.as_dict() if hasattr(result, "as_dict") else result.without_secrets()
+        if dry_run:
+            content = {"settings": config.without_secrets(), **content}
+        print(json.dumps(content, ensure_ascii=False))
+    else:
+        show(result)
+    if code := getattr(result, "exit_code", 0):
+        raise typer.Exit(code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code of an error that is shown as a sentence; None for a bug, which keeps its traceback."""
+    if isinstance(error, DinorayError):
+        return error.exit_code
+    # these come from packages that know nothing of exit codes, and whose import would slow down --help
+    mistakes = {("pipelines.sources.errors", "InputError"), ("dino_ops.errors", "ModelError")}
+    for kind in type(error).__mro__:
+        if (kind.__module__, kind.__name__) in mistakes or kind.__name__ == "InputError":
+            return 2
+    return None
+
+
+def _print_extract(result: Any) -> None:
+    for message in result.messages:
+        print(message, file=sys.stderr)
+    if result.status == "dry_run":
+        print(f"\n{result.listed:,} images listed: {result.pending:,} to extract ({result.changed:,} of them changed),")
+        print(f"{result.already_done:,} done, {result.failed_before:,} recorded as failures. Nothing was written.")
+        return
+    lines = [f"{result.listed:,} images in INPUT, {result.already_done:,} were done"]
+    lines += [
+        f"{result.extracted:,} extracted"
+        + (f" at {result.images_per_second:,.1f} a second" if result.extracted else "")
+    ]
+    if result.pruned:
+        lines.append(f"{result.pruned:,} removed")
+    if result.done_elsewhere:
+        lines.append(f"{result.done_elsewhere:,} done by another run at the same time")
+    print(", ".join(lines) + ".")
+    if result.failed:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(result.failures_by_reason.items()))
+        print(f"{result.failed:,} could not be extracted ({reasons}): see {result.store}/failures.")
+    if result.failed_before:
+        print(f"{result.failed_before:,} failed before and were not tried again (--retry-failed tries them).")
+    print(f"Tables: {result.store}/images  {result.store}/patches  {result.store}/failures")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.seconds['total']:.1f} s)")
+
+
+def _print_verify(result: Any) -> None:
+    for problem in result.problems:
+        print(problem)
+    if result.problems:
+        print(f"{len(result.problems)} problems in {result.store}.", file=sys.stderr)
+        return
+    print(
+        f"{result.store} is sound: {result.images:,} images, {result.patches:,} patches, {result.failures:,} failures"
+    )
+    left = f", {result.unreferenced_files} files of unfinished writes (harmless)" if result.unreferenced_files else ""
+    print(f"in {result.files} files{left}.")
+
+
+def _print_stats(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("table", "rows", "files", "MB", title=result.store, title_justify="left")
+    for name in ("images", "patches", "failures"):
+        megabytes = f"{result.bytes[name] / 1e6:,.1f}"
+        table.add_row(name, f"{getattr(result, name):,}", f"{result.files[name]:,}", megabytes)
+    console.print(table)
+    model = result.spec["model"]
+    features = result.spec["features"]
+    console.print(
+        f"{model['name']} ({model['weights'][:19]}), {features['facet']} of layer {features['layer']}, "
+        f"{result.spec['store']['dtype']}; {result.labels} labels; {result.bytes_per_image or 0:,.0f} bytes an image",
+        highlight=False,
+    )
+    for reason, count in result.failures_by_reason.items():
+        console.print(f"  {count:,} failed: {reason}", markup=False, highlight=False)
+    runs = Table("run", "status", "extracted", "failed", "images/s", "device", title="runs", title_justify="left")
+    for run in result.runs[-10:]:
+        values = [run.get(key) for key in ("run_id", "status", "extracted", "failed", "images_per_second", "device")]
+        runs.add_row(*("" if value is None else str(value) for value in values))
+    console.print(runs)

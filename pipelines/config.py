@@ -1,0 +1,312 @@
+"""Every setting of dinoray: its default, its unit and what it does, in the one place where it is defined.
+
+`load_config` merges YAML files and `section.key=value` overrides, checks everything, and answers a mistake with one
+sentence that names the key, the value and what would do. `dinoray settings` prints this page's descriptions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipelines.errors import RequestError
+
+Facet = Literal["key", "query", "value", "token"]
+
+
+class Section(BaseModel):
+    """A section of the YAML: unknown keys are errors, and nothing changes after it was checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Section):
+    name: str = Field(
+        "dino_vits16",
+        description="A timm model name, or dino_vits8 dino_vits16 dino_vitb8 dino_vitb16, dinov2_vits14 (vitb14, "
+        "vitl14, vitg14; each with _reg), dinov3_vits16 (vits16plus, vitb16, vitl16, vith16plus, vit7b16).",
+    )
+    weights: str = Field(
+        "pretrained",
+        description="`pretrained` downloads the model's own weights from the hub; a path or URI of a .pth, .pt, .bin "
+        "or .safetensors file loads that; `random` means seeded random weights, for trying things out.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where the model runs. `auto`: on GPUs when the cluster has any, else on the CPU."
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Arithmetic of the model. `auto`: bfloat16 autocast on a GPU, float32 on a CPU."
+    )
+    compile: bool = Field(False, description="torch.compile the blocks; pays on long GPU runs only.")
+
+
+class ImageSettings(Section):
+    shorter_side: int | None = Field(
+        224, ge=8, description="Resize so that the shorter side has this many pixels; the aspect ratio is kept."
+    )
+    size: tuple[int, int] | None = Field(None, description="Resize to exactly [height, width] pixels instead.")
+    native: bool = Field(False, description="Do not resize: the model sees the pixels of the file.")
+    resample: Literal["lanczos", "bicubic"] = Field("lanczos", description="Filter of the (antialiased) resize.")
+    crop: Literal["none", "patch"] = Field(
+        "none", description="`patch` cuts the right and bottom edge so that both sides are multiples of the patch."
+    )
+    max_pixels: int = Field(
+        178_956_970, ge=1, description="Images with more pixels are refused before a single one is decoded."
+    )
+    mean: tuple[float, float, float] | None = Field(
+        None, description="RGB mean (0..1) subtracted; default: the model's own."
+    )
+    std: tuple[float, float, float] | None = Field(
+        None, description="RGB standard deviation (0..1) divided by; default: the model's own."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_way_to_size(cls, values: Any) -> Any:
+        """`size` or `native` replaces the default `shorter_side`; asking for two ways at once is a mistake."""
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        for key in ("size", "shorter_side"):  # `image.size=native` reads naturally, so it is understood too
+            if values.get(key) == "native":
+                del values[key]
+                values["native"] = True
+        asked = [key for key in ("shorter_side", "size", "native") if values.get(key)]
+        if len(asked) > 1:
+            raise ValueError(f"{' and '.join(asked)} exclude each other: give one of them")
+        if asked and asked[0] != "shorter_side":
+            values["shorter_side"] = None
+        if not asked and "shorter_side" in values:
+            raise ValueError("shorter_side is empty: give a number of pixels, size=[height, width] or native=true")
+        return values
+
+
+class ExtraFeature(Section):
+    layer: int = Field(ge=0, description="Block index, from 0.")
+    facet: Facet = Field("key", description="key, query, value or token.")
+
+    @property
+    def column(self) -> str:
+        return f"descriptor_{self.facet}{self.layer}"
+
+
+class FeatureSettings(Section):
+    layer: int = Field(11, ge=0, description="Block (from 0) that `descriptor` is taken from.")
+    facet: Facet = Field("key", description="key, query, value (the block's qkv projection) or token (its output).")
+    extra: tuple[ExtraFeature, ...] = Field(
+        (), description="Further columns of the same pass: [{layer: 9, facet: key}] adds descriptor_key9."
+    )
+    stride: int | None = Field(
+        None, ge=1, description="Pixels between patches; divides the patch size. Default: the patch size."
+    )
+    final_norm: bool = Field(False, description="Pass token facets through the model's final LayerNorm.")
+    position: Literal["dino", "timm", "centres"] = Field(
+        "dino",
+        description="How position embeddings meet another grid: as the DINO code does, as timm does, or (models with "
+        "rotary positions only) at exact patch centres.",
+    )
+    saliency_heads: Literal["all"] | tuple[int, ...] = Field(
+        "all", description="Heads of the last block whose attention makes the saliency. dino_vits8: [0, 2, 4, 5]."
+    )
+    channel_order: Literal["head_major", "dim_major"] = Field(
+        "head_major", description="dim_major orders channels as dino-vit-features does; distances are the same."
+    )
+    saliency: bool = Field(True, description="Compute saliency; false leaves the column empty.")
+    embedding: bool = Field(
+        True, description="Compute the image embedding, which needs the whole model; false leaves the column empty."
+    )
+
+    @field_validator("extra")
+    @classmethod
+    def _no_column_twice(cls, extra: tuple[ExtraFeature, ...]) -> tuple[ExtraFeature, ...]:
+        columns = [item.column for item in extra]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"names a column twice: {', '.join(columns)}")
+        return extra
+
+
+class StoreSettings(Section):
+    dtype: Literal["float16", "float32", "int8"] = Field(
+        "float16",
+        description="float16: rounded to half precision, stored as FLOAT that every tool reads (1.9 bytes a value); "
+        "float32: exact (3.8); int8: with one scale a row (0.9).",
+    )
+    pca: int | None = Field(None, ge=1, description="Project descriptors to this many dimensions, fitted on a sample.")
+    patches: Literal["all", "salient", "none"] = Field("all", description="Which patches are stored.")
+    every: int = Field(1, ge=1, description="Store every n-th patch of an image, in raster order.")
+    salient_threshold: float = Field(
+        0.065, ge=0, le=1, description="patches=salient keeps patches whose saliency is above this."
+    )
+
+
+class RunSettings(Section):
+    address: str | None = Field(None, description="Ray cluster (`auto`, `ray://host:10001`); default: a local one.")
+    workers: int | None = Field(None, ge=1, description="Model workers; default: one a GPU, else from the CPUs.")
+    cpus_per_worker: float | None = Field(None, gt=0, description="CPUs (torch threads) of a worker.")
+    gpus_per_worker: float | None = Field(None, ge=0, description="GPUs of a worker; default 1 where there are any.")
+    batch_size: Literal["auto"] | int = Field("auto", description="Images in one forward pass; `auto` probes GPUs.")
+    images_per_shard: int | None = Field(
+        None, ge=1, description="Most images in one patches file; default: about 256 MB worth."
+    )
+    commit_seconds: float = Field(30, gt=0, description="Finished shards are committed at least this often.")
+    max_failed_fraction: float = Field(
+        0.1, ge=0, le=1, description="A run in which a larger share of its images failed exits with 3."
+    )
+    attempts: int = Field(3, ge=1, description="Tries for a storage request, or for an image whose worker died.")
+    stages: Literal["auto", "fused", "separate"] = Field(
+        "auto",
+        description="`fused`: one actor fetches, decodes, runs the model and writes; `separate`: three pools of "
+        "workers. `auto`: separate with GPUs, fused on CPUs.",
+    )
+    object_store_gb: float | None = Field(None, gt=0, description="Memory of a local Ray's object store.")
+
+    @field_validator("batch_size")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be `auto` or at least 1")
+        return value
+
+
+class StorageSettings(Section):
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Passed to fsspec for INPUT and STORE (endpoint_url, key, secret, anon, ...). Better: the usual "
+        "environment variables and profiles. Never written anywhere.",
+    )
+
+
+class Config(Section):
+    """The settings of a command, after YAML files and overrides."""
+
+    model: ModelSettings = Field(default_factory=ModelSettings)  # type: ignore[arg-type]
+    image: ImageSettings = Field(default_factory=ImageSettings)  # type: ignore[arg-type]
+    features: FeatureSettings = Field(default_factory=FeatureSettings)  # type: ignore[arg-type]
+    store: StoreSettings = Field(default_factory=StoreSettings)  # type: ignore[arg-type]
+    run: RunSettings = Field(default_factory=RunSettings)  # type: ignore[arg-type]
+    storage: StorageSettings = Field(default_factory=StorageSettings)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        if self.store.patches == "salient" and not self.features.saliency:
+            raise ValueError("store.patches=salient needs features.saliency=true")
+        own = f"descriptor_{self.features.facet}{self.features.layer}"
+        if own in [item.column for item in self.features.extra]:
+            raise ValueError(f"features.extra repeats the main descriptor ({own[11:]}): remove it there")
+        return self
+
+    def without_secrets(self) -> dict[str, Any]:
+        """The settings as plain data, for reports: storage options are named, their values are not."""
+        settings = self.model_dump(mode="json")
+        settings["storage"]["options"] = {key: "..." for key in self.storage.options}
+        return settings
+
+
+def load_config(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
+    """The settings from YAML `files` (later ones win) and `section.key=value` overrides (they win over files).
+
+    Raises:
+        RequestError: a file that cannot be read or parsed, an unknown key, a value that does not fit.
+    """
+    settings: dict[str, Any] = {}
+    for file in files:
+        _merge(settings, _read_yaml(Path(file)))
+    for override in overrides:
+        _merge(settings, _parse_override(override))
+    return make_config(settings)
+
+
+def make_config(settings: Mapping[str, Any]) -> Config:
+    """The settings from nested plain data. Raises RequestError with one sentence for the first mistake found."""
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        raise RequestError(_sentence(error)) from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"The settings file {file} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"The settings file {file} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        problem = getattr(error, "problem", None) or "it is not YAML"
+        raise RequestError(f"The settings file {file} is not valid YAML{line}: {problem}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise RequestError(
+            f"The settings file {file} must hold sections such as `model:`, not a {type(content).__name__}."
+        )
+    return content
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        known = [f"{section}.{key}" for section in Config.model_fields for key in _known_keys([section])]
+        near = [name for name in known if name.rsplit(".", 1)[1] == path.strip()] or ["features.stride"]
+        raise RequestError(f"--set {override!r} is not of the form section.key=value, such as --set {near[0]}=...")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise RequestError(f"--set {override!r}: the value {text!r} is not valid YAML.") from None
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _merge(into: dict[str, Any], new: Mapping[Any, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[str(key)] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    keys = [str(part) for part in first["loc"]]
+    name = ".".join(keys)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(keys[:-1])
+        everywhere = [f"{s}.{k}" for s, f in Config.model_fields.items() for k in _known_keys([s])]
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+        path = ".".join([*keys[:-1], *near]) if near else None
+        if path is None:
+            elsewhere = [full for full in everywhere if full.rsplit(".", 1)[1] == keys[-1]]
+            elsewhere = elsewhere or difflib.get_close_matches(name, everywhere, n=1, cutoff=0.6)
+            path = elsewhere[0] if elsewhere else None
+        hint = f"did you mean {path}?" if path else f"known here: {', '.join(known)}."
+        return f"Unknown setting {name}: {hint}"
+    if first["type"] == "model_type" or first["type"] == "model_attributes_type":
+        return (
+            f"Setting {name} is a section with keys ({', '.join(_known_keys(keys))}), not the value {first['input']!r}."
+        )
+    message = first["msg"].removeprefix("Value error, ")
+    if not keys or (first["type"] == "value_error" and keys[0] in Config.model_fields and len(keys) < 2):
+        return f"The settings do not fit together: {f'{name}: ' if keys else ''}{message}."
+    asked = f" is {first['input']!r}, but" if not isinstance(first["input"], Mapping) else ":"
+    # a union's branch (`literal`, `int`) ends pydantic's path; it names no key of ours
+    name = ".".join(key for key in keys if not key.startswith(("literal[", "tuple[", "function-"))).removesuffix(".int")
+    return f"Setting {name}{asked} {message[0].lower()}{message[1:]}."
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    model: Any = Config
+    for key in path:
+        field = model.model_fields.get(key) if hasattr(model, "model_fields") else None
+        if field is None:
+            return []
+        model = field.annotation
+    return list(model.model_fields) if hasattr(model, "model_fields") else []

@@ -1,0 +1,325 @@
+"""extract: images become rows of `images` and `patches`, or of `failures`.
+
+    listing -> what is left -> Ray Data: fetch, decode, model, write shards -> the driver commits them
+
+Every pending image is accounted for by its position. What a dead worker or a failed write leaves undone is tried again
+in smaller blocks, at last one image at a time, so that an image that kills its worker ends as a row in `failures` and
+takes no other image with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from deltalake.exceptions import DeltaError
+
+from pipelines import sources, storage
+from pipelines.commit import Committer, drop_images
+from pipelines.config import Config
+from pipelines.errors import DinorayError
+from pipelines.progress import ProgressLine
+from pipelines.ray_session import interruptible, ray_session
+from pipelines.runs import RunReport, new_run_id
+from pipelines.shards import ShardReport
+from pipelines.store import Plan, Store, refuse_memory
+from pipelines.tables import explain_write_error
+
+if TYPE_CHECKING:
+    from pipelines.workers import ModelFacts
+
+SMALL_BLOCK = 8  # images tried together after their worker died
+COMMIT_SHARE = 0.3  # of run.commit_seconds that a finished shard may wait; the rest is the shard's own time
+
+
+@dataclass
+class Result:
+    """What a run of extract did, or would do."""
+
+    run_id: str
+    store: str
+    status: str = "running"  # running | done | failed | interrupted | dry_run
+    exit_code: int = 0
+    listed: int = 0
+    skipped: int = 0  # files that are not images by name
+    already_done: int = 0
+    failed_before: int = 0  # recorded in failures; --retry-failed tries them again
+    pending: int = 0
+    extracted: int = 0
+    failed: int = 0
+    changed: int = 0  # of the pending ones: they replace older rows
+    pruned: int = 0
+    done_elsewhere: int = 0  # another run committed them at the same time
+    failures_by_reason: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # list, fetch, decode, model, write: summed over workers
+    images_per_second: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    device: str = ""
+    repaired: dict[str, int] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
+
+
+def run(
+    config: Config,
+    *,
+    input: str,
+    store: str,
+    prune: bool = False,
+    retry_failed: bool = False,
+    limit: int | None = None,
+    dry_run: bool = False,
+) -> Result:
+    """Extract the images of `input` into `store`; a second call does only what is new or changed.
+
+    Args:
+        input: directory, prefix, glob, tar, manifest or Parquet dataset; see pipelines.sources.
+        prune: remove rows of images that are no longer in `input`.
+        retry_failed: try again the images recorded in `failures`.
+        limit: extract at most this many of the images that are left.
+        dry_run: list and plan only; nothing is written.
+
+    Raises:
+        RequestError, sources.InputError, dino_ops.errors.ModelError: the request was wrong.
+        JobError: the job failed; what was committed stays.
+    """
+    started = time.monotonic()
+    refuse_memory(input, "INPUT")
+    result = Result(run_id=new_run_id(), store=storage.normalise(store))
+    listing = sources.list_images(input, storage_options=config.storage.options, exclude=result.store)
+    result.listed = len(listing.table)
+    result.skipped = sum(listing.skipped.values())
+    result.seconds["list"] = time.monotonic() - started
+    if listing.skipped:
+        result.messages.append(_skipped_sentence(listing.skipped))
+
+    if dry_run:
+        opened = Store.open_existing(result.store, config)
+        plan = (opened.plan if opened else Plan.of_empty_store)(listing.table, retry_failed=retry_failed, limit=limit)
+        _count_plan(result, plan)
+        result.status = "dry_run"
+        return result
+
+    facts = None
+    opened = Store.open_existing(result.store, config)
+    if opened is None:
+        facts = _check_model(config)  # before a store exists that would be bound to a mistake
+        opened = Store.create(result.store, config)
+    asked = {"input": input, "prune": prune, "retry_failed": retry_failed, "limit": limit}
+    report = RunReport("extract", result.store, config, result.run_id, asked)
+    try:
+        report.write(fingerprint=opened.fingerprint)
+        result.repaired = {what: count for what, count in opened.repair(result.run_id).items() if count}
+        plan = opened.plan(listing.table, retry_failed=retry_failed, limit=limit)
+        _count_plan(result, plan)
+        if prune and plan.gone:
+            result.pruned = drop_images(opened, plan.gone, result.run_id)
+        if len(plan.pending):
+            _extract_pending(opened, plan, config, result, facts or _check_model(config))
+        _record_damage(opened, listing.broken, result)
+        _judge(result, config)
+    except KeyboardInterrupt:
+        result.status, result.exit_code = "interrupted", 130
+        result.messages.append("Interrupted: what is committed stays, and the same command continues.")
+    except (OSError, DeltaError) as error:
+        explained = explain_write_error(error, result.store)
+        result.messages.append(str(explained or error))
+        raise explained or error from None
+    except DinorayError as error:
+        result.messages.append(str(error))
+        raise
+    finally:
+        result.seconds["total"] = time.monotonic() - started
+        if result.status == "running":
+            result.status = "failed"
+        with contextlib.suppress(OSError):  # a full disk must not hide what it broke
+            report.finish(result.status, result=result.as_dict())
+    return result
+
+
+def _extract_pending(store: Store, plan: Plan, config: Config, result: Result, facts: ModelFacts) -> None:
+    """Extract and commit every pending image, in passes over what is still undone."""
+    from pipelines.workers import plan_workers, stream_reports  # Ray and torch are needed from here on
+
+    work = PendingWork(store, plan, config, result)
+    with ray_session(config.run) as resources, interruptible(), ProgressLine(len(plan.pending)) as progress:
+        layout = plan_workers(resources, config, facts, len(plan.pending))
+        began = time.monotonic()
+        try:
+            for block_size in _block_sizes(config.run.attempts, layout.block_size):
+                undone = work.undone()
+                if not len(undone):
+                    break
+                progress.restart(result.extracted + result.done_elsewhere, result.failed)
+                work.attempt += 1
+                for shard_report in stream_reports(undone, block_size, layout, store, config, result.run_id):
+                    progress.advance(shard_report.done, shard_report.failed)
+                    work.take(shard_report)
+                work.commit()
+            work.give_up()
+        finally:
+            result.images_per_second = round(progress.done / max(time.monotonic() - began, 1e-9), 2)
+        work.commit()
+
+
+class PendingWork:
+    """Which pending images are settled, and the reports that wait for the next commit."""
+
+    def __init__(self, store: Store, plan: Plan, config: Config, result: Result) -> None:
+        self.pending = plan.pending
+        self.settled = np.zeros(len(plan.pending), bool)
+        self.attempt = 0
+        self._committer = Committer(store, result.run_id, plan.changed)
+        self._result = result
+        self._store = store
+        self._wait_seconds = config.run.commit_seconds * COMMIT_SHARE
+        self._waiting: list[ShardReport] = []
+        self._waiting_since = 0.0
+        self._errors: dict[int, dict[str, Any]] = {}  # position -> what went wrong last
+
+    def undone(self) -> pa.Table:
+        return self.pending.filter(pa.array(~self.settled))
+
+    def take(self, report: ShardReport) -> None:
+        """Count a report; commit when what waits has waited long enough.
+
+        Raises JobError for a write error that trying again cannot mend: a full disk, a lost permission.
+        """
+        result = self._result
+        for stage, seconds in report.seconds.items():
+            result.seconds[stage] = result.seconds.get(stage, 0.0) + seconds
+        result.bytes_read += report.bytes_read
+        result.device = result.device or report.device
+        if report.error:
+            self._note_error(report)
+        # A Ray that ran a task twice must not make rows twice.
+        report.failures = [failure for failure in report.failures if not self.settled[failure["position"]]]
+        if self.settled[report.positions].any():
+            report.images = None
+        if report.images or report.failures:
+            self.settled[[failure["position"] for failure in report.failures]] = True
+            if report.images:
+                self.settled[report.positions] = True
+            self._waiting_since = self._waiting_since if self._waiting else time.monotonic()
+            self._waiting.append(report)
+        if self._waiting and time.monotonic() - self._waiting_since >= self._wait_seconds:
+            self.commit()
+
+    def commit(self) -> None:
+        """Commit what waits."""
+        if not self._waiting:
+            return
+        started = time.monotonic()
+        reports, self._waiting = self._waiting, []
+        positions = [p for report in reports for p in report.positions]
+        positions += [failure["position"] for report in reports for failure in report.failures]
+        rows = self.pending.take(pa.array(positions, pa.int64())).to_pylist()
+        versions = {row["image_id"]: (row["source_size"], row["source_version"]) for row in rows}
+        outcome = self._committer.commit(reports, versions)
+        result = self._result
+        result.extracted += outcome.extracted
+        result.failed += outcome.failed
+        result.done_elsewhere += outcome.done_elsewhere
+        result.bytes_written += sum(report.bytes_written for report in reports)
+        reasons = Counter(f"{f['stage']}: {f['error']}" for report in reports for f in report.failures)
+        result.failures_by_reason = dict(Counter(result.failures_by_reason) + reasons)
+        result.seconds["commit"] = result.seconds.get("commit", 0.0) + time.monotonic() - started
+
+    def give_up(self) -> None:
+        """Record what no attempt could finish as failures."""
+        from pipelines.stages import failure
+
+        left = []
+        for row in self.undone().to_pylist():
+            error = self._errors.get(row["position"]) or {
+                "stage": "extract",
+                "error": "WorkerDied",
+                "message": "the worker process died while it worked on this image (out of memory, or a crash in "
+                "native code)",
+            }
+            message = error["message"] or error["error"]
+            left.append(failure(row, error["stage"], error["error"], message, self.attempt, self._result.run_id))
+        if left:
+            report = ShardReport("progress", failures=left).to_table()
+            self.take(ShardReport.from_json(report["report"][0].as_py()))
+
+    def _note_error(self, report: ShardReport) -> None:
+        assert report.error is not None
+        if report.error["stage"] == "write":
+            original = OSError(report.error["errno"], report.error["message"])
+            if explained := explain_write_error(original, self._store.uri):
+                self.commit()
+                raise explained
+        self._errors |= dict.fromkeys(report.positions, report.error)
+        report.positions = []
+
+
+def _block_sizes(attempts: int, first: int) -> list[int]:
+    """Images a block in each attempt: as planned, then few, at last one, so that nobody fails for a neighbour."""
+    return [first] if attempts == 1 else [first, *[min(first, SMALL_BLOCK)] * (attempts - 2), 1]
+
+
+def _check_model(config: Config) -> ModelFacts:
+    """Build the model once on this machine's CPU, so that a mistake is a sentence before any worker starts.
+
+    Raises dino_ops.errors.ModelError.
+    """
+    from pipelines.workers import model_facts
+
+    return model_facts(config)
+
+
+def _count_plan(result: Result, plan: Plan) -> None:
+    result.already_done = plan.done
+    result.failed_before = plan.failed_before
+    result.pending = len(plan.pending)
+    result.changed = len(plan.changed)
+
+
+def _record_damage(store: Store, broken: list[sources.BrokenContainer], result: Result) -> None:
+    """A damaged tar or Parquet file is a failures row of its own, and the run says so with exit code 1."""
+    if not broken:
+        return
+    from pipelines.stages import failure
+
+    rows = []
+    for container in broken:
+        source = {
+            "position": 0,
+            "image_id": container.image_id,
+            "uri": container.uri,
+            "source_version": container.source_version,
+        }
+        rows.append(failure(source, "list", container.error, container.message, 1, result.run_id))
+        result.messages.append(
+            f"{container.uri} is damaged ({container.message}): what could be read of it is extracted; replace the "
+            "file and run the same command again."
+        )
+    report = ShardReport.from_json(ShardReport("progress", failures=rows).to_table()["report"][0].as_py())
+    Committer(store, result.run_id, set()).commit([report], {row["image_id"]: (-1, "") for row in rows})
+    result.exit_code = 1
+
+
+def _judge(result: Result, config: Config) -> None:
+    result.status = "done"
+    tried = result.extracted + result.failed
+    if result.exit_code == 0 and tried and result.failed / tried > config.run.max_failed_fraction:
+        result.exit_code = 3
+        result.messages.append(
+            f"{result.failed} of {tried} images failed, more than run.max_failed_fraction "
+            f"{config.run.max_failed_fraction} allows: see the failures table for the reasons."
+        )
+
+
+def _skipped_sentence(skipped: dict[str, int]) -> str:
+    most = sorted(skipped.items(), key=lambda item: -item[1])[:5]
+    kinds = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in most)
+    return f"{sum(skipped.values())} files passed over because they are not images by name ({kinds})."

@@ -1,0 +1,74 @@
+"""The live line: done, total, images a second, failures, time left. A moving bar on a terminal; in a log, a line now
+and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+LOG_SECONDS = 15.0
+RATE_WINDOW_SECONDS = 60.0
+
+
+class ProgressLine:
+    """Shows how far a run is, on standard error."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = 0
+        self.failed = 0
+        self._recent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+        self._logged_at = time.monotonic()
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            columns = (BarColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(f"0 of {total:,} images, starting workers", total=total)
+
+    def __enter__(self) -> ProgressLine:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def advance(self, done: int, failed: int) -> None:
+        """Count images that were extracted and that failed since the last call."""
+        self.done += done
+        self.failed += failed
+        now = time.monotonic()
+        self._recent.append((now, self.done + self.failed))
+        while len(self._recent) > 2 and now - self._recent[0][0] > RATE_WINDOW_SECONDS:
+            self._recent.popleft()
+        if self._bar:
+            self._bar.update(self._task, completed=self.done + self.failed, description=self.text())
+        elif now - self._logged_at >= LOG_SECONDS:
+            self._logged_at = now
+            print(self.text(), file=sys.stderr, flush=True)
+
+    def restart(self, done: int, failed: int) -> None:
+        """Begin another attempt at what is left: only settled images count."""
+        self.done, self.failed = done, failed
+        self._recent = deque([(time.monotonic(), done + failed)])
+
+    @property
+    def images_per_second(self) -> float:
+        """Over the last minute."""
+        (then, before), (now, after) = self._recent[0], self._recent[-1]
+        return (after - before) / (now - then) if now > then else 0.0
+
+    def text(self) -> str:
+        finished = self.done + self.failed
+        rate = self.images_per_second
+        left = timedelta(seconds=round((self.total - finished) / rate)) if rate > 0 else "?"
+        return f"{finished:,} of {self.total:,} images, {rate:,.1f} images/s, {self.failed:,} failed, {left} left"
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()

@@ -1,0 +1,74 @@
+"""Starting or joining Ray: quiet, without telemetry or dashboard, sized for the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from pipelines.config import RunSettings
+from pipelines.errors import JobError
+
+OBJECT_STORE_BYTES = 512 * 2**20  # what travels between our stages is bounded; the default takes 30 % of memory
+SPARE_CPUS = 2  # Ray waits for ever when actor pools leave no CPU for anything else
+
+
+@contextlib.contextmanager
+def ray_session(run: RunSettings) -> Iterator[dict[str, float]]:
+    """Ray for the length of a job; yields the cluster's resources. A session that was there before is left running.
+
+    Raises JobError when the cluster cannot be reached.
+    """
+    # set before the import: Ray reads them once
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep seeing what they saw
+    import ray
+
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            if run.address:
+                ray.init(address=run.address, logging_level="ERROR", log_to_driver=False)
+            else:
+                ray.init(
+                    num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
+                    include_dashboard=False,
+                    object_store_memory=int((run.object_store_gb or 0) * 2**30) or OBJECT_STORE_BYTES,
+                    logging_level="ERROR",
+                    log_to_driver=False,
+                )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = f"the Ray cluster at {run.address}" if run.address else "a local Ray"
+            raise JobError(f"{where} could not be reached or started: {str(error).splitlines()[0]}") from None
+    try:
+        resources = dict(ray.cluster_resources())
+        if not run.address and ours:
+            resources["CPU"] = max(1.0, resources.get("CPU", 1.0) - SPARE_CPUS)
+        yield resources
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM, which schedulers send, ends a job the way Ctrl-C does: what waits is committed, exit code 130."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,63 @@
+"""Run reports: runs/RUN_ID.json says what was asked, what was done, how fast, and what failed."""
+
+from __future__ import annotations
+
+import datetime as dt
+import platform
+import uuid
+from importlib import metadata
+from typing import Any
+
+from pipelines import storage
+from pipelines.config import Config
+
+
+def new_run_id() -> str:
+    """Sortable by time, unique without coordination."""
+    return f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+
+
+class RunReport:
+    """One run's report. It is written when the run starts and again whenever that says more."""
+
+    def __init__(self, command: str, store: str, config: Config, run_id: str, asked: dict[str, Any]) -> None:
+        self._uri = storage.join(store, "runs", f"{run_id}.json")
+        self._options = config.storage.options
+        self.content: dict[str, Any] = {
+            "run_id": run_id,
+            "command": command,
+            "status": "running",  # running | done | failed | interrupted
+            "started_at": _now(),
+            "finished_at": None,
+            "store": store,
+            "asked": asked,
+            "settings": config.without_secrets(),
+            "dinoray": metadata.version("dinoray"),
+            "machine": {"python": platform.python_version(), "processor": platform.machine()},
+        }
+
+    def write(self, **more: Any) -> None:
+        self.content |= more
+        storage.write_json(self._uri, self.content, self._options)
+
+    def finish(self, status: str, **more: Any) -> dict[str, Any]:
+        self.write(status=status, finished_at=_now(), **more)
+        return self.content
+
+
+def read_reports(store: str, config: Config) -> list[dict[str, Any]]:
+    """All run reports of a store, oldest first."""
+    fs, path = storage.filesystem(storage.join(store, "runs"), config.storage.options)
+    try:
+        names = sorted(name for name in fs.ls(path, detail=False) if name.endswith(".json"))
+    except FileNotFoundError:
+        return []
+    reports = [
+        storage.read_json(storage.join(store, "runs", name.rsplit("/", 1)[-1]), config.storage.options)
+        for name in names
+    ]
+    return [report for report in reports if report]
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

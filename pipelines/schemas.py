@@ -1,0 +1,101 @@
+"""The tables of a store: their columns, what each means, and how they are encoded (DESIGN.md section 2).
+
+Only types that DuckDB, Polars, pandas, Spark and Trino all read: no Arrow extension types, no half floats. Half
+precision is stored as FLOAT holding rounded values, which BYTE_STREAM_SPLIT and zstd make as small as true halves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.config import Config
+
+SCHEMA_VERSION = 1
+
+
+def vector(values: pa.DataType) -> pa.DataType:
+    """A list column of `values`, its element named as Parquet and Delta name it."""
+    return pa.list_(pa.field("element", values))
+
+
+IMAGES = pa.schema(
+    [
+        pa.field("image_id", pa.string()),  # key relative to INPUT, or the manifest's id
+        pa.field("uri", pa.string()),
+        pa.field("label", pa.string()),
+        pa.field("source_size", pa.int64()),  # bytes
+        pa.field("source_version", pa.string()),  # etag, else mtime in ns
+        pa.field("width", pa.int32()),  # pixels of the original, after EXIF orientation
+        pa.field("height", pa.int32()),
+        pa.field("model_width", pa.int32()),  # pixels that the model saw
+        pa.field("model_height", pa.int32()),
+        pa.field("grid_width", pa.int32()),  # patches
+        pa.field("grid_height", pa.int32()),
+        pa.field("embedding", vector(pa.float32())),  # CLS token after the final norm
+        pa.field("shard", pa.string()),  # file under patches/ that holds its patches
+        pa.field("run_id", pa.string()),
+        pa.field("extracted_at", pa.timestamp("us", "UTC")),
+    ]
+)
+
+FAILURES = pa.schema(
+    [
+        pa.field("image_id", pa.string()),
+        pa.field("uri", pa.string()),
+        pa.field("source_version", pa.string()),
+        pa.field("stage", pa.string()),  # list | fetch | decode | extract | write
+        pa.field("error", pa.string()),  # class name
+        pa.field("message", pa.string()),
+        pa.field("attempts", pa.int32()),
+        pa.field("run_id", pa.string()),
+        pa.field("failed_at", pa.timestamp("us", "UTC")),
+    ]
+)
+
+
+def descriptor_columns(config: Config) -> list[str]:
+    """Names of the descriptor columns: `descriptor`, then one for each entry of features.extra."""
+    return ["descriptor", *(item.column for item in config.features.extra)]
+
+
+def scale_column(descriptor: str) -> str:
+    """The column with the int8 scale of a descriptor column: `scale`, `scale_key9`."""
+    return descriptor.replace("descriptor", "scale", 1)
+
+
+def patches_schema(config: Config) -> pa.Schema:
+    """One row per stored patch, in raster order within an image."""
+    fields = [
+        pa.field("image_id", pa.string()),
+        pa.field("row", pa.int32()),
+        pa.field("col", pa.int32()),
+        pa.field("y", pa.float32()),  # patch centre in pixels of the original image
+        pa.field("x", pa.float32()),
+        pa.field("saliency", pa.float32()),  # 0..1 within the image
+    ]
+    for column in descriptor_columns(config):
+        if config.store.dtype == "int8":
+            fields += [pa.field(column, vector(pa.int8())), pa.field(scale_column(column), pa.float32())]
+        else:
+            fields.append(pa.field(column, vector(pa.float32())))
+    return pa.schema(fields)
+
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """pyarrow's writer settings for a table of ours (measured choices, see the documentation's storage page).
+
+    Dictionaries on strings only (elsewhere they slow reads threefold), statistics on scalars only (a list's are
+    useless and cost time), bytes of floats split so that zstd finds the zeros of half-precision values.
+    """
+    lists = [field for field in schema if pa.types.is_list(field.type)]
+    scalars = [field.name for field in schema if not pa.types.is_list(field.type)]
+    return {
+        "compression": "zstd",
+        "compression_level": 1,
+        "use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)],
+        "use_byte_stream_split": [f"{f.name}.list.element" for f in lists if pa.types.is_float32(f.type.value_type)],
+        "write_statistics": scalars,
+        "store_schema": False,  # plain Parquet: the Arrow schema inside would only repeat it
+    }

@@ -1,0 +1,340 @@
+"""What runs on workers: fetch and decode, the model, and the shard writer.
+
+Each stage is what `map_batches` accepts, a function or a class called with a block, and works without Ray in tests.
+A block is a shard: listing rows with `position`, in key order. On CPUs one actor does all three in turn, since handing
+images between processes costs more than it saves (`FusedWorker`); with GPUs the three run apart, so that decoding and
+writing scale on their own (`decode_block`, `ModelWorker`, `WriteWorker`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import pickle
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from dino_ops.errors import ImageError
+from dino_ops.images import ImageSpec, PreparedImage, prepare_image
+from pipelines.config import Config
+from pipelines.projection import read_projections
+from pipelines.shards import ShardReport, ShardWriter
+from pipelines.sources import fetch
+from pipelines.spec import RANDOM_SEED, local_weights
+
+IMAGES_PER_CHUNK = 16  # images decoded ahead of the model: enough to fill batches, small enough to hold
+SHARD_SHARE_OF_COMMIT = 0.6  # a shard is closed after this share of run.commit_seconds
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """All that a worker needs to know; small, since it travels with the actor."""
+
+    store: str
+    run_id: str
+    config: Config
+    device: str
+    threads: int
+    progress_seconds: float = 1.0
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        image = self.config.image
+        return ImageSpec(
+            shorter_side=image.shorter_side,
+            size_hw=image.size,
+            resample=image.resample,
+            crop=image.crop,
+            max_pixels=image.max_pixels,
+        )
+
+
+@dataclass
+class Decoded:
+    """A chunk of a block after fetching and decoding: what the model can take, and what failed."""
+
+    sources: list[dict[str, Any]]  # listing rows with `position`, of the images in `prepared`
+    prepared: list[PreparedImage]
+    failures: list[dict[str, Any]]  # FAILURES columns plus `position`
+    fetch_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    bytes_read: int = 0
+
+
+def make_extractor(setup: WorkerSetup) -> Any:
+    """The Extractor of a configuration, on the device promised to this worker.
+
+    Raises ModelError when the device is not there, or weights and model do not fit.
+    """
+    import torch
+    from dino_ops.extractor import Extractor
+
+    if setup.threads:
+        torch.set_num_threads(setup.threads)
+    config = setup.config
+    cache = os.path.join(os.path.expanduser("~"), ".cache", "dinoray", "weights")
+    return Extractor(
+        config.model.name,
+        local_weights(config, cache, config.storage.options),
+        layer=config.features.layer,
+        facet=config.features.facet,
+        extra=[(item.layer, item.facet) for item in config.features.extra],
+        stride=config.features.stride,
+        final_norm=config.features.final_norm,
+        position=config.features.position,
+        saliency_heads=config.features.saliency_heads,
+        channel_order=config.features.channel_order,
+        descriptors=config.store.patches != "none",
+        saliency=config.features.saliency,
+        embedding=config.features.embedding,
+        shorter_side=config.image.shorter_side,
+        size=config.image.size,
+        native=config.image.native,
+        resample=config.image.resample,
+        crop=config.image.crop,
+        max_pixels=config.image.max_pixels,
+        mean=config.image.mean,
+        std=config.image.std,
+        device=setup.device,
+        precision=config.model.precision,
+        compile=config.model.compile,
+        batch_size=config.run.batch_size,
+        seed=RANDOM_SEED,
+    )
+
+
+def failure(
+    source: dict[str, Any], stage: str, error: BaseException | str, message: str, attempts: int, run_id: str
+) -> dict[str, Any]:
+    """A failures row (with `position`); `message` is kept short and printable."""
+    return {
+        "position": source["position"],
+        "image_id": source["image_id"],
+        "uri": source["uri"],
+        "source_version": source["source_version"],
+        "stage": stage,
+        "error": error if isinstance(error, str) else type(error).__name__,
+        "message": " ".join(message.split())[:1000],
+        "attempts": attempts,
+        "run_id": run_id,
+        "failed_at": dt.datetime.now(dt.UTC).isoformat(),
+    }
+
+
+def fetch_and_decode(rows: pa.Table, setup: WorkerSetup, patch_size: int) -> Decoded:
+    """Fetch the bytes of listing rows and decode them; every row ends in `prepared` or in `failures`."""
+    started = time.perf_counter()
+    run = setup.config.run
+    fetched = fetch(rows, storage_options=setup.config.storage.options, attempts=run.attempts)
+    fetch_seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    decoded = Decoded([], [], [], fetch_seconds=fetch_seconds)
+    for source, got in zip(rows.to_pylist(), fetched, strict=True):
+        if got.error is not None or got.data is None:
+            stage = "list" if source.get("error") else "fetch"
+            error = got.error or OSError("nothing was read")
+            decoded.failures.append(failure(source, stage, error, str(error), got.attempts, setup.run_id))
+            continue
+        decoded.bytes_read += len(got.data)
+        try:
+            prepared = prepare_image(got.data, setup.image_spec, patch_size)
+        except ImageError as error:
+            decoded.failures.append(failure(source, "decode", error, str(error), 1, setup.run_id))
+            continue
+        decoded.sources.append(source)
+        decoded.prepared.append(prepared)
+    decoded.decode_seconds = time.perf_counter() - started
+    return decoded
+
+
+def extract_each(extractor: Any, decoded: Decoded, run_id: str) -> list[Any]:
+    """Features of a chunk; when the whole chunk fails, image by image, so that one cannot take others with it.
+
+    Failed images leave `decoded.sources` and join `decoded.failures`.
+    """
+    try:
+        return extractor.extract(decoded.prepared)
+    except Exception:
+        features, sources = [], []
+    for source, prepared in zip(decoded.sources, decoded.prepared, strict=True):
+        try:
+            features += extractor.extract([prepared])
+            sources.append(source)
+        except Exception as error:
+            decoded.failures.append(failure(source, "extract", error, str(error), 2, run_id))
+    decoded.sources = sources
+    return features
+
+
+class ReportTally:
+    """Counts between two reports."""
+
+    def __init__(self, device: str) -> None:
+        self.report = ShardReport("progress", device=device, seconds={})
+        self.since = time.monotonic()
+
+    def count(self, decoded: Decoded, model_seconds: float) -> None:
+        report = self.report
+        report.failures += decoded.failures
+        report.done += len(decoded.sources)
+        report.failed += len(decoded.failures)
+        report.bytes_read += decoded.bytes_read
+        self.spend("fetch", decoded.fetch_seconds)
+        self.spend("decode", decoded.decode_seconds)
+        self.spend("model", model_seconds)
+
+    def spend(self, stage: str, seconds: float) -> None:
+        self.report.seconds[stage] = self.report.seconds.get(stage, 0.0) + seconds
+
+    def take(self) -> ShardReport:
+        """The counts so far; counting starts anew."""
+        taken, self.report = self.report, ShardReport("progress", device=self.report.device, seconds={})
+        self.since = time.monotonic()
+        return taken
+
+
+def write_shard(writer: ShardWriter, report: ShardReport) -> ShardReport:
+    """Close a shard into `report`; a failed write leaves nothing behind and is told to the driver."""
+    started = time.perf_counter()
+    try:
+        report.patches, report.images = writer.close()
+    except Exception as error:
+        return failed_write(writer, report, error)
+    report.kind = "shard"
+    report.positions = writer.positions
+    report.image_ids = writer.image_ids
+    report.bytes_written = report.images.size + (report.patches.size if report.patches else 0)
+    report.seconds["write"] = report.seconds.get("write", 0.0) + time.perf_counter() - started
+    return report
+
+
+def failed_write(writer: ShardWriter, report: ShardReport, error: Exception) -> ShardReport:
+    writer.discard()
+    report.kind = "failed"
+    report.positions = writer.positions
+    report.error = {
+        "stage": "write",
+        "error": type(error).__name__,
+        "message": str(error),
+        "errno": getattr(error, "errno", None),
+    }
+    return report
+
+
+class FusedWorker:
+    """One actor from key to file. While the model runs, the next chunk is fetched and decoded in a thread."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self.setup = setup
+        self.extractor = make_extractor(setup)
+        self.device = f"{self.extractor.device} {self.extractor.precision}"
+        self.projections = read_projections(setup.store, setup.config)
+        self.ahead = ThreadPoolExecutor(1, thread_name_prefix="decode")
+
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        try:
+            for report in self.process(block):
+                yield report.to_table()
+        except Exception as error:
+            # told rather than raised, so that the driver knows why these images are still undone
+            about = {"stage": "extract", "error": type(error).__name__, "message": str(error), "errno": None}
+            yield ShardReport("failed", positions=block["position"].to_pylist(), error=about).to_table()
+
+    def process(self, block: pa.Table) -> Iterator[ShardReport]:
+        """Reports of a block: shards as they are written, and progress about every second."""
+        setup = self.setup
+        shard_seconds = setup.config.run.commit_seconds * SHARD_SHARE_OF_COMMIT
+        tally = ReportTally(self.device)
+        writer = self._new_writer()
+        for decoded in self._decoded_ahead(block):
+            started = time.perf_counter()
+            features = extract_each(self.extractor, decoded, setup.run_id) if decoded.prepared else []
+            tally.count(decoded, time.perf_counter() - started)
+            started = time.perf_counter()
+            try:
+                for source, one in zip(decoded.sources, features, strict=True):
+                    writer.add(source, one)
+            except Exception as error:
+                yield failed_write(writer, tally.take(), error)
+                writer = self._new_writer()
+                continue
+            tally.spend("write", time.perf_counter() - started)
+            if len(writer) and time.monotonic() - writer.opened_at > shard_seconds:
+                yield write_shard(writer, tally.take())
+                writer = self._new_writer()
+            elif time.monotonic() - tally.since > setup.progress_seconds:
+                yield tally.take()
+        yield write_shard(writer, tally.take()) if len(writer) else tally.take()
+
+    def _new_writer(self) -> ShardWriter:
+        return ShardWriter(self.setup.store, self.setup.config, self.setup.run_id, self.projections)
+
+    def _decoded_ahead(self, block: pa.Table) -> Iterator[Decoded]:
+        chunks = [block.slice(start, IMAGES_PER_CHUNK) for start in range(0, len(block), IMAGES_PER_CHUNK)]
+        waiting = deque(self._decode(chunk) for chunk in chunks[:1])
+        for chunk in chunks[1:]:
+            waiting.append(self._decode(chunk))
+            yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
+
+    def _decode(self, chunk: pa.Table) -> Future[Decoded]:
+        return self.ahead.submit(fetch_and_decode, chunk, self.setup, self.extractor.patch_size)
+
+
+def decode_block(block: pa.Table, setup: WorkerSetup, patch_size: int) -> pa.Table:
+    """First of the separate stages: the pixels of a block (uint8, never float)."""
+    return pack(fetch_and_decode(block, setup, patch_size))
+
+
+class ModelWorker:
+    """Second of the separate stages, one per GPU: pixels in, features out."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self.setup = setup
+        self.extractor = make_extractor(setup)
+        self.device = f"{self.extractor.device} {self.extractor.precision}"
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        decoded: Decoded = unpack(block)
+        tally = ReportTally(self.device)
+        started = time.perf_counter()
+        features = extract_each(self.extractor, decoded, self.setup.run_id) if decoded.prepared else []
+        tally.count(decoded, time.perf_counter() - started)
+        return pack((decoded.sources, features, tally.take()))
+
+
+class WriteWorker:
+    """Last of the separate stages: features to a shard's files."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self.setup = setup
+        self.projections = read_projections(setup.store, setup.config)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        sources, features, report = unpack(block)
+        if not sources:
+            return report.to_table()
+        writer = ShardWriter(self.setup.store, self.setup.config, self.setup.run_id, self.projections)
+        started = time.perf_counter()
+        try:
+            for source, one in zip(sources, features, strict=True):
+                writer.add(source, one)
+        except Exception as error:
+            return failed_write(writer, report, error).to_table()
+        report.seconds["write"] = time.perf_counter() - started
+        return write_shard(writer, report).to_table()
+
+
+def pack(content: Any) -> pa.Table:
+    """Python objects as a one-row block, for the way between two stages of ours."""
+    return pa.table({"packed": pa.array([pickle.dumps(content, protocol=5)], pa.large_binary())})
+
+
+def unpack(block: pa.Table) -> Any:
+    return pickle.loads(block["packed"][0].as_buffer())

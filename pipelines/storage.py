@@ -1,0 +1,149 @@
+"""Paths and small files on any fsspec storage, and the same credentials said in delta-rs's words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from pipelines.errors import JobError, RequestError
+
+Options = dict[str, Any]
+
+_DRIVERS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+
+
+def normalise(uri: str) -> str:
+    """A URI that means the same from every process: local paths become absolute, trailing slashes go."""
+    if uri.startswith("file://"):
+        uri = uri.removeprefix("file://")
+    if "://" not in uri:
+        return os.path.abspath(os.path.expanduser(uri))
+    return uri.rstrip("/")
+
+
+def is_local(uri: str) -> bool:
+    return "://" not in uri
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def filesystem(uri: str, options: Options | None = None) -> tuple[Any, str]:
+    """The fsspec filesystem of a URI and the path of the URI on it.
+
+    Raises:
+        RequestError: an unknown protocol, or one whose driver is not installed.
+    """
+    try:
+        return fsspec.url_to_fs(uri, **({} if is_local(uri) else options or {}))
+    except ImportError:
+        protocol = uri.split("://")[0]
+        extra = _DRIVERS.get(protocol)
+        fix = f'pip install "dinoray[{extra}]"' if extra else f"install the fsspec driver for {protocol}://"
+        raise RequestError(f"{uri} needs a storage driver that is not installed: {fix}.") from None
+    except ValueError as error:
+        raise RequestError(f"{uri} is not a path or URI that can be opened: {error}.") from None
+
+
+def delta_options(uri: str, options: Options | None = None) -> dict[str, str]:
+    """fsspec's storage options for `uri`, as delta-rs names them.
+
+    Keys that delta-rs knows already (`AWS_...`, `GOOGLE_...`, `AZURE_...`) pass unchanged. Without options both
+    libraries read the usual environment variables. S3 commits use conditional puts (`If-None-Match`).
+    """
+    given = dict(options or {})
+    result = {key: str(value) for key, value in given.items() if key.upper().startswith(("AWS_", "GOOGLE_", "AZURE_"))}
+    if uri.startswith(("s3://", "s3a://")):
+        client = {**given.get("client_kwargs", {}), **given}
+        named = {
+            "key": "AWS_ACCESS_KEY_ID",
+            "secret": "AWS_SECRET_ACCESS_KEY",
+            "token": "AWS_SESSION_TOKEN",
+            "endpoint_url": "AWS_ENDPOINT_URL",
+            "region_name": "AWS_REGION",
+        }
+        result |= {delta: str(client[ours]) for ours, delta in named.items() if client.get(ours)}
+        endpoint = result.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL", "")
+        if endpoint.startswith("http://"):
+            result.setdefault("AWS_ALLOW_HTTP", "true")
+        result.setdefault("aws_conditional_put", "etag")
+    elif uri.startswith(("gs://", "gcs://")) and isinstance(given.get("token"), str):
+        result["GOOGLE_SERVICE_ACCOUNT_PATH"] = given["token"]
+    elif uri.startswith(("az://", "abfs://", "abfss://")):
+        named = {"account_name": "AZURE_STORAGE_ACCOUNT_NAME", "account_key": "AZURE_STORAGE_ACCOUNT_KEY"}
+        result |= {delta: str(given[ours]) for ours, delta in named.items() if given.get(ours)}
+    return result
+
+
+def read_json(uri: str, options: Options | None = None) -> dict[str, Any] | None:
+    """The JSON object at `uri`, or None when there is none."""
+    fs, path = filesystem(uri, options)
+    try:
+        return json.loads(fs.cat_file(path))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise JobError(
+            f"{uri} is not readable as JSON ({error}): it was damaged or written by something else."
+        ) from None
+
+
+def write_json(uri: str, content: dict[str, Any], options: Options | None = None) -> None:
+    """Write a JSON object whole: readers see the old file or the new one, never half."""
+    write_bytes(uri, json.dumps(content, indent=2, ensure_ascii=False).encode(), options)
+
+
+def write_bytes(uri: str, data: bytes, options: Options | None = None) -> None:
+    fs, path = filesystem(uri, options)
+    if not is_local(uri):
+        fs.pipe_file(path, data)  # a put is whole or absent
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    partial = f"{path}.{os.getpid()}.partial"
+    Path(partial).write_bytes(data)
+    os.replace(partial, path)
+
+
+def write_once(uri: str, data: bytes, options: Options | None = None) -> bool:
+    """Write `uri` unless it exists; whether this call wrote it. Of two runs that start together one wins.
+
+    Storage without conditional puts through fsspec falls back to looking first; what is written there is the same
+    for both (a spec or a projection of the same request), and the caller reads back what stands.
+    """
+    fs, path = filesystem(uri, options)
+    if is_local(uri):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        partial = f"{path}.{os.getpid()}.partial"
+        Path(partial).write_bytes(data)
+        try:
+            os.link(partial, path)  # atomic, and fails where the name is taken
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(partial)
+    if fs.exists(path):
+        return False
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    except (TypeError, NotImplementedError, ValueError):
+        fs.pipe_file(path, data)
+    return True
+
+
+def sha256(uri: str, options: Options | None = None) -> str:
+    """Content hash of a file, read in pieces."""
+    fs, path = filesystem(uri, options)
+    digest = hashlib.sha256()
+    with fs.open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()

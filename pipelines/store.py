@@ -1,0 +1,274 @@
+"""A store: its spec, its three extraction tables, and what is left to do for a listing."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.commit import drop_images, retry_on_conflict
+from pipelines.config import Config, make_config
+from pipelines.errors import JobError, RequestError
+from pipelines.schemas import FAILURES, IMAGES, SCHEMA_VERSION, patches_schema
+from pipelines.spec import differences, fingerprint, make_spec
+from pipelines.tables import DataFile, Table, explain_write_error
+
+ORPHAN_GRACE_SECONDS = 2.0  # a running job's two commits lie milliseconds apart; see `repair`
+
+
+class Store:
+    """An open store. `images`, `patches` and `failures` are Delta tables at the version last refreshed."""
+
+    def __init__(self, uri: str, config: Config, description: dict[str, Any]) -> None:
+        self.uri = uri
+        self.config = config
+        self.spec: dict[str, Any] = description["spec"]
+        self.fingerprint: str = description["fingerprint"]
+        options = config.storage.options
+        self.images = Table(storage.join(uri, "images"), IMAGES, options)
+        self.patches = Table(storage.join(uri, "patches"), patches_schema(config), options)
+        self.failures = Table(storage.join(uri, "failures"), FAILURES, options)
+
+    @classmethod
+    def open_existing(cls, uri: str, config: Config) -> Store | None:
+        """The store at `uri`, whose spec must be that of `config`; None when there is none yet.
+
+        Raises:
+            RequestError: a store with another spec, a place that holds something else, weights that do not exist.
+        """
+        uri = storage.normalise(uri)
+        refuse_memory(uri, "STORE")
+        spec = make_spec(config)
+        stored = read_description(uri, config)
+        if stored is None:
+            _refuse_other_content(uri, config)
+            return None
+        if stored["fingerprint"] != fingerprint(spec):
+            raise RequestError(
+                f"The store {uri} was made with another spec ({'; '.join(differences(stored['spec'], spec))}): "
+                "give the stored settings again, or another STORE for these."
+            )
+        return cls._with_tables(uri, config, stored)
+
+    @classmethod
+    def create(cls, uri: str, config: Config) -> Store:
+        """A new store at `uri`; of two runs that create one together the first decides the spec.
+
+        Raises JobError for a place that cannot be written.
+        """
+        uri = storage.normalise(uri)
+        spec = make_spec(config)
+        description = {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": fingerprint(spec),
+            "spec": spec,
+            "created_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            "created_by": f"dinoray {metadata.version('dinoray')}",
+        }
+        try:
+            data = json.dumps(description, indent=2).encode()
+            storage.write_once(storage.join(uri, "store.json"), data, config.storage.options)
+        except OSError as error:
+            raise explain_write_error(error, uri) or JobError(f"The store {uri} cannot be created: {error}.") from None
+        store = cls.open_existing(uri, config)
+        assert store is not None
+        return store
+
+    @classmethod
+    def open(cls, uri: str, config: Config) -> Store:
+        """An existing store, read with its own spec; `config` gives the storage options.
+
+        Raises RequestError when there is no store at `uri`.
+        """
+        uri = storage.normalise(uri)
+        refuse_memory(uri, "STORE")
+        stored = read_description(uri, config)
+        if stored is None:
+            raise RequestError(
+                f"There is no store at {uri} (no store.json): make one with `dinoray extract INPUT {uri}`."
+            )
+        return cls._with_tables(uri, config_of(stored, config), stored)
+
+    @classmethod
+    def _with_tables(cls, uri: str, config: Config, stored: dict[str, Any]) -> Store:
+        if stored.get("schema_version", 0) > SCHEMA_VERSION:
+            raise RequestError(
+                f"The store {uri} was written by a newer dinoray (schema {stored['schema_version']}, this one knows "
+                f"{SCHEMA_VERSION}): update dinoray."
+            )
+        try:
+            return cls(uri, config, stored)
+        except OSError as error:
+            raise explain_write_error(error, uri) or error from None
+
+    def refresh(self) -> None:
+        for table in (self.images, self.patches, self.failures):
+            table.refresh()
+
+    def repair(self, run_id: str) -> dict[str, int]:
+        """Undo what a killed run left between its commits; the images table decides what is true.
+
+        Patch files that no image names are removed; files that images name but the log lost are added again while
+        they exist, and else those images are done anew; failures of images that are done are removed.
+        Safe beside a running job: its files are given time to be named, and it checks them itself afterwards.
+        """
+        named = self._named_shards()
+        orphans = self.patches.files().keys() - named
+        if orphans:
+            time.sleep(ORPHAN_GRACE_SECONDS)
+            self.refresh()
+            named = self._named_shards()
+            orphans = self.patches.files().keys() - named
+        lost = named - self.patches.files().keys()
+        found = [shard for shard in lost if self.patches.has_file(shard)]
+        retry_on_conflict(
+            lambda: self.patches.commit(
+                [describe_file(self.patches, shard) for shard in found if shard not in self.patches.files()],
+                [shard for shard in orphans if shard in self.patches.files()],
+                run_id,
+            )
+        )
+        without_patches = sorted(lost.difference(found))
+        if without_patches:
+            rows = self.images.read(["image_id", "shard"])
+            gone = rows.filter(pc.is_in(rows["shard"], value_set=pa.array(without_patches, pa.string())))
+            drop_images(self, gone["image_id"].to_pylist(), run_id)
+        stale = self._drop_settled_failures(run_id)
+        return {
+            "orphans_removed": len(orphans),
+            "shards_restored": len(found),
+            "shards_lost": len(without_patches),
+            "failures_settled": stale,
+        }
+
+    def _named_shards(self) -> set[str]:
+        return set(pc.unique(self.images.read(["shard"])["shard"]).to_pylist()) - {None}
+
+    def _drop_settled_failures(self, run_id: str) -> int:
+        failed = self.failures.read(["image_id"])["image_id"]
+        if not len(failed):
+            return 0
+        settled = failed.filter(pc.is_in(failed, value_set=self.images.read(["image_id"])["image_id"]))
+        if len(settled):
+            drop_images(self, settled.to_pylist(), run_id, tables=("failures",))
+        return len(settled)
+
+    def plan(self, listing: pa.Table, *, retry_failed: bool = False, limit: int | None = None) -> Plan:
+        """What `listing` (sources.LISTING_SCHEMA) asks of this store: the anti-join with what is done."""
+        images = self.images.read(["image_id", "source_size", "source_version"])
+        at = pc.index_in(listing["image_id"], value_set=images["image_id"])
+        known = pc.is_valid(at)
+        same = pc.and_(
+            pc.equal(images["source_size"].take(at), listing["source_size"]),
+            pc.equal(images["source_version"].take(at), listing["source_version"]),
+        )
+        done = pc.fill_null(pc.and_(known, same), False)
+
+        failures = self.failures.read(["image_id", "source_version"])
+        at_failure = pc.index_in(listing["image_id"], value_set=failures["image_id"])
+        same_failure = pc.equal(failures["source_version"].take(at_failure), listing["source_version"])
+        failed = pc.and_(pc.fill_null(same_failure, False), pc.invert(done))
+
+        left = pc.invert(done) if retry_failed else pc.invert(pc.or_(done, failed))
+        pending = listing.filter(left)
+        changed = listing["image_id"].filter(pc.and_(left, known))
+        if limit is not None:
+            pending = pending.slice(0, limit)
+            changed = changed.filter(pc.is_in(changed, value_set=pending["image_id"]))
+        pending = pending.append_column("position", pa.array(range(len(pending)), pa.int64()))
+        listed = listing["image_id"]
+        return Plan(
+            pending=pending,
+            changed=set(changed.to_pylist()),
+            done=pc.sum(done).as_py() or 0,
+            failed_before=pc.sum(failed).as_py() or 0,
+            gone=[
+                *images["image_id"].filter(pc.invert(pc.is_in(images["image_id"], value_set=listed))).to_pylist(),
+                *failures["image_id"].filter(pc.invert(pc.is_in(failures["image_id"], value_set=listed))).to_pylist(),
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run has to do."""
+
+    pending: pa.Table  # listing rows with `position`, in key order
+    changed: set[str]  # pending images that have rows of an older version
+    done: int
+    failed_before: int
+    gone: list[str]  # in the store, no longer in INPUT
+
+    @classmethod
+    def of_empty_store(cls, listing: pa.Table, *, retry_failed: bool = False, limit: int | None = None) -> Plan:
+        """Everything is left."""
+        pending = listing if limit is None else listing.slice(0, limit)
+        pending = pending.append_column("position", pa.array(range(len(pending)), pa.int64()))
+        return cls(pending, set(), 0, 0, [])
+
+
+def read_description(uri: str, config: Config) -> dict[str, Any] | None:
+    """store.json, or None. Raises JobError when it is damaged."""
+    try:
+        stored = storage.read_json(storage.join(uri, "store.json"), config.storage.options)
+    except NotADirectoryError:
+        raise RequestError(f"STORE {uri} lies below a file, not a folder: give another place.") from None
+    except PermissionError:
+        raise RequestError(f"STORE {uri} cannot be read (permission denied): check the permissions.") from None
+    if stored is not None and not {"spec", "fingerprint"} <= stored.keys():
+        raise JobError(f"{uri}/store.json is not a store's description: it was damaged or written by something else.")
+    return stored
+
+
+def config_of(stored: dict[str, Any], config: Config) -> Config:
+    """The configuration that made a store, with the run and storage settings of `config`."""
+    spec = {section: dict(values) for section, values in stored["spec"].items()}
+    spec["features"].pop("rope", None)
+    if not spec["image"].get("shorter_side"):
+        spec["image"].pop("shorter_side", None)
+    return make_config({**spec, "run": config.run.model_dump(), "storage": config.storage.model_dump()})
+
+
+def refuse_memory(uri: str, what: str) -> None:
+    if uri.startswith("memory://"):
+        raise RequestError(
+            f"{what} {uri} exists only inside one process, and Ray's workers are others: give a folder or a bucket."
+        )
+
+
+def _refuse_other_content(uri: str, config: Config) -> None:
+    """A folder that is not a store is not written into: it may be INPUT given in the wrong place."""
+    fs, path = storage.filesystem(uri, config.storage.options)
+    try:
+        if fs.isfile(path):
+            raise RequestError(f"STORE {uri} is a file: give a folder or prefix for the store.")
+        content = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except PermissionError:
+        raise RequestError(f"STORE {uri} cannot be read (permission denied): check the permissions.") from None
+    content = [name for name in content if not name.endswith(".partial") and name != path.rsplit("/", 1)[-1]]
+    if content:
+        raise RequestError(
+            f"STORE {uri} is not empty and is not a dinoray store (it holds {', '.join(sorted(content)[:3])}"
+            f"{', ...' if len(content) > 3 else ''}): give an empty or new place."
+        )
+
+
+def describe_file(table: Table, path: str) -> DataFile:
+    """A DataFile of a file that exists but is not in the log, from its Parquet footer."""
+    fs, full = storage.filesystem(storage.join(table.uri, path), table.options)
+    with fs.open(full, "rb") as source:
+        footer = pq.ParquetFile(source).metadata
+    statistics = [footer.row_group(index).column(0).statistics for index in range(footer.num_row_groups)]
+    return DataFile(
+        path, fs.size(full), footer.num_rows, min(s.min for s in statistics), max(s.max for s in statistics)
+    )

@@ -1,0 +1,186 @@
+"""A Delta table whose files are written by workers and committed by the driver, compare-and-set.
+
+delta-rs does the log; this file adds what a store needs around it: file-level adds and removes in one commit that
+fails when somebody else committed first, and reading only the files whose key range matters.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction
+
+from pipelines.errors import JobError
+from pipelines.schemas import parquet_options
+from pipelines.storage import Options, delta_options, filesystem, is_local, join, normalise
+
+
+class CommitConflict(Exception):
+    """Another run committed since this table was last refreshed: look at what it did, then try again."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A Parquet file of a table, with the statistics that its log entry carries."""
+
+    path: str  # relative to the table
+    size: int  # bytes
+    rows: int
+    min_id: str
+    max_id: str
+
+    def may_hold(self, sorted_ids: Sequence[str]) -> bool:
+        """Whether any of `sorted_ids` lies in this file's key range."""
+        from bisect import bisect_left
+
+        at = bisect_left(sorted_ids, self.min_id)
+        return at < len(sorted_ids) and sorted_ids[at] <= self.max_id
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Table:
+    """One Delta table of a store, at the version of the last `refresh`."""
+
+    def __init__(self, uri: str, schema: pa.Schema, options: Options | None = None) -> None:
+        self.uri = normalise(uri)
+        self.schema = schema
+        self.options = options or {}
+        self._storage_options = delta_options(self.uri, options)
+        self._delta = self._open_or_create()
+
+    def _open_or_create(self) -> DeltaTable:
+        try:
+            return DeltaTable(self.uri, storage_options=self._storage_options)
+        except TableNotFoundError:
+            pass
+        try:
+            # `ignore`: of two runs that start together one creates the table and the other opens it
+            return DeltaTable.create(self.uri, schema=self.schema, mode="ignore", storage_options=self._storage_options)
+        except (CommitFailedError, DeltaError):
+            return DeltaTable(self.uri, storage_options=self._storage_options)
+
+    @classmethod
+    def exists(cls, uri: str, options: Options | None = None) -> bool:
+        return DeltaTable.is_deltatable(normalise(uri), storage_options=delta_options(uri, options))
+
+    @property
+    def version(self) -> int:
+        return self._delta.version()
+
+    def refresh(self) -> None:
+        """See what others committed."""
+        self._delta.update_incremental()
+
+    def files(self) -> dict[str, DataFile]:
+        """The files of the current version, by path. Their names and key ranges, nothing is read from them."""
+        actions = pa.table(self._delta.get_add_actions(flatten=True))
+        columns = [actions[name].to_pylist() for name in ("path", "size_bytes", "num_records")]
+        ranges = [
+            actions[name].to_pylist() if name in actions.column_names else [""] * len(actions)
+            for name in ("min.image_id", "max.image_id")
+        ]
+        return {
+            path: DataFile(path, size, rows or 0, low or "", high or "")
+            for path, size, rows, low, high in zip(*columns, *ranges, strict=True)
+        }
+
+    def commit(self, add: Iterable[DataFile], remove: Iterable[str], run_id: str) -> None:
+        """Add and remove files in one commit on top of the version last seen; nothing to do commits nothing.
+
+        Raises:
+            CommitConflict: another commit landed after that version. The table is refreshed.
+        """
+        now_ms = time.time_ns() // 1_000_000
+        actions: list[Any] = [self._add_action(file, now_ms) for file in add]
+        actions += [RemoveAction(path, True, now_ms) for path in remove]
+        if not actions:
+            return
+        try:
+            self._delta.create_write_transaction(
+                actions,
+                mode="append",
+                schema=self._delta.schema(),
+                partition_by=[],
+                commit_properties=CommitProperties(max_commit_retries=0, custom_metadata={"run_id": run_id}),
+            )
+        except CommitFailedError as error:
+            self.refresh()
+            raise CommitConflict(str(error)) from None
+        self.refresh()
+
+    @staticmethod
+    def _add_action(file: DataFile, now_ms: int) -> AddAction:
+        stats = {
+            "numRecords": file.rows,
+            "minValues": {"image_id": file.min_id},
+            "maxValues": {"image_id": file.max_id},
+            "nullCount": {"image_id": 0},
+        }
+        return AddAction(file.path, file.size, {}, now_ms, True, json.dumps(stats))
+
+    def write_file(self, name: str, rows: pa.Table) -> DataFile:
+        """Write rows (whole images, in key order) as a file of this table; it shows only once committed."""
+        uri = join(self.uri, name)
+        fs, path = filesystem(uri, self.options)
+        with fs.open(path, "wb") as sink:
+            pq.write_table(rows, sink, **parquet_options(rows.schema))
+        return DataFile(name, fs.size(path), len(rows), *key_range(rows["image_id"]))
+
+    def read_file(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        fs, path = filesystem(join(self.uri, name), self.options)
+        with fs.open(path, "rb") as source:
+            return pq.read_table(source, columns=columns)
+
+    def has_file(self, name: str) -> bool:
+        fs, path = filesystem(join(self.uri, name), self.options)
+        return fs.exists(path)
+
+    def read(self, columns: list[str]) -> pa.Table:
+        """Some columns of every row, in no particular order."""
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        if not self.files():
+            return schema.empty_table()
+        return self._delta.to_pyarrow_dataset(as_large_types=False).to_table(columns=columns).cast(schema)
+
+    def rows_with_ids(self, ids: Iterable[str], columns: list[str]) -> pa.Table:
+        """Rows of the given images, with the file each lies in as column `file`; files out of range stay closed."""
+        wanted = sorted(ids)
+        value_set = pa.array(wanted, pa.string())
+        schema = pa.schema([*(self.schema.field(name) for name in columns), pa.field("file", pa.string())])
+        found = [schema.empty_table()]
+        for path, file in self.files().items():
+            if wanted and file.may_hold(wanted):
+                rows = self.read_file(path, columns)
+                rows = rows.filter(pc.is_in(rows["image_id"], value_set=value_set))
+                found.append(rows.append_column("file", pa.array([path] * len(rows), pa.string())).cast(schema))
+        return pa.concat_tables(found)
+
+
+def key_range(image_ids: pa.ChunkedArray) -> tuple[str, str]:
+    """Smallest and largest image_id, in the byte order that statistics use."""
+    bounds = pc.min_max(image_ids)
+    return bounds["min"].as_py(), bounds["max"].as_py()
+
+
+def explain_write_error(error: Exception, uri: str) -> JobError | None:
+    """What a failed write means in words, for the causes that users meet; None for anything else."""
+    text = str(error)
+    if (isinstance(error, OSError) and error.errno == 28) or "No space left" in text or "StorageFull" in text:
+        return JobError(f"The disk that holds {uri} is full: free some space and run the same command again.")
+    if isinstance(error, PermissionError) or "Permission denied" in text or "AccessDenied" in text:
+        where = "check the permissions" if is_local(uri) else "check the credentials and the bucket's policy"
+        return JobError(f"{uri} cannot be written (permission denied): {where}.")
+    if (isinstance(error, OSError) and error.errno == 30) or "Read-only file system" in text:
+        return JobError(f"{uri} cannot be written: the file system is read-only.")
+    return None

@@ -1,0 +1,272 @@
+"""Laying out an extraction on a Ray cluster, and streaming the workers' reports back to the driver."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dino_ops.errors import ModelError
+from pipelines import projection
+from pipelines.config import Config
+from pipelines.errors import JobError, RequestError
+from pipelines.schemas import descriptor_columns
+from pipelines.shards import ShardReport, descriptor_map
+from pipelines.stages import (
+    FusedWorker,
+    ModelWorker,
+    WorkerSetup,
+    WriteWorker,
+    decode_block,
+    extract_each,
+    fetch_and_decode,
+    make_extractor,
+    pack,
+    unpack,
+)
+from pipelines.store import Store
+
+SHARD_BYTES = 256 * 2**20  # of stored descriptors: in the middle of the 128-512 MB aimed at on big runs
+BYTES_PER_VALUE = {"float16": 1.91, "float32": 3.81, "int8": 0.89}  # measured, zstd
+BLOCKS_PER_WORKER = 4  # so that workers finish together
+FEWEST_IMAGES = 32  # a block below this is not worth a file, while every worker has one
+REPORTS_PER_SECOND = 50  # that the driver should see at most, whatever the number of workers
+NO_PROGRESS_SECONDS = 1800  # a Ray that does nothing for this long is stuck, not slow
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What planning needs to know of a model."""
+
+    patch_size: int
+    dims: dict[str, int]  # descriptor column -> values a patch, before PCA
+    patches: int  # of a typical image
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the work is spread."""
+
+    device: str
+    workers: int
+    cpus: float  # of a worker
+    gpus: float
+    block_size: int  # images
+    separate: bool  # decoding and writing run apart from the model
+    facts: ModelFacts
+
+
+def model_facts(config: Config) -> ModelFacts:
+    """Build the model on the CPU and say what planning needs. Raises ModelError for anything that does not fit."""
+    on_cpu = config.model.model_copy(update={"precision": "auto", "compile": False})
+    checked = config.model_copy(update={"model": on_cpu})
+    extractor = make_extractor(WorkerSetup("", "", checked, device="cpu", threads=0))
+    dims = dict.fromkeys(descriptor_columns(config), extractor.embed_dim)
+    for column, dim in dims.items():
+        if config.store.pca is not None and config.store.pca > dim:
+            raise RequestError(f"store.pca is {config.store.pca}, but {column} has only {dim} dimensions: give fewer.")
+    height, width = config.image.size or (side := config.image.shorter_side or 512, side * 4 // 3)
+    grid_height, grid_width = extractor.grid(height, width)
+    return ModelFacts(extractor.patch_size, dims, grid_height * grid_width)
+
+
+def plan_workers(resources: dict[str, float], config: Config, facts: ModelFacts, images: int) -> Layout:
+    """Workers and block size for a cluster with `resources` ({"CPU": ..., "GPU": ...}).
+
+    Raises RequestError when what was asked is not there.
+    """
+    run = config.run
+    cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+    if config.model.device == "cuda" and not gpus:
+        raise RequestError("model.device is cuda, but the Ray cluster has no GPU: give model.device=auto or cpu.")
+    device = "cuda" if config.model.device != "cpu" and gpus else "cpu"
+    if device == "cuda":
+        gpus_each = run.gpus_per_worker or 1.0
+        workers = run.workers or max(1, int(gpus / gpus_each))
+        cpus_each = run.cpus_per_worker or 1.0
+    else:
+        gpus_each = 0.0
+        cpus_each = run.cpus_per_worker or (cpus / run.workers if run.workers else _threads_of_a_cpu_worker(cpus))
+        workers = run.workers or max(1, int(cpus / cpus_each))
+    if gpus_each * workers > gpus or cpus_each * workers > cpus:
+        raise RequestError(
+            f"{workers} workers with {cpus_each:g} CPUs and {gpus_each:g} GPUs each were asked for, but the cluster "
+            f"has {cpus:g} CPUs and {gpus:g} GPUs: give smaller run.workers, run.cpus_per_worker or run.gpus_per_worker."
+        )
+    block_size = run.images_per_shard or _block_size(config, facts, images, workers)
+    workers = min(workers, math.ceil(images / block_size))
+    return Layout(device, workers, cpus_each, gpus_each, block_size, _separate(config, device), facts)
+
+
+def _threads_of_a_cpu_worker(cpus: float) -> float:
+    """One thread each scales best, but every worker holds a model: few on small machines, four threads on big ones."""
+    return 1.0 if cpus <= 4 else min(4.0, cpus)
+
+
+def _separate(config: Config, device: str) -> bool:
+    return device == "cuda" if config.run.stages == "auto" else config.run.stages == "separate"
+
+
+def _block_size(config: Config, facts: ModelFacts, images: int, workers: int) -> int:
+    values = sum(min(dim, config.store.pca or dim) for dim in facts.dims.values()) * facts.patches / config.store.every
+    largest = max(1, int(SHARD_BYTES / (values * BYTES_PER_VALUE[config.store.dtype])))
+    fair = math.ceil(images / (workers * BLOCKS_PER_WORKER))
+    smallest = min(FEWEST_IMAGES, math.ceil(images / workers))
+    return max(1, min(largest, max(fair, smallest)))
+
+
+def stream_reports(
+    rows: pa.Table, block_size: int, layout: Layout, store: Store, config: Config, run_id: str
+) -> Iterator[ShardReport]:
+    """Extract listing rows (with `position`) in blocks and yield what the workers report.
+
+    A block whose worker dies is dropped here: the caller sees that its images are still undone.
+
+    Raises:
+        JobError: Ray could not do the work at all.
+    """
+    setup = WorkerSetup(
+        store.uri,
+        run_id,
+        config,
+        layout.device,
+        threads=max(1, round(layout.cpus)),
+        progress_seconds=max(1.0, layout.workers / REPORTS_PER_SECOND),
+    )
+    if config.store.pca is not None and not projection.exists(store.uri, config):
+        _fit_projection(rows, layout, setup, store)
+    dataset = _dataset(rows, block_size)
+    if layout.separate:
+        dataset = (
+            dataset.map_batches(
+                partial(decode_block, setup=setup, patch_size=layout.facts.patch_size), **_by_block(), num_cpus=1
+            )
+            .map_batches(ModelWorker, fn_constructor_kwargs={"setup": setup}, **_actors(layout))
+            .map_batches(WriteWorker, fn_constructor_kwargs={"setup": setup}, **_writers(layout))
+        )
+    else:
+        dataset = dataset.map_batches(FusedWorker, fn_constructor_kwargs={"setup": setup}, **_actors(layout))
+    # a fused worker's reports shall arrive one by one, as it yields them
+    for block in _stream(dataset, block_bytes=None if layout.separate else 1):
+        for text in block["report"].to_pylist():
+            yield ShardReport.from_json(text)
+
+
+def _fit_projection(rows: pa.Table, layout: Layout, setup: WorkerSetup, store: Store) -> None:
+    """Fit the store's PCA on patches of a sample of the images."""
+    from dino_ops.pca import fit_pca
+
+    count = min(len(rows), projection.SAMPLE_IMAGES)
+    sample = rows.take(pa.array(np.linspace(0, len(rows) - 1, count).astype(np.int64)))
+    dataset = _dataset(sample, max(1, min(FEWEST_IMAGES, count // layout.workers)))
+    dataset = dataset.map_batches(SampleWorker, fn_constructor_kwargs={"setup": setup}, **_actors(layout))
+    parts = [unpack(block) for block in _stream(dataset, block_bytes=None)]
+    config = setup.config
+    fitted = {}
+    for column in descriptor_columns(config):
+        found = [part[column] for part in parts if column in part]
+        vectors = np.concatenate(found) if found else np.zeros((0, 0), np.float32)
+        if len(vectors) < (config.store.pca or 0):
+            raise JobError(
+                f"store.pca={config.store.pca} needs at least as many patches, but the sample of {count} images gave "
+                f"{len(vectors)}: give a smaller store.pca, or more readable images."
+            )
+        fitted[column] = fit_pca(vectors, config.store.pca, seed=0)
+    projection.write_projections(store.uri, config, fitted)
+
+
+class SampleWorker:
+    """Descriptors of a few patches of each image, for fitting the PCA."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self.setup = setup
+        self.extractor = make_extractor(setup)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        decoded = fetch_and_decode(block, self.setup, self.extractor.patch_size)
+        features = extract_each(self.extractor, decoded, self.setup.run_id) if decoded.prepared else []
+        per_image = max(1, projection.SAMPLE_PATCHES // projection.SAMPLE_IMAGES)
+        picked: dict[str, list[np.ndarray]] = {}
+        for source, one in zip(decoded.sources, features, strict=True):
+            for column in descriptor_columns(self.setup.config):
+                vectors = descriptor_map(one, column)
+                vectors = vectors.reshape(-1, vectors.shape[-1])
+                chosen = np.random.default_rng(source["position"]).permutation(len(vectors))[:per_image]
+                picked.setdefault(column, []).append(vectors[chosen])
+        return pack({column: np.concatenate(vectors) for column, vectors in picked.items()})
+
+
+def _dataset(rows: pa.Table, block_size: int) -> Any:
+    import ray.data
+
+    # `take` copies, so that a block does not carry the whole table's buffers with it
+    starts = range(0, len(rows), block_size)
+    blocks = [rows.take(pa.array(range(at, min(at + block_size, len(rows))), pa.int64())) for at in starts]
+    return ray.data.from_arrow(blocks)
+
+
+def _by_block() -> dict[str, Any]:
+    return {"batch_size": None, "batch_format": "pyarrow"}
+
+
+def _actors(layout: Layout) -> dict[str, Any]:
+    from ray.data import ActorPoolStrategy
+
+    return {
+        **_by_block(),
+        "compute": ActorPoolStrategy(size=layout.workers),
+        "num_cpus": layout.cpus,
+        "num_gpus": layout.gpus,
+        # A dead worker is replaced, but its block is not run again by Ray, who would do so for ever and whose
+        # replay of a half-read generator could lose or repeat reports. The caller sees what is undone.
+        "max_restarts": -1,
+        "max_task_retries": 0,
+    }
+
+
+def _writers(layout: Layout) -> dict[str, Any]:
+    from ray.data import ActorPoolStrategy
+
+    # a writer keeps up with about 1,000 images/s of a small model; few are needed and Ray starts more when blocks wait
+    return {
+        **_by_block(),
+        "compute": ActorPoolStrategy(min_size=1, max_size=max(1, 4 * layout.workers)),
+        "num_cpus": 0.5,
+        "max_restarts": -1,
+        "max_task_retries": 0,
+    }
+
+
+def _stream(dataset: Any, block_bytes: int | None) -> Iterator[pa.Table]:
+    """The blocks of a dataset as they are made, dropping those whose task failed."""
+    from ray.data import DataContext
+    from ray.exceptions import RayError
+
+    context = dataset.context if hasattr(dataset, "context") else DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1
+    context.target_max_block_size = block_bytes
+    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    except RayError as error:
+        raise _as_sentence(error) from None
+    finally:
+        sys.stdout.flush()
+
+
+def _as_sentence(error: BaseException) -> Exception:
+    """The user's mistake inside a worker's error, or a JobError naming what Ray said."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ModelError | JobError | RequestError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return JobError(f"Ray could not run the extraction: {lines[-1].strip() if lines else type(error).__name__}")
