@@ -261,9 +261,10 @@ def _parse_override(override: str) -> dict[str, Any]:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
         raise RequestError(f"--set {override!r}: the value {text!r} is not valid YAML.") from None
-    for key in reversed(keys):
-        value = {key: value}
-    return value
+    nested: dict[str, Any] = {keys[-1]: value}
+    for key in reversed(keys[:-1]):
+        nested = {key: nested}
+    return nested
 
 
 def _merge(into: dict[str, Any], new: Mapping[Any, Any]) -> None:

@@ -23,6 +23,7 @@ from pipelines import sources, storage
 from pipelines.commit import Committer, drop_images
 from pipelines.config import Config
 from pipelines.errors import DinorayError
+from pipelines.failures import failure_row
 from pipelines.progress import ProgressLine
 from pipelines.ray_session import interruptible, ray_session
 from pipelines.runs import RunReport, new_run_id
@@ -235,8 +236,6 @@ class PendingWork:
 
     def give_up(self) -> None:
         """Record what no attempt could finish as failures."""
-        from pipelines.stages import failure
-
         left = []
         for row in self.undone().to_pylist():
             error = self._errors.get(row["position"]) or {
@@ -246,10 +245,9 @@ class PendingWork:
                 "native code)",
             }
             message = error["message"] or error["error"]
-            left.append(failure(row, error["stage"], error["error"], message, self.attempt, self._result.run_id))
+            left.append(failure_row(row, error["stage"], error["error"], message, self.attempt, self._result.run_id))
         if left:
-            report = ShardReport("progress", failures=left).to_table()
-            self.take(ShardReport.from_json(report["report"][0].as_py()))
+            self.take(ShardReport("progress", failures=left))
 
     def _note_error(self, report: ShardReport) -> None:
         assert report.error is not None
@@ -288,8 +286,6 @@ def _record_damage(store: Store, broken: list[sources.BrokenContainer], result: 
     """A damaged tar or Parquet file is a failures row of its own, and the run says so with exit code 1."""
     if not broken:
         return
-    from pipelines.stages import failure
-
     rows = []
     for container in broken:
         source = {
@@ -298,12 +294,12 @@ def _record_damage(store: Store, broken: list[sources.BrokenContainer], result: 
             "uri": container.uri,
             "source_version": container.source_version,
         }
-        rows.append(failure(source, "list", container.error, container.message, 1, result.run_id))
+        rows.append(failure_row(source, "list", container.error, container.message, 1, result.run_id))
         result.messages.append(
             f"{container.uri} is damaged ({container.message}): what could be read of it is extracted; replace the "
             "file and run the same command again."
         )
-    report = ShardReport.from_json(ShardReport("progress", failures=rows).to_table()["report"][0].as_py())
+    report = ShardReport("progress", failures=rows)
     Committer(store, result.run_id, set()).commit([report], {row["image_id"]: (-1, "") for row in rows})
     result.exit_code = 1
 

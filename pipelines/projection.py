@@ -7,7 +7,7 @@ so that anyone can project a query or reconstruct an approximation with one matr
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -71,9 +71,9 @@ def read_projections(store: str, config: Config) -> dict[str, PCA]:
 
 def write_projections(store: str, config: Config, projections: dict[str, PCA]) -> None:
     """Write the PCA unless another run was first; everybody then uses what stands there."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for column, pca in projections.items():
-        about = {"descriptor_column": column}
+        about: dict[str, Any] = {"descriptor_column": column}
         rows.append({**about, "component": -1, "explained_variance": None, "vector": pca.mean})
         rows += [
             {**about, "component": index, "explained_variance": float(variance), "vector": component}

@@ -54,7 +54,7 @@ class ShardReport:
 
     def to_table(self) -> pa.Table:
         """As a one-row Ray block."""
-        return pa.table({"report": [json.dumps(asdict(self))]})
+        return pa.table({"report": [json.dumps(asdict(self), default=dt.datetime.isoformat)]})
 
     @classmethod
     def from_json(cls, text: str) -> ShardReport:

@@ -8,7 +8,6 @@ writing scale on their own (`decode_block`, `ModelWorker`, `WriteWorker`).
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 import pickle
 import time
@@ -23,6 +22,7 @@ import pyarrow as pa
 from dino_ops.errors import ImageError
 from dino_ops.images import ImageSpec, PreparedImage, prepare_image
 from pipelines.config import Config
+from pipelines.failures import failure_row
 from pipelines.projection import read_projections
 from pipelines.shards import ShardReport, ShardWriter
 from pipelines.sources import fetch
@@ -73,6 +73,7 @@ def make_extractor(setup: WorkerSetup) -> Any:
     Raises ModelError when the device is not there, or weights and model do not fit.
     """
     import torch
+
     from dino_ops.extractor import Extractor
 
     if setup.threads:
@@ -109,24 +110,6 @@ def make_extractor(setup: WorkerSetup) -> Any:
     )
 
 
-def failure(
-    source: dict[str, Any], stage: str, error: BaseException | str, message: str, attempts: int, run_id: str
-) -> dict[str, Any]:
-    """A failures row (with `position`); `message` is kept short and printable."""
-    return {
-        "position": source["position"],
-        "image_id": source["image_id"],
-        "uri": source["uri"],
-        "source_version": source["source_version"],
-        "stage": stage,
-        "error": error if isinstance(error, str) else type(error).__name__,
-        "message": " ".join(message.split())[:1000],
-        "attempts": attempts,
-        "run_id": run_id,
-        "failed_at": dt.datetime.now(dt.UTC).isoformat(),
-    }
-
-
 def fetch_and_decode(rows: pa.Table, setup: WorkerSetup, patch_size: int) -> Decoded:
     """Fetch the bytes of listing rows and decode them; every row ends in `prepared` or in `failures`."""
     started = time.perf_counter()
@@ -139,13 +122,13 @@ def fetch_and_decode(rows: pa.Table, setup: WorkerSetup, patch_size: int) -> Dec
         if got.error is not None or got.data is None:
             stage = "list" if source.get("error") else "fetch"
             error = got.error or OSError("nothing was read")
-            decoded.failures.append(failure(source, stage, error, str(error), got.attempts, setup.run_id))
+            decoded.failures.append(failure_row(source, stage, error, str(error), got.attempts, setup.run_id))
             continue
         decoded.bytes_read += len(got.data)
         try:
             prepared = prepare_image(got.data, setup.image_spec, patch_size)
         except ImageError as error:
-            decoded.failures.append(failure(source, "decode", error, str(error), 1, setup.run_id))
+            decoded.failures.append(failure_row(source, "decode", error, str(error), 1, setup.run_id))
             continue
         decoded.sources.append(source)
         decoded.prepared.append(prepared)
@@ -167,7 +150,7 @@ def extract_each(extractor: Any, decoded: Decoded, run_id: str) -> list[Any]:
             features += extractor.extract([prepared])
             sources.append(source)
         except Exception as error:
-            decoded.failures.append(failure(source, "extract", error, str(error), 2, run_id))
+            decoded.failures.append(failure_row(source, "extract", error, str(error), 2, run_id))
     decoded.sources = sources
     return features
 

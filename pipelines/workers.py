@@ -97,7 +97,8 @@ def plan_workers(resources: dict[str, float], config: Config, facts: ModelFacts,
     if gpus_each * workers > gpus or cpus_each * workers > cpus:
         raise RequestError(
             f"{workers} workers with {cpus_each:g} CPUs and {gpus_each:g} GPUs each were asked for, but the cluster "
-            f"has {cpus:g} CPUs and {gpus:g} GPUs: give smaller run.workers, run.cpus_per_worker or run.gpus_per_worker."
+            f"has {cpus:g} CPUs and {gpus:g} GPUs: give smaller run.workers, run.cpus_per_worker or "
+            "run.gpus_per_worker."
         )
     block_size = run.images_per_shard or _block_size(config, facts, images, workers)
     workers = min(workers, math.ceil(images / block_size))
@@ -168,16 +169,18 @@ def _fit_projection(rows: pa.Table, layout: Layout, setup: WorkerSetup, store: S
     dataset = dataset.map_batches(SampleWorker, fn_constructor_kwargs={"setup": setup}, **_actors(layout))
     parts = [unpack(block) for block in _stream(dataset, block_bytes=None)]
     config = setup.config
+    dimensions = config.store.pca
+    assert dimensions is not None
     fitted = {}
     for column in descriptor_columns(config):
         found = [part[column] for part in parts if column in part]
         vectors = np.concatenate(found) if found else np.zeros((0, 0), np.float32)
-        if len(vectors) < (config.store.pca or 0):
+        if len(vectors) < dimensions:
             raise JobError(
-                f"store.pca={config.store.pca} needs at least as many patches, but the sample of {count} images gave "
+                f"store.pca={dimensions} needs at least as many patches, but the sample of {count} images gave "
                 f"{len(vectors)}: give a smaller store.pca, or more readable images."
             )
-        fitted[column] = fit_pca(vectors, config.store.pca, seed=0)
+        fitted[column] = fit_pca(vectors, dimensions, seed=0)
     projection.write_projections(store.uri, config, fitted)
 
 

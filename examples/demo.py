@@ -1,0 +1,77 @@
+"""The first look: features of real photographs that installed packages carry, and a query over them.
+
+    make demo
+
+Uses DINO's own weights when the model hub can be reached. Without it the demo says so and uses random weights: every
+table and command works the same, but the features then mean little.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import duckdb
+import skimage.data
+import sklearn.datasets
+
+from dino_ops.errors import ModelError
+from pipelines import extract
+from pipelines.config import load_config
+
+HERE = Path("demo")
+PHOTOS = {
+    "animal": ["chelsea.png", "horse.png"],
+    "machine": ["motorcycle_left.png", "motorcycle_right.png", "rocket.jpg"],
+    "person": ["astronaut.png", "camera.png"],
+    "table": ["coffee.png", "coins.png", "clock_motion.png"],
+    "texture": ["brick.png", "grass.png", "gravel.png"],
+}
+
+QUERY = """
+    SELECT i.label, i.image_id, i.width, i.height, round(p.y) AS y, round(p.x) AS x
+    FROM read_parquet('demo/store/images/*.parquet') AS i
+    JOIN read_parquet('demo/store/patches/*.parquet') AS p USING (image_id)
+    QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY p.saliency DESC) = 1
+    ORDER BY i.image_id
+"""
+
+
+def collect_photos(folder: Path) -> Path:
+    """Copy photographs of scikit-image and scikit-learn into a folder per kind."""
+    package = Path(skimage.data.__file__).parent
+    for label, names in PHOTOS.items():
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            shutil.copy2(package / name, folder / label / name)
+    package = Path(sklearn.datasets.__file__).parent / "images"
+    (folder / "scene").mkdir(parents=True, exist_ok=True)
+    for name in ("china.jpg", "flower.jpg"):
+        shutil.copy2(package / name, folder / "scene" / name)
+    return folder
+
+
+def main() -> None:
+    photos, store = collect_photos(HERE / "photos"), str(HERE / "store")
+    if (HERE / "store").exists():
+        shutil.rmtree(HERE / "store")  # the demo starts from nothing each time; a real store only ever grows
+    weights = "pretrained"
+    try:
+        result = extract.run(load_config(), input=str(photos), store=store)
+    except ModelError as error:
+        print(f"The model hub cannot be reached ({error}).")
+        print("Going on with random weights: everything works, but the features mean little.\n")
+        weights = "random"
+        config = load_config(overrides=["model.weights=random"])
+        result = extract.run(config, input=str(photos), store=store)
+
+    print(f"$ dinoray extract {photos} {store} --set model.weights={weights}")
+    print(f"{result.extracted} photographs, {result.failed} failures, {result.seconds['total']:.0f} s ({result.device})")
+    print(f"\n{store}/images    one row per photograph: sizes, label, embedding")
+    print(f"{store}/patches   one row per patch: place, saliency, descriptor")
+    print(f"\nWhere each photograph is most salient, asked with DuckDB:\n{QUERY}")
+    print(duckdb.sql(QUERY))
+
+
+if __name__ == "__main__":
+    main()

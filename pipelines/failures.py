@@ -1,0 +1,26 @@
+"""Rows of the failures table: which image, at which stage, and what was wrong, in words."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+MESSAGE_LENGTH = 1000
+
+
+def failure_row(
+    source: dict[str, Any], stage: str, error: BaseException | str, message: str, attempts: int, run_id: str
+) -> dict[str, Any]:
+    """A failures row (with `position`); `message` is kept short and printable."""
+    return {
+        "position": source["position"],
+        "image_id": source["image_id"],
+        "uri": source["uri"],
+        "source_version": source["source_version"],
+        "stage": stage,
+        "error": error if isinstance(error, str) else type(error).__name__,
+        "message": " ".join(message.split())[:MESSAGE_LENGTH],
+        "attempts": attempts,
+        "run_id": run_id,
+        "failed_at": dt.datetime.now(dt.UTC),
+    }

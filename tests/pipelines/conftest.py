@@ -1,0 +1,73 @@
+"""Fixtures of the pipeline tests: generated photos, a small model's settings, one Ray for the session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from pipelines.config import Config, load_config
+
+SMALL_MODEL = [
+    "model.name=vit_tiny_patch16_224",
+    "model.weights=random",
+    "image.shorter_side=64",
+    "run.workers=2",
+]
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Real images, weights and golden outputs."""
+    here = Path(os.environ.get("DINORAY_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    if not here.is_dir():
+        pytest.skip(f"no test data at {here} (set DINORAY_TEST_DATA)")
+    return here
+
+
+@pytest.fixture(scope="session")
+def ray() -> Iterator[None]:
+    """One local Ray for all tests that run the job in this process."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=300 * 2**20,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+def settings(*overrides: str) -> Config:
+    """A configuration with a small random model."""
+    return load_config([], [*SMALL_MODEL, *overrides])
+
+
+def photo(seed: int, width: int = 96, height: int = 72) -> Image.Image:
+    """A smooth random picture, different for every seed."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(1))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Callable[..., Path]:
+    """Make a folder of generated photos: two labels, two shapes."""
+
+    def make(count: int, name: str = "photos") -> Path:
+        folder = tmp_path / name
+        for index in range(count):
+            shape = (96, 72) if index % 3 else (72, 96)
+            target = folder / ("cat" if index % 2 else "dog") / f"{index:04d}.jpg"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            photo(index, *shape).save(target, quality=92)
+        return folder
+
+    return make

@@ -1,0 +1,233 @@
+"""The commit protocol without Ray: shards written by hand, two committers, kills between any two commits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+from conftest import settings  # type: ignore[import-not-found]
+
+from dino_ops.extractor import ImageFeatures
+from pipelines import verify
+from pipelines.commit import Committer, drop_images
+from pipelines.failures import failure_row
+from pipelines.shards import ShardReport, ShardWriter
+from pipelines.store import Store
+from pipelines.tables import CommitConflict
+
+GRID = (3, 4)
+
+
+def features(value: float) -> ImageFeatures:
+    y, x = (axis.astype(np.float32) for axis in np.mgrid[: GRID[0], : GRID[1]])
+    return ImageFeatures(
+        descriptor=np.full((*GRID, 8), value, np.float32),
+        extra={},
+        saliency=np.linspace(0, 1, GRID[0] * GRID[1], dtype=np.float32).reshape(GRID),
+        embedding=np.full(8, value, np.float32),
+        y=y,
+        x=x,
+        width=64,
+        height=48,
+        model_width=64,
+        model_height=48,
+    )
+
+
+def shard(store: Store, run_id: str, ids: list[str], version: str = "v1", value: float = 1.0) -> ShardReport:
+    writer = ShardWriter(store.uri, store.config, run_id)
+    for position, image_id in enumerate(ids):
+        source = {
+            "position": position,
+            "image_id": image_id,
+            "uri": f"/in/{image_id}",
+            "label": None,
+            "source_size": 10,
+            "source_version": version,
+        }
+        writer.add(source, features(value))
+    patches, images = writer.close()
+    return ShardReport("shard", writer.positions, writer.image_ids, patches, images)
+
+
+def failed(image_id: str, run_id: str, version: str = "v1") -> ShardReport:
+    source = {"position": 0, "image_id": image_id, "uri": "u", "source_version": version}
+    row = failure_row(source, "decode", "ImageError", "broken", 1, run_id)
+    report = ShardReport("progress", failures=[row])
+    return ShardReport.from_json(report.to_table()["report"][0].as_py())  # as it travels from a worker
+
+
+def versions(ids: list[str], version: str = "v1") -> dict[str, tuple[int, str]]:
+    return {image_id: (10, version) for image_id in ids}
+
+
+def rows(store: Store) -> dict[str, str]:
+    store.refresh()
+    table = store.images.read(["image_id", "source_version"])
+    assert len(table) == len(set(table["image_id"].to_pylist())), "an image has two rows"
+    return dict(zip(table["image_id"].to_pylist(), table["source_version"].to_pylist(), strict=True))
+
+
+def sound(store: Store) -> None:
+    assert verify.run(store.config, store=store.uri).problems == []
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.create(str(tmp_path / "store"), settings())
+
+
+def test_a_shard_becomes_visible_whole(store: Store) -> None:
+    report = shard(store, "r1", ["a", "b", "c"])
+    assert rows(store) == {}
+    outcome = Committer(store, "r1", set()).commit([report], versions(["a", "b", "c"]))
+    assert (outcome.extracted, outcome.done_elsewhere) == (3, 0)
+    assert rows(store) == versions_only(["a", "b", "c"])
+    sound(store)
+
+
+def versions_only(ids: list[str], version: str = "v1") -> dict[str, str]:
+    return dict.fromkeys(ids, version)
+
+
+def test_a_changed_image_replaces_its_rows_and_leaves_its_neighbours(store: Store) -> None:
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b", "c"])], versions(["a", "b", "c"]))
+    versions_before = (store.images.version, store.patches.version)
+    Committer(store, "r2", {"b"}).commit([shard(store, "r2", ["b"], "v2", 2.0)], versions(["b"], "v2"))
+    assert rows(store) == {"a": "v1", "b": "v2", "c": "v1"}
+    assert (store.images.version, store.patches.version) == tuple(v + 1 for v in versions_before), "one commit a table"
+    patches = store.patches.read(["image_id", "descriptor"])
+    of_b = patches.filter(pc.equal(patches["image_id"], "b"))
+    assert set(np.concatenate(of_b["descriptor"].to_pylist())) == {2.0}
+    sound(store)
+
+
+def test_two_runs_commit_the_same_images_once(store: Store) -> None:
+    other = Store.open_existing(store.uri, store.config)
+    assert other
+    first, second = Committer(store, "r1", set()), Committer(other, "r2", set())
+    late = shard(other, "r2", ["b", "c", "d"], value=3.0)
+    first.commit([shard(store, "r1", ["a", "b", "c"])], versions(["a", "b", "c"]))
+    outcome = second.commit([late], versions(["b", "c", "d"]))
+    assert (outcome.extracted, outcome.done_elsewhere) == (1, 2)
+    assert rows(store) == versions_only(["a", "b", "c", "d"])
+    sound(store)
+
+
+@pytest.mark.parametrize("table", ["patches", "images"])
+def test_a_commit_that_lands_in_between_is_noticed(store: Store, table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Store.open_existing(store.uri, store.config)
+    assert other
+    raced = getattr(store, table)
+    original = raced.commit
+    calls = []
+
+    def commit(*arguments: object) -> None:
+        if not calls:
+            calls.append(1)
+            Committer(other, "r2", set()).commit([shard(other, "r2", ["b", "z"])], versions(["b", "z"]))
+        original(*arguments)
+
+    monkeypatch.setattr(raced, "commit", commit)
+    outcome = Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b"])], versions(["a", "b"]))
+    assert (outcome.extracted, outcome.done_elsewhere) == (1, 1)
+    assert rows(store) == versions_only(["a", "b", "z"])
+    sound(store)
+
+
+def test_a_stale_commit_is_refused_by_the_log(store: Store) -> None:
+    other = Store.open_existing(store.uri, store.config)
+    assert other
+    report = shard(store, "r1", ["a"])
+    assert report.images
+    other.images.commit([report.images], [], "r2")
+    with pytest.raises(CommitConflict):
+        store.images.commit([report.images], [], "r1")
+
+
+def test_patches_whose_images_never_came_are_removed(store: Store) -> None:
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a"])], versions(["a"]))
+    killed = shard(store, "r2", ["b"])
+    assert killed.patches
+    store.patches.commit([killed.patches], [], "r2")  # and the driver dies before it commits images
+    assert verify.run(store.config, store=store.uri).problems
+    assert store.repair("r3")["orphans_removed"] == 1
+    assert rows(store) == {"a": "v1"}
+    sound(store)
+
+
+def test_a_replacement_killed_half_way_is_put_back(store: Store) -> None:
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b"])], versions(["a", "b"]))
+    committer = Committer(store, "r2", {"b"})
+
+    def dies(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    store.images.commit = dies  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        committer.commit([shard(store, "r2", ["b"], "v2")], versions(["b"], "v2"))
+    reopened = Store.open_existing(store.uri, store.config)
+    assert reopened
+    assert verify.run(store.config, store=store.uri).problems
+    found = reopened.repair("r3")
+    assert found["orphans_removed"] == 2 and found["shards_restored"] == 1
+    assert rows(reopened) == versions_only(["a", "b"])
+    sound(reopened)
+
+
+def test_images_whose_patches_are_lost_for_good_are_done_again(store: Store) -> None:
+    first, second = shard(store, "r1", ["a"]), shard(store, "r1", ["b"])
+    Committer(store, "r1", set()).commit([first, second], versions(["a", "b"]))
+    assert first.patches
+    store.patches.commit([], [first.patches.path], "x")
+    (Path(store.uri) / "patches" / first.patches.path).unlink()
+    assert store.repair("r2")["shards_lost"] == 1
+    assert rows(store) == {"b": "v1"}
+    sound(store)
+
+
+def test_another_runs_repair_cannot_take_our_patches(store: Store) -> None:
+    """A repair that sees our patches before our images removes them; we put them back."""
+    original = store.images.commit
+
+    def commit(*arguments: object) -> None:
+        other = Store.open_existing(store.uri, store.config)
+        assert other
+        other.repair("r2")
+        original(*arguments)
+
+    store.images.commit = commit  # type: ignore[method-assign]
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a"])], versions(["a"]))
+    assert rows(store) == {"a": "v1"}
+    sound(store)
+
+
+def test_failures_are_recorded_once_and_settled_by_success(store: Store) -> None:
+    Committer(store, "r1", set()).commit([failed("a", "r1"), failed("b", "r1")], versions(["a", "b"]))
+    Committer(store, "r2", set()).commit([failed("a", "r2", "v2")], versions(["a"], "v2"))
+    table = store.failures.read(["image_id", "run_id"])
+    assert sorted(table.to_pylist(), key=str) == [{"image_id": "a", "run_id": "r2"}, {"image_id": "b", "run_id": "r1"}]
+    Committer(store, "r3", set()).commit([shard(store, "r3", ["a"])], versions(["a"]))
+    assert store.failures.read(["image_id"]).to_pylist() == [{"image_id": "b"}]
+    sound(store)
+
+
+def test_an_image_that_changed_into_a_broken_one_leaves_no_old_features(store: Store) -> None:
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b"])], versions(["a", "b"]))
+    Committer(store, "r2", {"a"}).commit([failed("a", "r2", "v2")], versions(["a"], "v2"))
+    assert rows(store) == {"b": "v1"}
+    assert store.failures.read(["image_id"]).to_pylist() == [{"image_id": "a"}]
+    sound(store)
+
+
+def test_dropping_images_removes_their_patches_in_one_commit_a_table(store: Store) -> None:
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b"])], versions(["a", "b"]))
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["c"]), failed("d", "r1")], versions(["c", "d"]))
+    before = (store.images.version, store.patches.version, store.failures.version)
+    assert drop_images(store, ["a", "c", "d"], "r2") == 3
+    assert (store.images.version, store.patches.version, store.failures.version) == tuple(v + 1 for v in before)
+    assert rows(store) == {"b": "v1"}
+    assert set(store.patches.read(["image_id"])["image_id"].to_pylist()) == {"b"}
+    sound(store)
