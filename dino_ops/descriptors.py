@@ -1,0 +1,154 @@
+"""Descriptors made of facets: channel orders, log-binned context, and exact similarity of binned descriptors.
+
+"Deep ViT Features as Dense Visual Descriptors", section 3 (log-binning of the descriptors' surroundings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ChannelOrder = Literal["head_major", "dim_major"]
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+
+def order_channels(projected: torch.Tensor, num_heads: int, order: ChannelOrder) -> torch.Tensor:
+    """Channels (..., heads * dims) of a key, query or value facet in another order.
+
+    head_major is the model's own: the channels of a head are neighbours. dim_major is that of the reference
+    implementation: the head is the fastest index. Distances and cosines are the same.
+    """
+    if order == "head_major":
+        return projected
+    return projected.unflatten(-1, (num_heads, -1)).transpose(-1, -2).flatten(-2)
+
+
+def log_bin(feature_map: Array, hierarchy: int = 2) -> Array:
+    """Every cell's descriptor joined by those around it, averaged more coarsely the farther away.
+
+    feature_map: (grid height, grid width, C) or (B, grid height, grid width, C), floating point, tensor or array.
+    Returns the same kind with (1 + 8 * hierarchy) * C channels, bin after bin: the 3 x 3 neighbours in raster order,
+    then for each level k >= 1 the eight at distance 3**k, of averages over 3**k x 3**k cells. Outside the grid the
+    border repeats. Half-precision input gives float32.
+    """
+    tensor = _float_tensor(feature_map)
+    batched = tensor if tensor.ndim == 4 else tensor[None]
+    bins = []
+    for level in range(hierarchy):
+        reach = 3**level
+        pooled = _padded(_average(batched, level), reach)
+        height, width = batched.shape[1:3]
+        for y in (0, reach, 2 * reach):
+            for x in (0, reach, 2 * reach):
+                if level == 0 or (y, x) != (reach, reach):
+                    bins.append(pooled[:, y : y + height, x : x + width])
+    binned = torch.cat(bins, dim=-1)
+    return _like(feature_map, binned if tensor.ndim == 4 else binned[0])
+
+
+def binned_similarity(map_a: Array, map_b: Array, hierarchy: int = 2, block_rows: int | None = None) -> Array:
+    """Cosine similarity of every binned descriptor of map_a with every one of map_b: (cells of a, cells of b).
+
+    map_a, map_b: (grid height, grid width, C), not binned; cells in raster order. Equals normalising log_bin of both
+    and multiplying, at a ninth of the arithmetic and none of the memory. float32 (float64 if given that).
+    See binned_similarity_blocks, which also explains block_rows, for results too large to hold.
+    """
+    blocks = [block for _, block in binned_similarity_blocks(map_a, map_b, hierarchy, block_rows)]
+    return _like(map_a, torch.cat([_float_tensor(block) for block in blocks]))
+
+
+def binned_similarity_blocks(
+    map_a: Array, map_b: Array, hierarchy: int = 2, block_rows: int | None = None
+) -> Iterator[tuple[int, Array]]:
+    """Yield (first cell of a, similarity (cells of the block, cells of b)) over blocks of grid rows of map_a.
+
+    block_rows: grid rows of map_a at a time; None keeps a block's arrays near 16 million values. Fewer rows take less memory
+    and repeat more work at the blocks' edges.
+
+    A binned descriptor is a concatenation, so its dot product is a sum of dot products of cells, and those of all
+    cells are one small matrix per level: shifting that matrix along both maps at once and adding gives the whole.
+    """
+    a, b = _float_tensor(map_a), _float_tensor(map_b)
+    (height_a, width_a), (height_b, width_b) = a.shape[:2], b.shape[:2]
+    if block_rows is None:
+        block_rows = max(4, 16_000_000 // (width_a * height_b * width_b))
+    norm_a = _binned_norm(a, hierarchy).flatten()
+    norm_b = _binned_norm(b, hierarchy).flatten()
+    levels = []
+    for level in range(hierarchy):
+        reach = 3**level
+        levels.append((reach, _padded(_average(a[None], level), reach)[0], _padded(_average(b[None], level), reach)[0]))
+    for top in range(0, height_a, block_rows):
+        rows = min(block_rows, height_a - top)
+        dots = a.new_zeros(rows, width_a, height_b, width_b)
+        for level, (reach, padded_a, padded_b) in enumerate(levels):
+            _add_level(dots, padded_a[top : top + rows + 2 * reach], padded_b, reach, skip_centre=level > 0)
+        block = dots.flatten(2).flatten(0, 1)
+        first = top * width_a
+        block /= norm_a[first : first + len(block), None]
+        block /= norm_b
+        yield first, _like(map_a, block)
+
+
+def _add_level(dots: torch.Tensor, a: torch.Tensor, b: torch.Tensor, reach: int, skip_centre: bool) -> None:
+    """Add one level's dot products to dots (rows, width of a, height of b, width of b); a and b are padded by reach.
+
+    The nine offsets are all pairs of three vertical and three horizontal ones, so summing over one axis and then the
+    other takes six additions instead of nine.
+    """
+    rows, width_a, height_b, width_b = dots.shape
+    similarity = torch.einsum("yxc,vuc->yxvu", a, b)
+    if skip_centre:
+        dots -= similarity[
+            reach : reach + rows, reach : reach + width_a, reach : reach + height_b, reach : reach + width_b
+        ]
+    across = similarity[:, :width_a, :, :width_b].clone()
+    for x in (reach, 2 * reach):
+        across += similarity[:, x : x + width_a, :, x : x + width_b]
+    for y in (0, reach, 2 * reach):
+        dots += across[y : y + rows, :, y : y + height_b]
+
+
+def _binned_norm(feature_map: torch.Tensor, hierarchy: int, eps: float = 1e-8) -> torch.Tensor:
+    """L2 norm of every binned descriptor, (grid height, grid width), at least eps."""
+    height, width = feature_map.shape[:2]
+    total = feature_map.new_zeros(height, width)
+    for level in range(hierarchy):
+        reach = 3**level
+        squares = _average(feature_map[None], level).square().sum(dim=-1, keepdim=True)
+        padded = _padded(squares, reach)[0, :, :, 0]
+        for y in (0, reach, 2 * reach):
+            for x in (0, reach, 2 * reach):
+                if level == 0 or (y, x) != (reach, reach):
+                    total += padded[y : y + height, x : x + width]
+    return total.sqrt().clamp_min(eps)
+
+
+def _average(maps: torch.Tensor, level: int) -> torch.Tensor:
+    """(B, height, width, C) averaged over 3**level x 3**level cells; cells outside the grid do not count."""
+    if level == 0:
+        return maps
+    window = 3**level
+    pooled = F.avg_pool2d(
+        maps.permute(0, 3, 1, 2), window, stride=1, padding=window // 2, count_include_pad=False
+    )  # (B, C, height, width)
+    return pooled.permute(0, 2, 3, 1)
+
+
+def _padded(maps: torch.Tensor, reach: int) -> torch.Tensor:
+    """(B, height, width, C) with its border repeated `reach` times on every side."""
+    return F.pad(maps.permute(0, 3, 1, 2), (reach, reach, reach, reach), mode="replicate").permute(0, 2, 3, 1)
+
+
+def _float_tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
+    tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _like(example: Array, result: torch.Tensor) -> Array:
+    return result.cpu().numpy() if isinstance(example, np.ndarray) else result
