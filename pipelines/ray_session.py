@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -23,15 +24,22 @@ def ray_session(run: RunSettings) -> Iterator[dict[str, float]]:
 
     Raises JobError when the cluster cannot be reached.
     """
-    # set before the import: Ray reads them once
+    # read when Ray is imported
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep seeing what they saw
     import ray
+    import ray.data
 
-    for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # after the import, which sets them
     ours = not ray.is_initialized()
+    with native_stderr_hidden():
+        yield from _session(run, ours)
+
+
+def _session(run: RunSettings, ours: bool) -> Iterator[dict[str, float]]:
+    import ray
+
     if ours:
         try:
             if run.address:
@@ -55,6 +63,25 @@ def ray_session(run: RunSettings) -> Iterator[dict[str, float]]:
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def native_stderr_hidden() -> Iterator[None]:
+    """What Ray's C++ code writes to the console goes nowhere (it is in Ray's own logs); Python's stderr stays."""
+    sys.stderr.flush()
+    shown, python_stderr = os.dup(2), sys.stderr
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    if python_stderr is sys.__stderr__:
+        sys.stderr = os.fdopen(shown, "w", buffering=1, closefd=False)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        sys.stderr = python_stderr
+        os.dup2(shown, 2)
+        os.close(shown)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -142,19 +142,16 @@ def stream_reports(
     )
     if config.store.pca is not None and not projection.exists(store.uri, config):
         _fit_projection(rows, layout, setup, store)
-    dataset = _dataset(rows, block_size)
+    dataset = _dataset(rows, block_size, report_each=not layout.separate)
     if layout.separate:
-        dataset = (
-            dataset.map_batches(
-                partial(decode_block, setup=setup, patch_size=layout.facts.patch_size), **_by_block(), num_cpus=1
-            )
-            .map_batches(ModelWorker, fn_constructor_kwargs={"setup": setup}, **_actors(layout))
-            .map_batches(WriteWorker, fn_constructor_kwargs={"setup": setup}, **_writers(layout))
-        )
+        decode = partial(decode_block, setup=setup, patch_size=layout.facts.patch_size)
+        dataset = dataset.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=1)
+        dataset = _map_with_actors(dataset, ModelWorker, setup, layout.workers, layout.cpus, layout.gpus)
+        # few writers keep up with a model; Ray starts more when blocks wait
+        dataset = _map_with_actors(dataset, WriteWorker, setup, (1, 4 * layout.workers), cpus=0.5)
     else:
-        dataset = dataset.map_batches(FusedWorker, fn_constructor_kwargs={"setup": setup}, **_actors(layout))
-    # a fused worker's reports shall arrive one by one, as it yields them
-    for block in _stream(dataset, block_bytes=None if layout.separate else 1):
+        dataset = _map_with_actors(dataset, FusedWorker, setup, layout.workers, layout.cpus)
+    for block in _stream(dataset):
         for text in block["report"].to_pylist():
             yield ShardReport.from_json(text)
 
@@ -165,9 +162,9 @@ def _fit_projection(rows: pa.Table, layout: Layout, setup: WorkerSetup, store: S
 
     count = min(len(rows), projection.SAMPLE_IMAGES)
     sample = rows.take(pa.array(np.linspace(0, len(rows) - 1, count).astype(np.int64)))
-    dataset = _dataset(sample, max(1, min(FEWEST_IMAGES, count // layout.workers)))
-    dataset = dataset.map_batches(SampleWorker, fn_constructor_kwargs={"setup": setup}, **_actors(layout))
-    parts = [unpack(block) for block in _stream(dataset, block_bytes=None)]
+    dataset = _dataset(sample, max(1, min(FEWEST_IMAGES, count // layout.workers)), report_each=False)
+    dataset = _map_with_actors(dataset, SampleWorker, setup, layout.workers, layout.cpus, layout.gpus)
+    parts = [unpack(block) for block in _stream(dataset)]
     config = setup.config
     dimensions = config.store.pca
     assert dimensions is not None
@@ -205,8 +202,15 @@ class SampleWorker:
         return pack({column: np.concatenate(vectors) for column, vectors in picked.items()})
 
 
-def _dataset(rows: pa.Table, block_size: int) -> Any:
+def _dataset(rows: pa.Table, block_size: int, report_each: bool) -> Any:
+    """Listing rows in blocks. `report_each`: what a worker yields arrives at once, not when its block is done."""
     import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1  # blocks whose task failed are dropped; the caller knows what is undone
+    context.target_max_block_size = 1 if report_each else None
+    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
 
     # `take` copies, so that a block does not carry the whole table's buffers with it
     starts = range(0, len(rows), block_size)
@@ -214,54 +218,42 @@ def _dataset(rows: pa.Table, block_size: int) -> Any:
     return ray.data.from_arrow(blocks)
 
 
-def _by_block() -> dict[str, Any]:
-    return {"batch_size": None, "batch_format": "pyarrow"}
+def _map_with_actors(
+    dataset: Any, worker: type, setup: WorkerSetup, count: int | tuple[int, int], cpus: float, gpus: float = 0.0
+) -> Any:
+    """Map blocks with a pool of `worker` actors, of fixed or (least, most) size.
 
-
-def _actors(layout: Layout) -> dict[str, Any]:
+    A dead worker is replaced, but Ray does not run its block again: it would do so for ever, and the replay of a
+    half-read generator could lose or repeat reports. The caller sees which images are undone.
+    """
     from ray.data import ActorPoolStrategy
+    from ray.util.annotations import RayDeprecationWarning
 
-    return {
-        **_by_block(),
-        "compute": ActorPoolStrategy(size=layout.workers),
-        "num_cpus": layout.cpus,
-        "num_gpus": layout.gpus,
-        # A dead worker is replaced, but its block is not run again by Ray, who would do so for ever and whose
-        # replay of a half-read generator could lose or repeat reports. The caller sees what is undone.
-        "max_restarts": -1,
-        "max_task_retries": 0,
-    }
-
-
-def _writers(layout: Layout) -> dict[str, Any]:
-    from ray.data import ActorPoolStrategy
-
-    # a writer keeps up with about 1,000 images/s of a small model; few are needed and Ray starts more when blocks wait
-    return {
-        **_by_block(),
-        "compute": ActorPoolStrategy(min_size=1, max_size=max(1, 4 * layout.workers)),
-        "num_cpus": 0.5,
-        "max_restarts": -1,
-        "max_task_retries": 0,
-    }
+    least, most = (count, count) if isinstance(count, int) else count
+    with warnings.catch_warnings():
+        # max_restarts has no other way in until Ray 2.64, which pyproject.toml therefore excludes
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return dataset.map_batches(
+            worker,
+            fn_constructor_kwargs={"setup": setup},
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=least, max_size=most),
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_restarts=-1,
+            max_task_retries=0,
+        )
 
 
-def _stream(dataset: Any, block_bytes: int | None) -> Iterator[pa.Table]:
-    """The blocks of a dataset as they are made, dropping those whose task failed."""
-    from ray.data import DataContext
+def _stream(dataset: Any) -> Iterator[pa.Table]:
+    """The blocks of a dataset as they are made. Raises what `_as_sentence` makes of Ray's errors."""
     from ray.exceptions import RayError
 
-    context = dataset.context if hasattr(dataset, "context") else DataContext.get_current()
-    context.enable_progress_bars = False
-    context.max_errored_blocks = -1
-    context.target_max_block_size = block_bytes
-    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except RayError as error:
         raise _as_sentence(error) from None
-    finally:
-        sys.stdout.flush()
 
 
 def _as_sentence(error: BaseException) -> Exception:
