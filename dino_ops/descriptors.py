@@ -67,8 +67,8 @@ def binned_similarity_blocks(
 ) -> Iterator[tuple[int, Array]]:
     """Yield (first cell of a, similarity (cells of the block, cells of b)) over blocks of grid rows of map_a.
 
-    block_rows: grid rows of map_a at a time; None keeps a block's arrays near 16 million values. Fewer rows take less memory
-    and repeat more work at the blocks' edges.
+    block_rows: grid rows of map_a at a time; None keeps a block's arrays near 16 million values. Fewer
+    rows take less memory and repeat more work at the blocks' edges.
 
     A binned descriptor is a concatenation, so its dot product is a sum of dot products of cells, and those of all
     cells are one small matrix per level: shifting that matrix along both maps at once and adding gives the whole.

@@ -59,7 +59,7 @@ class FeatureRequest:
                     f"use 0 to {backbone.depth - 1}"
                 )
         if (self.saliency or self.embedding) and not backbone.has_class_token:
-            what = "saliency" if self.saliency else "an embedding"
+            what = "saliency" if self.saliency else "embedding"
             raise ModelError(f"{backbone.name} has no class token and so no {what}: turn saliency and embedding off")
         if not (self.facets or self.saliency or self.embedding):
             raise ModelError("nothing was asked of the model: turn on descriptors, saliency or embedding")

@@ -61,7 +61,7 @@ def load_state_dict(path: str | PathLike[str]) -> State:
     Nothing in the file is ever executed: pickles may hold tensors and plain values only. Wrappers, prefixes and heads
     are removed. Raises ModelError if there is no such file, it is not a weights file, or holds no Vision Transformer.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ModelError(f"there is no weights file {path}: give an existing .pth, .pt, .bin or .safetensors file")
     state = _without_prefixes(_unwrapped(_read(path)), path)
@@ -92,8 +92,9 @@ def fit_weights(
     options = _biases_option(renamed, expected) | _image_size_option(renamed, expected, template)
     problems = _problems(renamed, expected)
     if problems:
-        matches = [other for other, model in candidates() if other != name and _fits(state, model, path)]
-        advice = f"it looks like {matches[0]}, so set model.name to that" if matches else "give a file of that model"
+        known = (other for other, model in candidates() if other != name and _fits(state, model, path))
+        match = next(known, None)
+        advice = f"it looks like {match}, so set model.name to that" if match else "give a file of that model"
         raise ModelError(f"the weights {path} do not fit {name} ({'; '.join(problems)}): {advice}")
     return FittedWeights({key: renamed[key] for key in expected}, options)
 
