@@ -1,0 +1,141 @@
+"""The bytes of listed images: many at once, containers read in few requests, passing errors tried again."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from pipelines.sources.filesystems import is_local, local_path, open_filesystem
+from pipelines.sources.parquet_images import ROW_GROUPS, image_bytes
+
+REQUESTS_AT_ONCE = 16
+LONGEST_READ = 32 * 2**20  # bytes of neighbouring tar members read together
+LARGEST_GAP = 64 * 1024  # bytes between members that are cheaper to read than to skip
+
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+_T = TypeVar("_T")
+
+
+@dataclass
+class Fetched:
+    """The bytes of one image, or why there are none."""
+
+    data: bytes | None = None
+    error: Exception | None = None
+    attempts: int = 1
+
+
+def fetch(
+    rows: pa.Table,
+    *,
+    storage_options: dict[str, Any] | None = None,
+    attempts: int = 3,
+    backoff_s: float = 0.5,
+) -> list[Fetched]:
+    """Fetch listing rows, in order. Never raises for an image: its error is in its place.
+
+    Errors that may pass (time-outs, resets, throttling, server errors) are tried `attempts` times, waiting
+    `backoff_s`, then twice as long, and so on.
+    """
+    sources = rows.to_pylist()
+    results: list[Fetched] = [Fetched() for _ in sources]
+    jobs: list[Callable[[], None]] = []
+    tars: dict[str, list[int]] = defaultdict(list)
+    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+
+    def trying(read: Callable[[], _T]) -> tuple[_T | None, Exception | None, int]:
+        return _with_retries(read, attempts, backoff_s)
+
+    def plain(index: int) -> None:
+        source = sources[index]
+        data, error, tries = trying(lambda: _read(source["uri"], storage_options))
+        if data is not None and source["source_size"] >= 0 and len(data) != source["source_size"]:
+            error = OSError(f"the file changed: {source['source_size']} bytes when listed, {len(data)} when read")
+            data = None
+        results[index] = Fetched(data, error, tries)
+
+    def members(container: str, indices: list[int]) -> None:
+        start = sources[indices[0]]["offset"]
+        end = max(sources[i]["offset"] + sources[i]["source_size"] for i in indices)
+        whole, error, tries = trying(lambda: _read(container, storage_options, start, end))
+        for i in indices:
+            begin = sources[i]["offset"] - start
+            data = whole[begin : begin + sources[i]["source_size"]] if whole is not None else None
+            short = data is not None and len(data) < sources[i]["source_size"]
+            problem = OSError(f"{container} became shorter than when it was listed") if short else error
+            results[i] = Fetched(None if short else data, problem, tries)
+
+    def group(container: str, number: int, indices: list[int]) -> None:
+        column, error, tries = trying(lambda: ROW_GROUPS.read(container, number, storage_options))
+        for i in indices:
+            data = None if error else image_bytes(column, sources[i]["row"])
+            problem = error or (None if data is not None else ValueError("the row has no image bytes"))
+            results[i] = Fetched(data, problem, tries)
+
+    for index, source in enumerate(sources):
+        if source["error"]:
+            results[index] = Fetched(None, FileNotFoundError(source["error"]))
+        elif source["offset"] is not None:
+            tars[source["container"]].append(index)
+        elif source["row_group"] is not None:
+            groups[source["container"], source["row_group"]].append(index)
+        else:
+            jobs.append(lambda index=index: plain(index))  # type: ignore[misc]
+    for container, indices in tars.items():
+        for run in _runs(indices, sources):
+            jobs.append(lambda container=container, run=run: members(container, run))  # type: ignore[misc]
+    for (container, number), indices in groups.items():
+        jobs.append(lambda container=container, number=number, indices=indices: group(container, number, indices))  # type: ignore[misc]
+
+    if all(is_local(source["container"] or source["uri"]) for source in sources):
+        for job in jobs:  # a local disk gains nothing from threads
+            job()
+    else:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            list(pool.map(lambda job: job(), jobs))
+    return results
+
+
+def _runs(indices: list[int], sources: list[dict[str, Any]]) -> list[list[int]]:
+    """Members of one tar that are read together: near each other and not too much at once."""
+    ordered = sorted(indices, key=lambda i: sources[i]["offset"])
+    runs: list[list[int]] = []
+    for i in ordered:
+        if runs:
+            first, last = sources[runs[-1][0]], sources[runs[-1][-1]]
+            gap = sources[i]["offset"] - last["offset"] - last["source_size"]
+            length = sources[i]["offset"] + sources[i]["source_size"] - first["offset"]
+            if gap <= LARGEST_GAP and length <= LONGEST_READ:
+                runs[-1].append(i)
+                continue
+        runs.append([i])
+    return runs
+
+
+def _read(uri: str, storage_options: dict[str, Any] | None, start: int | None = None, end: int | None = None) -> bytes:
+    if is_local(uri):
+        with open(local_path(uri), "rb") as file:
+            file.seek(start or 0)
+            return file.read() if end is None else file.read(end - (start or 0))
+    fs, path = open_filesystem(uri, storage_options)
+    return fs.cat_file(path, start=start, end=end)
+
+
+def _with_retries(read: Callable[[], _T], attempts: int, backoff_s: float) -> tuple[_T | None, Exception | None, int]:
+    for attempt in range(1, attempts + 1):
+        try:
+            return read(), None, attempt
+        except _PERMANENT as error:
+            return None, error, attempt
+        except Exception as error:
+            if attempt == attempts:
+                return None, error, attempt
+            time.sleep(backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+    raise AssertionError("attempts is at least 1")

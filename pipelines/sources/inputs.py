@@ -1,0 +1,170 @@
+"""What kind of INPUT was given, and its listing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.sources.errors import InputError
+from pipelines.sources.filesystems import is_local, local_path, open_filesystem
+from pipelines.sources.listing import Listing, Rows
+from pipelines.sources.manifests import is_manifest_name, list_manifest, read_text_manifest
+from pipelines.sources.names import ARCHIVES, extension, is_image_name
+from pipelines.sources.parquet_images import list_parquet
+from pipelines.sources.tars import list_tars
+from pipelines.sources.walk import (
+    FileEntry,
+    expand_braces,
+    glob,
+    has_magic,
+    local_file,
+    remote_entry,
+    walk_local,
+    walk_remote,
+)
+
+
+def list_images(
+    input_uri: str, *, storage_options: dict[str, Any] | None = None, exclude: str | None = None
+) -> Listing:
+    """The images of an INPUT of any kind, sorted by image_id.
+
+    Args:
+        input_uri: folder, prefix, glob, file, tar, manifest or Parquet dataset; a path or any fsspec URI.
+        storage_options: for fsspec.
+        exclude: a path or URI below INPUT that is not listed: the store, when it lies there.
+
+    Raises:
+        InputError: INPUT is missing, empty, unreadable, of no known kind, or names an id twice.
+    """
+    local = is_local(input_uri)
+    uri = os.path.abspath(os.path.expanduser(local_path(input_uri))) if local else input_uri.rstrip("/")
+    fs, path = open_filesystem(uri, storage_options)
+    hidden = None if exclude is None or is_local(exclude) != local else _on_filesystem(fs, exclude, local)
+    try:
+        return _list(fs, path, input_uri, uri, local=local, exclude=hidden, storage_options=storage_options)
+    except InputError:
+        raise
+    except PermissionError as error:
+        raise InputError(f"INPUT {input_uri} may not be read: check permissions or credentials ({error}).") from None
+    except FileNotFoundError:
+        raise InputError(f"INPUT {input_uri} does not exist: check the path.") from None
+    except OSError as error:
+        raise InputError(f"INPUT {input_uri} cannot be read: {str(error).splitlines()[0]}.") from None
+    except Exception as error:
+        if type(error).__module__.startswith(("botocore", "aiohttp", "google", "azure", "gcsfs")):
+            raise InputError(f"INPUT {input_uri} cannot be reached: {str(error).splitlines()[0]}") from None
+        raise
+
+
+def _on_filesystem(fs: Any, uri: str, local: bool) -> str:
+    return os.path.abspath(local_path(uri)) if local else fs._strip_protocol(uri).rstrip("/")
+
+
+def _list(
+    fs: Any,
+    path: str,
+    asked: str,
+    uri: str,
+    *,
+    local: bool,
+    exclude: str | None,
+    storage_options: dict[str, Any] | None,
+) -> Listing:
+    if os.path.isdir(path) if local else fs.isdir(path):
+        walked = walk_local(path, exclude) if local else walk_remote(fs, path, exclude)
+        return _list_files(fs, walked, asked, local=local, storage_options=storage_options)
+    if os.path.isfile(path) if local else fs.isfile(path):
+        entry = local_file(path) if local else remote_entry(fs, path, path.rpartition("/")[0], fs.info(path))
+        return _list_file(fs, entry, asked, uri, local=local, storage_options=storage_options)
+    if (expanded := expand_braces(path)) != [path]:
+        missing = [one for one in expanded if not fs.isfile(one)]
+        if missing:
+            raise InputError(f"INPUT {asked} names {missing[0]}, which does not exist: check the numbers in braces.")
+        root = os.path.commonpath([os.path.dirname(one) for one in expanded])
+        named = (local_file(one) if local else remote_entry(fs, one, root, fs.info(one)) for one in expanded)
+        return _list_files(fs, named, asked, local=local, storage_options=storage_options)
+    if has_magic(path):
+        found = glob(fs, path, local=local, exclude=exclude)
+        return _list_files(fs, found, asked, local=local, storage_options=storage_options)
+    raise InputError(f"INPUT {asked} does not exist: give a folder, prefix, glob, .tar, manifest or Parquet dataset.")
+
+
+def _list_file(
+    fs: Any, entry: FileEntry, asked: str, uri: str, *, local: bool, storage_options: dict[str, Any] | None
+) -> Listing:
+    """INPUT is one file."""
+    name = entry.name.lower()
+    if name.endswith(ARCHIVES):
+        raise InputError(
+            f"INPUT {asked} is a compressed tar, whose members cannot be read one by one: unpack it to .tar."
+        )
+    if is_manifest_name(name):
+        table = read_text_manifest(fs, entry.path, asked)
+        rows = list_manifest(table, uri.rpartition("/")[0], asked, storage_options)
+        return _not_empty(rows, "manifest", asked)
+    if not name.endswith((".parquet", ".tar")) and not is_image_name(entry.name):
+        raise InputError(
+            f"INPUT {asked} is neither an image by name nor a .tar, .parquet, .csv, .tsv or .jsonl file: give one of "
+            "these, or a folder."
+        )
+    return _list_files(fs, [entry], asked, local=local, storage_options=storage_options)
+
+
+def _list_files(
+    fs: Any, entries: Iterable[FileEntry], asked: str, *, local: bool, storage_options: dict[str, Any] | None
+) -> Listing:
+    """INPUT is files: images, tars of images; or, where there are neither, Parquet files."""
+    rows = Rows()
+    tars: list[FileEntry] = []
+    parquets: list[FileEntry] = []
+    for entry in entries:
+        ending = extension(entry.name)
+        if ending == ".tar":
+            tars.append(entry)
+        elif ending == ".parquet":
+            parquets.append(entry)
+        elif is_image_name(entry.name):
+            folder = entry.key.rpartition("/")[0].rpartition("/")[2]
+            rows.add(entry.key, entry.uri, folder or None, entry.size, entry.version)
+        else:
+            rows.skipped[ending] += 1
+    kind = "directory" if len(rows) else "tar" if tars else "parquet"
+    if tars:
+        rows.extend([list_tars(fs, tars, local=local)])
+    if kind == "parquet" and parquets:
+        return _list_parquets(fs, sorted(parquets), asked, storage_options)
+    if parquets:
+        rows.skipped[".parquet"] += len(parquets)
+    return _not_empty(rows, kind, asked)
+
+
+def _list_parquets(fs: Any, entries: list[FileEntry], asked: str, storage_options: dict[str, Any] | None) -> Listing:
+    """Parquet files are a manifest when they have a `uri` column, and else must carry the images."""
+    with fs.open(entries[0].path, "rb") as file:
+        try:
+            names = pq.read_schema(file).names
+        except (pa.ArrowException, OSError):
+            names = []  # damaged: list_parquet reports it, and the others are read
+    if "uri" not in names:
+        return _not_empty(list_parquet(fs, entries, asked), "parquet", asked)
+    rows = Rows()
+    for entry in entries:
+        with fs.open(entry.path, "rb") as file:
+            schema = pq.read_schema(file)
+            columns = [name for name in ("uri", "id", "label") if name in schema.names]
+            table = pq.read_table(file, columns=columns or schema.names[:1])
+        rows.extend([list_manifest(table, entry.uri.rpartition("/")[0], asked, storage_options)])
+    return _not_empty(rows, "manifest", asked)
+
+
+def _not_empty(rows: Rows, kind: str, asked: str) -> Listing:
+    if len(rows) or rows.broken:
+        return rows.finish(kind, asked)
+    passed_over = ", ".join(f"{count} {ending or 'without extension'}" for ending, count in rows.skipped.most_common(5))
+    found = f"only files that are not images by name ({passed_over})" if passed_over else "nothing in it"
+    raise InputError(f"INPUT {asked} has no images: there is {found}.")
