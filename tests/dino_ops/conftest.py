@@ -36,8 +36,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gated": (
         "vit_small_patch16_224",
         {
-            **{"img_size": 64, "embed_dim": 48, "num_heads": 3, "no_embed_class": True},
-            **{"scale_attn_norm": True, "pre_norm": True, "attn_layer": partial(Attention, gated=True)},
+            "img_size": 64,
+            "embed_dim": 48,
+            "num_heads": 3,
+            "no_embed_class": True,
+            "scale_attn_norm": True,
+            "pre_norm": True,
+            "attn_layer": partial(Attention, gated=True),
         },
     ),
     # EVA-02: separate projections, rotary and learnt positions, final norm behind the pool
