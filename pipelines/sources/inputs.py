@@ -107,7 +107,7 @@ def _list_file(
         table = read_text_manifest(fs, entry.path, asked)
         rows = list_manifest(table, uri.rpartition("/")[0], asked, storage_options)
         return _not_empty(rows, "manifest", asked)
-    if not name.endswith((".parquet", ".tar")) and not is_image_name(entry.name):
+    if extension(name) not in (".parquet", ".tar", "") and not is_image_name(name):
         raise InputError(
             f"INPUT {asked} is neither an image by name nor a .tar, .parquet, .csv, .tsv or .jsonl file: give one of "
             "these, or a folder."
@@ -118,8 +118,12 @@ def _list_file(
 def _list_files(
     fs: Any, entries: Iterable[FileEntry], asked: str, *, local: bool, storage_options: dict[str, Any] | None
 ) -> Listing:
-    """INPUT is files: images, tars of images; or, where there are neither, Parquet files."""
-    rows = Rows()
+    """INPUT is files: images, tars of images; or, where there are neither, Parquet files.
+
+    Files without an extension are images where no file has an image's extension, as in buckets of objects named by
+    their hash; beside files that have one they are something else.
+    """
+    rows, nameless = Rows(), Rows()
     tars: list[FileEntry] = []
     parquets: list[FileEntry] = []
     for entry in entries:
@@ -128,11 +132,16 @@ def _list_files(
             tars.append(entry)
         elif ending == ".parquet":
             parquets.append(entry)
-        elif is_image_name(entry.name):
+        elif is_image_name(entry.name) or not ending:
             folder = entry.key.rpartition("/")[0].rpartition("/")[2]
-            rows.add(entry.key, entry.uri, folder or None, entry.size, entry.version)
+            (rows if ending else nameless).add(entry.key, entry.uri, folder or None, entry.size, entry.version)
         else:
             rows.skipped[ending] += 1
+    if not len(rows) and not tars and not parquets:
+        nameless.skipped = rows.skipped
+        rows = nameless
+    elif len(nameless):
+        rows.skipped[""] += len(nameless)
     kind = "directory" if len(rows) else "tar" if tars else "parquet"
     if tars:
         rows.extend([list_tars(fs, tars, local=local)])

@@ -3,15 +3,71 @@
 from __future__ import annotations
 
 IMAGE_EXTENSIONS = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"]
-    + [".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf", ".jph", ".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs"]
-    + [".hif", ".jxl", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".icb", ".vda", ".vst", ".ico", ".cur", ".icns"]
-    + [".pcx", ".dcx", ".mpo", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".sun", ".qoi", ".psd", ".dds", ".im", ".msp"]
-    + [".xbm", ".xpm", ".spi", ".spider", ".fli", ".flc", ".blp", ".ftc", ".ftu"]
-)
-NOT_IMAGES = frozenset(
-    ["license", "licence", "copying", "readme", "makefile", "dockerfile", "changelog", "authors", "notice", "version"]
-    + ["manifest", "_success"]
+    {
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".jif",
+        ".png",
+        ".apng",
+        ".gif",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".tif",
+        ".tiff",
+        ".jp2",
+        ".j2k",
+        ".j2c",
+        ".jpc",
+        ".jpx",
+        ".jpf",
+        ".jph",
+        ".avif",
+        ".avifs",
+        ".heic",
+        ".heics",
+        ".heif",
+        ".heifs",
+        ".hif",
+        ".jxl",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".pfm",
+        ".tga",
+        ".icb",
+        ".vda",
+        ".vst",
+        ".ico",
+        ".cur",
+        ".icns",
+        ".pcx",
+        ".dcx",
+        ".mpo",
+        ".sgi",
+        ".rgb",
+        ".rgba",
+        ".bw",
+        ".ras",
+        ".sun",
+        ".qoi",
+        ".psd",
+        ".dds",
+        ".im",
+        ".msp",
+        ".xbm",
+        ".xpm",
+        ".spi",
+        ".spider",
+        ".fli",
+        ".flc",
+        ".blp",
+        ".ftc",
+        ".ftu",
+    }
 )
 ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -23,9 +79,8 @@ def extension(name: str) -> str:
 
 
 def is_image_name(name: str) -> bool:
-    """An image extension, or none at all (objects named by a hash), except names that projects give other files."""
-    ending = extension(name)
-    return ending in IMAGE_EXTENSIONS if ending else name.lower() not in NOT_IMAGES
+    """Whether the extension is that of an image format."""
+    return extension(name) in IMAGE_EXTENSIONS
 
 
 def is_hidden(name: str) -> bool:

@@ -34,7 +34,7 @@ def _list_tar(fs: Any, entry: FileEntry, *, local: bool) -> Rows:
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members = []  # else it keeps every header
+                    archive.members = []  # type: ignore[attr-defined]  # else it keeps every header
                     if not member.isreg():
                         continue
                     if member.offset_data + member.size > entry.size:
@@ -44,7 +44,7 @@ def _list_tar(fs: Any, entry: FileEntry, *, local: bool) -> Rows:
                         labels[_sample_key(member.name)] = _read_label(file, member, archive)
                     else:
                         members.append((member.name, member.offset_data, member.size))
-                if not damage and archive.offset + 512 > entry.size:  # type: ignore[attr-defined]
+                if not damage and archive.offset + 512 > entry.size:
                     damage = "it ends without the end-of-archive mark"
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             damage = str(error) or type(error).__name__
