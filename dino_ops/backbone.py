@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.layers import RotaryEmbeddingDinoV3
+from timm.layers import PatchEmbed, RotaryEmbeddingDinoV3
 from timm.layers.attention import Attention
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -133,8 +133,8 @@ def _check_structure(vit: nn.Module, name: str) -> None:
         known = known and not vit.rope_mixed
     else:
         known = False
-    projection = getattr(getattr(vit, "patch_embed", None), "proj", None)
-    if not known or not isinstance(projection, nn.Conv2d) or len(set(projection.kernel_size)) != 1:
+    patch_embed: Any = getattr(vit, "patch_embed", None)
+    if not known or type(patch_embed) is not PatchEmbed or len(set(patch_embed.patch_size)) != 1:
         raise ModelError(
             f"{name} is a {type(vit).__name__} whose blocks or patches are not those of a plain Vision Transformer: "
             f"choose a DINO, DINOv2, DINOv3, DeiT or standard ViT model"
