@@ -58,7 +58,8 @@ class Result:
     done_elsewhere: int = 0  # another run committed them at the same time
     failures_by_reason: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # list, fetch, decode, model, write: summed over workers
-    images_per_second: float = 0.0
+    images_per_second: float = 0.0  # from the start of Ray to the last image
+    steady_images_per_second: float = 0.0  # once workers are warm
     bytes_read: int = 0
     bytes_written: int = 0
     device: str = ""
@@ -167,8 +168,9 @@ def _extract_pending(store: Store, plan: Plan, config: Config, result: Result, f
                 work.commit()
             work.give_up()
         finally:
+            work.commit()  # an interruption keeps what is finished
+            result.steady_images_per_second = round(progress.steady_images_per_second, 2)
             result.images_per_second = round(progress.done / max(time.monotonic() - began, 1e-9), 2)
-        work.commit()
 
 
 class PendingWork:

@@ -25,6 +25,7 @@ class ProgressLine:
         self.failed = 0
         self._recent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._logged_at = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when workers were warm, and what was done then
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             columns = (BarColumn(), TextColumn("{task.description}"))
@@ -41,6 +42,7 @@ class ProgressLine:
         self.done += done
         self.failed += failed
         now = time.monotonic()
+        self._first = self._first or (now, self.done + self.failed)
         self._recent.append((now, self.done + self.failed))
         while len(self._recent) > 2 and now - self._recent[0][0] > RATE_WINDOW_SECONDS:
             self._recent.popleft()
@@ -60,6 +62,14 @@ class ProgressLine:
         """Over the last minute."""
         (then, before), (now, after) = self._recent[0], self._recent[-1]
         return (after - before) / (now - then) if now > then else 0.0
+
+    @property
+    def steady_images_per_second(self) -> float:
+        """From the first report to the last: without the start of Ray and its workers."""
+        if self._first is None or self._recent[-1][0] <= self._first[0]:
+            return 0.0
+        (then, before), (now, after) = self._first, self._recent[-1]
+        return (after - before) / (now - then)
 
     def text(self) -> str:
         finished = self.done + self.failed

@@ -35,6 +35,7 @@ from pipelines.store import Store
 SHARD_BYTES = 256 * 2**20  # of stored descriptors: in the middle of the 128-512 MB aimed at on big runs
 BYTES_PER_VALUE = {"float16": 1.91, "float32": 3.81, "int8": 0.89}  # measured, zstd
 BLOCKS_PER_WORKER = 4  # so that workers finish together
+WRITER_SHARE = 0.5  # of a decoding task's CPUs: compressing releases the CPU while it waits for the disk
 FEWEST_IMAGES = 32  # a block below this is not worth a file, while every worker has one
 REPORTS_PER_SECOND = 50  # that the driver should see at most, whatever the number of workers
 NO_PROGRESS_SECONDS = 1800  # a Ray that does nothing for this long is stuck, not slow
@@ -59,6 +60,7 @@ class Layout:
     gpus: float
     block_size: int  # images
     separate: bool  # decoding and writing run apart from the model
+    decode_cpus: float  # of a decoding task, where it runs apart
     facts: ModelFacts
 
 
@@ -82,36 +84,36 @@ def plan_workers(resources: dict[str, float], config: Config, facts: ModelFacts,
     Raises RequestError when what was asked is not there.
     """
     run = config.run
-    cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+    total_cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
     if config.model.device == "cuda" and not gpus:
         raise RequestError("model.device is cuda, but the Ray cluster has no GPU: give model.device=auto or cpu.")
     device = "cuda" if config.model.device != "cpu" and gpus else "cpu"
+    separate = device == "cuda" if run.stages == "auto" else run.stages == "separate"
+    # Ray waits for ever when the models' actors leave no CPU to the stages before and after them.
+    decode_cpus = min(1.0, total_cpus / 4) if separate else 0.0
+    cpus = total_cpus - decode_cpus * (1 + WRITER_SHARE)
     if device == "cuda":
         gpus_each = run.gpus_per_worker or 1.0
         workers = run.workers or max(1, int(gpus / gpus_each))
-        cpus_each = run.cpus_per_worker or 1.0
+        cpus_each = run.cpus_per_worker or min(1.0, cpus / workers)
     else:
         gpus_each = 0.0
         cpus_each = run.cpus_per_worker or (cpus / run.workers if run.workers else _threads_of_a_cpu_worker(cpus))
         workers = run.workers or max(1, int(cpus / cpus_each))
-    if gpus_each * workers > gpus or cpus_each * workers > cpus:
+    if gpus_each * workers > gpus or cpus_each * workers > cpus + 1e-6:
         raise RequestError(
             f"{workers} workers with {cpus_each:g} CPUs and {gpus_each:g} GPUs each were asked for, but the cluster "
-            f"has {cpus:g} CPUs and {gpus:g} GPUs: give smaller run.workers, run.cpus_per_worker or "
+            f"has {cpus:g} CPUs to give and {gpus:g} GPUs: give smaller run.workers, run.cpus_per_worker or "
             "run.gpus_per_worker."
         )
     block_size = run.images_per_shard or _block_size(config, facts, images, workers)
     workers = min(workers, math.ceil(images / block_size))
-    return Layout(device, workers, cpus_each, gpus_each, block_size, _separate(config, device), facts)
+    return Layout(device, workers, cpus_each, gpus_each, block_size, separate, decode_cpus, facts)
 
 
 def _threads_of_a_cpu_worker(cpus: float) -> float:
-    """One thread each scales best, but every worker holds a model: few on small machines, four threads on big ones."""
-    return 1.0 if cpus <= 4 else min(4.0, cpus)
-
-
-def _separate(config: Config, device: str) -> bool:
-    return device == "cuda" if config.run.stages == "auto" else config.run.stages == "separate"
+    """One thread each scales best, but every worker holds a model: on larger machines four threads share one."""
+    return min(1.0, cpus) if cpus <= 4 else 4.0
 
 
 def _block_size(config: Config, facts: ModelFacts, images: int, workers: int) -> int:
@@ -145,10 +147,11 @@ def stream_reports(
     dataset = _dataset(rows, block_size, report_each=not layout.separate)
     if layout.separate:
         decode = partial(decode_block, setup=setup, patch_size=layout.facts.patch_size)
-        dataset = dataset.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=1)
+        dataset = dataset.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=layout.decode_cpus)
         dataset = _map_with_actors(dataset, ModelWorker, setup, layout.workers, layout.cpus, layout.gpus)
         # few writers keep up with a model; Ray starts more when blocks wait
-        dataset = _map_with_actors(dataset, WriteWorker, setup, (1, 4 * layout.workers), cpus=0.5)
+        writer_cpus = layout.decode_cpus * WRITER_SHARE
+        dataset = _map_with_actors(dataset, WriteWorker, setup, (1, 4 * layout.workers), writer_cpus)
     else:
         dataset = _map_with_actors(dataset, FusedWorker, setup, layout.workers, layout.cpus)
     for block in _stream(dataset):

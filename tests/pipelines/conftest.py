@@ -1,4 +1,4 @@
-"""Fixtures of the pipeline tests: generated photos, a small model's settings, one Ray for the session."""
+"""Fixtures of the pipeline tests: real data, generated photos, one Ray for the session."""
 
 from __future__ import annotations
 
@@ -6,18 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image, ImageFilter
-
-from pipelines.config import Config, load_config
-
-SMALL_MODEL = [
-    "model.name=vit_tiny_patch16_224",
-    "model.weights=random",
-    "image.shorter_side=64",
-    "run.workers=2",
-]
+from small_runs import photo
 
 
 @pytest.fixture(scope="session")
@@ -44,17 +34,6 @@ def ray() -> Iterator[None]:
     )
     yield
     ray.shutdown()
-
-
-def settings(*overrides: str) -> Config:
-    """A configuration with a small random model."""
-    return load_config([], [*SMALL_MODEL, *overrides])
-
-
-def photo(seed: int, width: int = 96, height: int = 72) -> Image.Image:
-    """A smooth random picture, different for every seed."""
-    noise = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(1))
 
 
 @pytest.fixture

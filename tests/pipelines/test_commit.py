@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import pytest
-from conftest import settings  # type: ignore[import-not-found]
+from small_runs import settings
 
 from dino_ops.extractor import ImageFeatures
 from pipelines import verify
