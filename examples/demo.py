@@ -66,7 +66,8 @@ def main() -> None:
         result = extract.run(config, input=str(photos), store=store)
 
     print(f"$ dinoray extract {photos} {store} --set model.weights={weights}")
-    print(f"{result.extracted} photographs, {result.failed} failures, {result.seconds['total']:.0f} s ({result.device})")
+    seconds = result.seconds["total"]
+    print(f"{result.extracted} photographs, {result.failed} failures, {seconds:.0f} s ({result.device})")
     print(f"\n{store}/images    one row per photograph: sizes, label, embedding")
     print(f"{store}/patches   one row per patch: place, saliency, descriptor")
     print(f"\nWhere each photograph is most salient, asked with DuckDB:\n{QUERY}")

@@ -101,8 +101,9 @@ class ShardWriter:
         """Add one image: `source` is its listing row with `position`."""
         self.positions.append(source["position"])
         self._image_rows.append(self._image_row(source, features))
-        patches = self._patch_rows(source["image_id"], features)
-        if len(patches):
+        keep = self._kept(features)
+        if len(keep):
+            patches = self._patch_rows(source["image_id"], features, keep)
             self._with_patches.append(source["image_id"])
             self._waiting.append(patches)
             waiting_rows = sum(len(rows) for rows in self._waiting)
@@ -170,8 +171,7 @@ class ShardWriter:
             "run_id": self.run_id,
         }
 
-    def _patch_rows(self, image_id: str, features: ImageFeatures) -> pa.Table:
-        keep = self._kept(features)
+    def _patch_rows(self, image_id: str, features: ImageFeatures, keep: np.ndarray) -> pa.Table:
         grid_height, grid_width = features.y.shape
         rows, cols = np.divmod(np.arange(grid_height * grid_width, dtype=np.int32)[keep], np.int32(grid_width))
         saliency = None if features.saliency is None else features.saliency.reshape(-1)[keep]
