@@ -189,11 +189,11 @@ def test_anyone_can_read_the_tables(photos: Callable[..., Path], tmp_path: Path)
 import duckdb, polars, pandas, pyarrow.parquet, pyarrow.dataset, glob, sys
 patches = glob.glob({str(store)!r} + "/patches/*.parquet")
 images = glob.glob({str(store)!r} + "/images/*.parquet")
-assert duckdb.sql(f"select typeof(descriptor) from read_parquet({{patches}}) limit 1").fetchone()[0] == "FLOAT[]"
-assert duckdb.sql(f"select count(*) from read_parquet({{images}})").fetchone()[0] == 6
+assert duckdb.sql(f"select typeof(descriptor) from read_parquet({{patches}}) limit 1").fetchall() == [("FLOAT[]",)]
+assert duckdb.sql(f"select count(*) from read_parquet({{images}})").fetchall() == [(6,)]
 near = duckdb.sql(f'''select array_cosine_similarity(a.embedding::FLOAT[192], a.embedding::FLOAT[192])
-                      from read_parquet({{images}}) a limit 1''').fetchone()[0]
-assert abs(near - 1) < 1e-5
+                      from read_parquet({{images}}) a limit 1''').fetchall()
+assert abs(near[0][0] - 1) < 1e-5
 assert polars.read_parquet(patches).schema["descriptor"] == polars.List(polars.Float32)
 assert polars.scan_delta({str(store)!r} + "/patches").select(polars.len()).collect().item() > 0
 frame = pandas.read_parquet(patches[0])
@@ -221,8 +221,8 @@ def test_a_lookup_of_one_image_reads_one_row_group(photos: Callable[..., Path], 
     assert len(ranges) == 3
     for image_id in DeltaTable(store / "images").to_pyarrow_table()["image_id"].to_pylist():
         assert sum(low <= image_id <= high for low, high in ranges) == 1
-    found = duckdb.sql(f"select count(*) from read_parquet('{file}') where image_id = 'cat/0001.jpg'").fetchone()
-    assert found and found[0] == 6
+    found = duckdb.sql(f"select count(*) from read_parquet('{file}') where image_id = 'cat/0001.jpg'").fetchall()
+    assert found == [(6,)]
     assert pl.read_parquet(file).height == footer.num_rows
 
 
