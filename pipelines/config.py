@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipelines.errors import RequestError
 
 Facet = Literal["key", "query", "value", "token"]
+Side = Annotated[int, Field(ge=8)]  # pixels; the smallest patch of any model
+Deviation = Annotated[float, Field(gt=0)]  # divided by
 
 
 class Section(BaseModel):
@@ -46,10 +48,10 @@ class ModelSettings(Section):
 
 
 class ImageSettings(Section):
-    shorter_side: int | None = Field(
-        224, ge=8, description="Resize so that the shorter side has this many pixels; the aspect ratio is kept."
+    shorter_side: Side | None = Field(
+        224, description="Resize so that the shorter side has this many pixels; the aspect ratio is kept."
     )
-    size: tuple[int, int] | None = Field(None, description="Resize to exactly [height, width] pixels instead.")
+    size: tuple[Side, Side] | None = Field(None, description="Resize to exactly [height, width] pixels instead.")
     native: bool = Field(False, description="Do not resize: the model sees the pixels of the file.")
     resample: Literal["lanczos", "bicubic"] = Field("lanczos", description="Filter of the (antialiased) resize.")
     crop: Literal["none", "patch"] = Field(
@@ -61,7 +63,7 @@ class ImageSettings(Section):
     mean: tuple[float, float, float] | None = Field(
         None, description="RGB mean (0..1) subtracted; default: the model's own."
     )
-    std: tuple[float, float, float] | None = Field(
+    std: tuple[Deviation, Deviation, Deviation] | None = Field(
         None, description="RGB standard deviation (0..1) divided by; default: the model's own."
     )
 
@@ -247,7 +249,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise RequestError(
             f"The settings file {file} must hold sections such as `model:`, not a {type(content).__name__}."
         )
-    return content
+    # a section whose keys are all commented out is empty, not wrong
+    return {section: {} if values is None else values for section, values in content.items()}
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -276,38 +279,58 @@ def _merge(into: dict[str, Any], new: Mapping[Any, Any]) -> None:
 
 
 def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
+    # an unknown key also leaves the key that was meant missing, and is the better explanation
+    first = next((one for one in error.errors() if one["type"] == "extra_forbidden"), error.errors()[0])
     keys = [str(part) for part in first["loc"]]
     name = ".".join(keys)
     if first["type"] == "extra_forbidden":
         known = _known_keys(keys[:-1])
-        everywhere = [f"{s}.{k}" for s, f in Config.model_fields.items() for k in _known_keys([s])]
         near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
         path = ".".join([*keys[:-1], *near]) if near else None
-        if path is None:
-            elsewhere = [full for full in everywhere if full.rsplit(".", 1)[1] == keys[-1]]
-            elsewhere = elsewhere or difflib.get_close_matches(name, everywhere, n=1, cutoff=0.6)
-            path = elsewhere[0] if elsewhere else None
+        if path is None and len(keys) > 1:
+            elsewhere = {key: f"{section}.{key}" for section in Config.model_fields for key in _known_keys([section])}
+            path = next((elsewhere[key] for key in difflib.get_close_matches(keys[-1], elsewhere, n=1)), None)
         hint = f"did you mean {path}?" if path else f"known here: {', '.join(known)}."
         return f"Unknown setting {name}: {hint}"
-    if first["type"] == "model_type" or first["type"] == "model_attributes_type":
+    if first["type"] in ("model_type", "model_attributes_type"):
         return (
             f"Setting {name} is a section with keys ({', '.join(_known_keys(keys))}), not the value {first['input']!r}."
         )
     message = first["msg"].removeprefix("Value error, ")
-    if not keys or (first["type"] == "value_error" and keys[0] in Config.model_fields and len(keys) < 2):
+    if first["type"] == "value_error" and len(keys) < 2:
         return f"The settings do not fit together: {f'{name}: ' if keys else ''}{message}."
-    asked = f" is {first['input']!r}, but" if not isinstance(first["input"], Mapping) else ":"
-    # a union's branch (`literal`, `int`) ends pydantic's path; it names no key of ours
-    name = ".".join(key for key in keys if not key.startswith(("literal[", "tuple[", "function-"))).removesuffix(".int")
-    return f"Setting {name}{asked} {message[0].lower()}{message[1:]}."
+    if first["type"] == "missing" and isinstance(first["input"], Mapping):
+        return f"Setting {name} is missing: give {', '.join(_known_keys(keys[:-1]))}."
+    union = next((at for at, key in enumerate(keys) if key.startswith("literal[")), None)
+    if union is not None:  # pydantic tells what each reading of the value misses
+        keys = keys[:union]
+        same = [one for one in error.errors() if [str(part) for part in one["loc"][:union]] == keys]
+        readings = [_READINGS.get(str(one["loc"][union]), one["msg"].partition(" should be ")[2]) for one in same]
+        message = f"should be {' or '.join(dict.fromkeys(readings))}"
+    elif first["type"] == "missing":  # too few values in a list
+        keys = keys[:-1]
+        same = [one for one in error.errors() if [str(part) for part in one["loc"][:-1]] == keys]
+        message = f"should be a list of {int(same[-1]['loc'][-1]) + 1} values"
+    elif first["type"] == "too_long":
+        message = f"should be a list of {first['ctx']['max_length']} values"
+    # a union's branch ends pydantic's path; it names no key of ours
+    name = ".".join(keys).removesuffix(".int")
+    message = message.removeprefix("Input ").partition(", unable")[0]
+    message = message.replace("valid tuple", "list").replace("valid dictionary", "mapping")
+    found = "" if keys[0] == "storage" else f" is {first['input']!r}, but it"  # options may be secrets
+    return f"Setting {name}{found} {message}."
+
+
+_READINGS = {"int": "a whole number", "tuple[int, ...]": "a list of whole numbers"}
 
 
 def _known_keys(path: list[str]) -> list[str]:
     model: Any = Config
     for key in path:
+        if key.isdigit():  # an entry of a list of sections has the keys of its kind
+            continue
         field = model.model_fields.get(key) if hasattr(model, "model_fields") else None
         if field is None:
             return []
-        model = field.annotation
+        model = get_args(field.annotation)[0] if get_origin(field.annotation) is tuple else field.annotation
     return list(model.model_fields) if hasattr(model, "model_fields") else []
