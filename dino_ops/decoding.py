@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import cast
 
 import numpy as np
@@ -15,13 +17,34 @@ from PIL import ExifTags, Image, ImageCms
 from dino_ops.errors import ImageError
 
 # Raster formats that Pillow decodes itself. Left out: EPS, WMF and the stub formats (they start other programs or
-# handlers), icon and texture containers (ICO, ICNS, CUR, BLP, ...: the picture inside may be far larger than the
-# container says, so its size cannot be checked before decoding), and formats that hold measurements, not pictures
-# (FITS, SPIDER). The formats without a signature come last, as they would claim anything.
+# handlers), further containers (ICNS, CUR, BLP, ...: the picture inside may be far larger than the container says, so
+# its size cannot be checked before decoding; ICO, which websites are full of, is checked by `_check_icon`), and
+# formats that hold measurements, not pictures (FITS, SPIDER). The formats without a signature come last, as they would
+# claim anything.
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "DIB", "MSP", "PCX", "DCX", "DDS"),
-    *("FLI", "FTEX", "PIXAR", "PSD", "QOI", "SGI", "SUN", "XBM", "XPM", "XVTHUMB", "IM", "IMT", "PCD", "TGA"),
+    *(
+        "HEIF",
+        "FLI",
+        "FTEX",
+        "PIXAR",
+        "PSD",
+        "QOI",
+        "SGI",
+        "SUN",
+        "XBM",
+        "XPM",
+        "XVTHUMB",
+        "IM",
+        "IMT",
+        "PCD",
+        "ICO",
+        "TGA",
+    ),
 )
+
+_ICON = b"\0\0\1\0"
+_HEIF = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftyphevx", b"ftypmif1", b"ftypmsf1")
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,6 +71,8 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageError("the file is empty")
     with _pillow_warnings_ignored:
         with _reported_as_image_error():
+            if data.startswith(_ICON):
+                _check_icon(data, max_pixels)  # Pillow decodes icons while it opens them
             image = _open(data)
         return orient_and_convert(image, max_pixels)
 
@@ -63,13 +88,23 @@ def orient_and_convert(image: Image.Image, max_pixels: int) -> Image.Image:
         return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
+@cache
+def _load_plugins() -> None:
+    """Make every decoder known to Pillow: its own, and HEIF (what phones write) where pillow-heif is installed."""
+    Image.init()
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+
+
 def _open(data: bytes) -> Image.Image:
     """Parse the header with the first accepted format that recognises it.
 
     Does what Image.open does, less its bomb check: that one reads a process-wide limit (Image.MAX_IMAGE_PIXELS),
     which cannot be changed for one caller while other threads decode.
     """
-    Image.init()
+    _load_plugins()
     reasons = []
     for name in FORMATS:
         if name not in Image.OPEN:
@@ -85,6 +120,8 @@ def _open(data: bytes) -> Image.Image:
             reasons.append(recognised)
     if reasons:
         raise ImageError("the image header is broken (" + "; ".join(reasons) + ")")
+    if data[4:12] in _HEIF and "HEIF" not in Image.OPEN:
+        raise ImageError('HEIF images need another package: pip install "dinoray[heif]"')
     raise ImageError(f"not an image in an accepted format ({len(data):,} bytes that begin with {data[:8]!r})")
 
 
@@ -94,6 +131,22 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         raise ImageError(f"the image has no pixels: it is {width} x {height}")
     if width * height > max_pixels:
         raise ImageError(f"the image is {width} x {height} pixels, more than the {max_pixels:,} allowed")
+
+
+def _check_icon(data: bytes, max_pixels: int) -> None:
+    """Refuse an ICO any of whose pictures is too large; the directory's own sizes are one byte and prove nothing."""
+    (count,) = struct.unpack_from("<H", data, 4)
+    for index in range(count):
+        size, offset = struct.unpack_from("<II", data, 6 + 16 * index + 8)
+        picture = data[offset : offset + size]
+        if picture.startswith(b"\x89PNG"):
+            width, height = struct.unpack_from(">II", picture, 16)
+        elif picture.startswith(b"\x0c\0\0\0"):  # the oldest bitmap header
+            width, height = struct.unpack_from("<HH", picture, 4)
+        else:
+            width, height = struct.unpack_from("<ii", picture, 4)  # the height counts the mask below the picture
+        if abs(width * height) > max_pixels:
+            raise ImageError(f"the icon holds {width} x {abs(height)} pixels, more than the {max_pixels:,} allowed")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -250,9 +250,26 @@ def test_pillows_warnings_do_not_leak_and_filters_are_restored() -> None:
 
 
 def test_formats_that_run_programs_or_hide_sizes_are_not_accepted() -> None:
-    assert not {"EPS", "WMF", "PDF", "ICO", "ICNS", "BLP", "HDF5", "GRIB", "BUFR", "MPEG", "FITS"} & set(FORMATS)
+    assert not {"EPS", "WMF", "PDF", "CUR", "ICNS", "BLP", "HDF5", "GRIB", "BUFR", "MPEG", "FITS"} & set(FORMATS)
     with pytest.raises(ImageError, match="not an image in an accepted format"):
-        decode_image(encoded(Image.new("RGB", (16, 16)), "ICO"), MAX_PIXELS)
+        decode_image(encoded(Image.new("RGB", (16, 16)), "ICNS"), MAX_PIXELS)
+
+
+@pytest.mark.parametrize("inside", ["png", "bmp"])
+def test_icons_give_their_largest_picture(inside: str) -> None:
+    data = encoded(Image.new("RGB", (48, 48), RED), "ICO", sizes=[(16, 16), (48, 48)], bitmap_format=inside)
+    np.testing.assert_array_equal(decoded(data), np.broadcast_to(RED, (48, 48, 3)))
+
+
+@pytest.mark.parametrize(
+    "inside", [png(13_000, 13_000), struct.pack("<Iii", 40, 13_000, 26_000) + bytes(28)], ids=["png", "bmp"]
+)
+def test_an_icon_cannot_hide_a_bomb(inside: bytes) -> None:
+    directory = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ImageError, match="the icon holds 13000 x"):
+        decode_image(directory + inside, 100_000_000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
 
 
 def test_every_awkward_file(data_dir: Path) -> None:
@@ -282,3 +299,20 @@ def test_orientation_examples_agree(data_dir: Path) -> None:
         assert len({image.size for image in images}) == 1
         for thumbnail in thumbnails[1:]:
             assert np.abs(thumbnail - thumbnails[0]).mean() < 12
+
+
+def test_photographs_of_phones() -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    file = io.BytesIO()
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48), RED)).save(file, quality=100)
+    np.testing.assert_allclose(decoded(file.getvalue()).astype(int), np.broadcast_to(RED, (48, 64, 3)), atol=4)
+    with pytest.raises(ImageError, match="the image is 64 x 48 pixels"):
+        decode_image(file.getvalue(), 1000)
+
+
+def test_without_a_decoder_for_phones_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ImageError, match="not an image"):
+        decode_image(b"loads the plugins", MAX_PIXELS)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    with pytest.raises(ImageError, match=r"dinoray\[heif\]"):
+        decode_image(b"\0\0\0\x1cftypheic" + bytes(40), MAX_PIXELS)
