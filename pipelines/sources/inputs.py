@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -13,13 +13,14 @@ from pipelines.sources.errors import InputError
 from pipelines.sources.filesystems import is_local, local_path, open_filesystem
 from pipelines.sources.listing import Listing, Rows
 from pipelines.sources.manifests import is_manifest_name, list_manifest, read_text_manifest
-from pipelines.sources.names import ARCHIVES, extension, is_image_name
+from pipelines.sources.names import ARCHIVES, as_text, extension, is_image_name
 from pipelines.sources.parquet_images import list_parquet
 from pipelines.sources.tars import list_tars
 from pipelines.sources.walk import (
     FileEntry,
     expand_braces,
     glob,
+    glob_root,
     has_magic,
     local_file,
     remote_entry,
@@ -81,17 +82,35 @@ def _list(
     if os.path.isfile(path) if local else fs.isfile(path):
         entry = local_file(path) if local else remote_entry(fs, path, path.rpartition("/")[0], fs.info(path))
         return _list_file(fs, entry, asked, uri, local=local, storage_options=storage_options)
-    if (expanded := expand_braces(path)) != [path]:
-        missing = [one for one in expanded if not fs.isfile(one)]
-        if missing:
-            raise InputError(f"INPUT {asked} names {missing[0]}, which does not exist: check the numbers in braces.")
-        root = os.path.commonpath([os.path.dirname(one) for one in expanded])
-        named = (local_file(one) if local else remote_entry(fs, one, root, fs.info(one)) for one in expanded)
+    if (alternatives := expand_braces(path)) != [path]:
+        named = _alternatives(fs, alternatives, asked, local=local, exclude=exclude)
         return _list_files(fs, named, asked, local=local, storage_options=storage_options)
     if has_magic(path):
         found = glob(fs, path, local=local, exclude=exclude)
         return _list_files(fs, found, asked, local=local, storage_options=storage_options)
     raise InputError(f"INPUT {asked} does not exist: give a folder, prefix, glob, .tar, manifest or Parquet dataset.")
+
+
+def _alternatives(fs: Any, paths: list[str], asked: str, *, local: bool, exclude: str | None) -> Iterator[FileEntry]:
+    """Every file that one of `paths` (files, folders or globs) names, once; keys are relative to what they share."""
+    root = os.path.commonpath([glob_root(path) for path in paths])
+    seen: set[str] = set()
+    for path in paths:
+        found: Iterable[FileEntry]
+        if os.path.isfile(path) if local else fs.isfile(path):
+            found = [local_file(path, root) if local else remote_entry(fs, path, root, fs.info(path))]
+        elif os.path.isdir(path) if local else fs.isdir(path):
+            found = walk_local(path, exclude, root=root) if local else walk_remote(fs, path, exclude, root=root)
+        elif has_magic(path):
+            found = glob(fs, path, local=local, exclude=exclude, root=root)
+        else:
+            raise InputError(
+                f"INPUT {asked} names {as_text(path)}, which does not exist: check what is between the braces."
+            )
+        for entry in found:
+            if entry.path not in seen:
+                seen.add(entry.path)
+                yield entry
 
 
 def _list_file(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import heapq
 import os
 import re
+import stat
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+from fsspec.utils import glob_translate
 
 from pipelines.sources.errors import InputError
 from pipelines.sources.filesystems import local_uri, version_of
@@ -28,33 +33,62 @@ class FileEntry(NamedTuple):
         return self.key.rsplit("/", 1)[-1]
 
 
-def walk_local(root: str, exclude: str | None) -> Iterator[FileEntry]:
-    """Files below a local folder. Links are followed; a folder reached twice is walked once.
+def walk_local(
+    folder: str, exclude: str | None, *, root: str | None = None, levels: int | None = None
+) -> Iterator[FileEntry]:
+    """Files below a local folder, at most `levels` folders deep; keys are relative to `root`, else to the folder.
+
+    Links are followed; a folder reached twice is walked once, under its own name before that of a link to it.
 
     Raises InputError for a folder that may not be read: its images would be missed silently.
     """
     seen: set[tuple[int, int]] = set()
-    waiting = [root]
-    while waiting:
-        folder = waiting.pop()
+    if exclude is not None and os.path.exists(exclude):
+        seen.add(_identity(os.stat(exclude)))
+    waiting, links = [(folder, 0)], list[tuple[str, int]]()
+    while waiting or links:
+        current, level = waiting.pop() if waiting else heapq.heappop(links)
         try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
+            identity = _identity(os.stat(current))
+            if identity in seen:
                 continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as entries:
+            seen.add(identity)
+            with os.scandir(current) as entries:
                 for entry in entries:
-                    if is_hidden(entry.name) or entry.path == exclude:
+                    if is_hidden(entry.name):
                         continue
-                    if entry.is_dir():
-                        waiting.append(entry.path)
-                    elif entry.is_file():
-                        yield _local_entry(entry.path, root, entry.stat())
-                    # anything else is a socket, a device or a broken link, and never was an image
+                    status = _status(entry)
+                    if status is None:
+                        continue
+                    if not stat.S_ISDIR(status.st_mode):
+                        if stat.S_ISREG(status.st_mode):  # not a socket or a device, which never was an image
+                            yield _local_entry(entry.path, root or folder, status)
+                    elif levels is None or level < levels:
+                        if entry.is_symlink():
+                            heapq.heappush(links, (entry.path, level + 1))
+                        else:
+                            waiting.append((entry.path, level + 1))
         except PermissionError:
             raise InputError(
-                f"The folder {as_text(folder)} may not be read: give its permissions, or another INPUT."
+                f"The folder {as_text(current)} may not be read: give its permissions, or another INPUT."
             ) from None
+        except FileNotFoundError:
+            if current == folder:
+                raise
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """What an entry or its target is; None for links to nowhere or to themselves, and what was just removed."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
 
 
 def _local_entry(path: str, root: str, status: os.stat_result) -> FileEntry:
@@ -62,22 +96,29 @@ def _local_entry(path: str, root: str, status: os.stat_result) -> FileEntry:
     return FileEntry(key.replace(os.sep, "/"), local_uri(path), path, status.st_size, str(status.st_mtime_ns))
 
 
-def local_file(path: str) -> FileEntry:
-    return _local_entry(path, os.path.dirname(path), os.stat(path))
+def local_file(path: str, root: str | None = None) -> FileEntry:
+    return _local_entry(path, root or os.path.dirname(path), os.stat(path))
 
 
-def walk_remote(fs: Any, root: str, exclude: str | None) -> Iterator[FileEntry]:
+def walk_remote(fs: Any, folder: str, exclude: str | None, *, root: str | None = None) -> Iterator[FileEntry]:
     """Objects below a prefix, from the storage's own paged listing."""
-    for path, info in fs.find(root, detail=True).items():
-        entry = remote_entry(fs, path, root, info)
-        below = exclude is not None and (path == exclude or path.startswith(exclude + "/"))
-        if info.get("type") == "file" and not below and not any(map(is_hidden, entry.key.split("/"))):
-            yield entry
+    for path, info in fs.find(folder, detail=True).items():
+        if info.get("type") != "file" or _is_below(path, exclude):
+            continue
+        if not any(map(is_hidden, path[len(folder) :].split("/"))):
+            yield remote_entry(fs, path, folder if root is None else root, info)
+
+
+def _is_below(path: str, exclude: str | None) -> bool:
+    return exclude is not None and (path == exclude or path.startswith(exclude + "/"))
 
 
 def remote_entry(fs: Any, path: str, root: str, info: dict[str, Any]) -> FileEntry:
     root = root.rstrip("/")
-    key = path[len(root) :].lstrip("/") if path.startswith(root + "/") else path.rsplit("/", 1)[-1]
+    if not root:
+        key = path.lstrip("/")
+    else:
+        key = path[len(root) :].lstrip("/") if path.startswith(root + "/") else path.rsplit("/", 1)[-1]
     return FileEntry(key, fs.unstrip_protocol(path), path, int(info.get("size") or 0), version_of(info))
 
 
@@ -91,14 +132,27 @@ def glob_root(pattern: str) -> str:
     return before.rpartition("/")[0] or ("/" if before.startswith("/") else "")
 
 
-def glob(fs: Any, pattern: str, *, local: bool, exclude: str | None) -> Iterator[FileEntry]:
-    """Files that a pattern names; keys are relative to the longest folder before the first wildcard."""
-    root = glob_root(pattern)
+def glob(fs: Any, pattern: str, *, local: bool, exclude: str | None, root: str | None = None) -> Iterator[FileEntry]:
+    """Files that a pattern names; keys are relative to `root`, else to the longest folder before the first wildcard.
+
+    Raises InputError for a pattern that means nothing.
+    """
+    top = glob_root(pattern)
+    root = top if root is None else root
+    below_top = pattern[len(top) :].lstrip("/")
+    try:
+        matches = re.compile(glob_translate(pattern)).match
+    except ValueError as error:
+        raise InputError(f"The pattern {as_text(pattern)} cannot be followed: {error}.") from None
+    if local:
+        levels = None if "**" in below_top else below_top.count("/")
+        yield from (entry for entry in walk_local(top, exclude, root=root, levels=levels) if matches(entry.path))
+        return
     for path, info in sorted(fs.glob(pattern, detail=True).items()):
-        below = exclude is not None and path.startswith(exclude + "/")
-        if info.get("type") != "file" or below or is_hidden(path.rsplit("/", 1)[-1]):
+        if info.get("type") != "file" or _is_below(path, exclude):
             continue
-        yield _local_entry(path, root or "/", os.stat(path)) if local else remote_entry(fs, path, root, info)
+        if not any(map(is_hidden, path[len(top) :].split("/"))):
+            yield remote_entry(fs, path, root, info)
 
 
 def expand_braces(text: str) -> list[str]:
