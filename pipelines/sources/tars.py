@@ -26,7 +26,7 @@ def list_tars(fs: Any, entries: Iterable[FileEntry], *, local: bool) -> Rows:
 
 def _list_tar(fs: Any, entry: FileEntry, *, local: bool) -> Rows:
     rows = Rows()
-    members: list[tuple[str, int, int]] = []  # name, offset, size
+    members: list[tuple[str, int, int, bool]] = []  # name, offset, size, sparse
     labels: dict[str, str] = {}
     options = {} if local else {"block_size": REMOTE_BLOCK}
     damage = ""
@@ -37,26 +37,39 @@ def _list_tar(fs: Any, entry: FileEntry, *, local: bool) -> Rows:
                     archive.members = []  # type: ignore[attr-defined]  # else it keeps every header
                     if not member.isreg():
                         continue
-                    if member.offset_data + member.size > entry.size:
+                    if member.size < 0:  # some versions of tarfile would go backwards, for ever
+                        damage = f"{as_text(member.name)} has a negative size"
+                        break
+                    if not member.issparse() and member.offset_data + member.size > entry.size:
                         damage = f"it ends inside {as_text(member.name)}"
                         break
                     if extension(member.name) == ".cls":
                         labels[_sample_key(member.name)] = _read_label(file, member, archive)
                     else:
-                        members.append((member.name, member.offset_data, member.size))
-                if not damage and archive.offset + 512 > entry.size:
-                    damage = "it ends without the end-of-archive mark"
+                        members.append((member.name, member.offset_data, member.size, member.issparse()))
+                damage = damage or _wrong_end(file, archive.offset)
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             damage = str(error) or type(error).__name__
-    for name, offset, size in members:
-        _add_member(rows, entry, name, offset, size, labels)
+    for name, offset, size, sparse in members:
+        _add_member(rows, entry, name, offset, size, sparse, labels)
     if damage:
         sentence = f"{damage}; {len(rows)} whole images were found before that"
         rows.broken.append(BrokenContainer(entry.uri, entry.key, entry.version, "DamagedTar", sentence))
     return rows
 
 
-def _add_member(rows: Rows, entry: FileEntry, name: str, offset: int, size: int, labels: dict[str, str]) -> None:
+def _wrong_end(file: BinaryIO, offset: int) -> str:
+    """What is wrong where tarfile found no further member: it is silent about headers that it cannot read."""
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        return "it ends without the end-of-archive mark"
+    return f"there is neither a member nor the end at byte {offset}" if any(block) else ""
+
+
+def _add_member(
+    rows: Rows, entry: FileEntry, name: str, offset: int, size: int, sparse: bool, labels: dict[str, str]
+) -> None:
     text = as_text(name)
     folder, _, base = text.rpartition("/")
     if any(is_hidden(part) for part in text.split("/") if part not in (".", "..")):
@@ -64,7 +77,8 @@ def _add_member(rows: Rows, entry: FileEntry, name: str, offset: int, size: int,
     if not is_image_name(base):
         rows.skipped[extension(base)] += 1
         return
-    label = labels.get(_sample_key(name)) or folder.rpartition("/")[2] or None
+    parent = folder.rpartition("/")[2]
+    label = labels.get(_sample_key(name)) or (parent if parent not in (".", "..") else None) or None
     rows.add(
         f"{entry.key}/{text}",
         f"{entry.uri}/{text}",
@@ -73,6 +87,7 @@ def _add_member(rows: Rows, entry: FileEntry, name: str, offset: int, size: int,
         entry.version,
         container=entry.uri,
         offset=offset,
+        error=f"{text} is stored sparse, in pieces: pack {entry.key} again without --sparse" if sparse else None,
     )
 
 
