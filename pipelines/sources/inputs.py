@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from pipelines.sources.filesystems import is_local, local_path, open_filesystem
 from pipelines.sources.listing import Listing, Rows
 from pipelines.sources.manifests import is_manifest_name, list_manifest, read_text_manifest
 from pipelines.sources.names import ARCHIVES, as_text, extension, is_image_name
-from pipelines.sources.parquet_images import list_parquet
+from pipelines.sources.parquet_images import broken_container, list_parquet
 from pipelines.sources.tars import list_tars
 from pipelines.sources.walk import (
     FileEntry,
@@ -124,7 +125,7 @@ def _list_file(
         )
     if is_manifest_name(name):
         table = read_text_manifest(fs, entry.path, asked)
-        rows = list_manifest(table, uri.rpartition("/")[0], asked, storage_options)
+        rows = list_manifest(table, uri.rpartition("/")[0] or "/", asked, storage_options)
         return _not_empty(rows, "manifest", asked)
     if extension(name) not in (".parquet", ".tar", "") and not is_image_name(name):
         raise InputError(
@@ -173,21 +174,27 @@ def _list_files(
 
 def _list_parquets(fs: Any, entries: list[FileEntry], asked: str, storage_options: dict[str, Any] | None) -> Listing:
     """Parquet files are a manifest when they have a `uri` column, and else must carry the images."""
-    with fs.open(entries[0].path, "rb") as file:
-        try:
-            names = pq.read_schema(file).names
-        except (pa.ArrowException, OSError):
-            names = []  # damaged: list_parquet reports it, and the others are read
-    if "uri" not in names:
+    if "uri" not in _columns_of_first_readable(fs, entries):
         return _not_empty(list_parquet(fs, entries, asked), "parquet", asked)
     rows = Rows()
     for entry in entries:
-        with fs.open(entry.path, "rb") as file:
-            schema = pq.read_schema(file)
-            columns = [name for name in ("uri", "id", "label") if name in schema.names]
-            table = pq.read_table(file, columns=columns or schema.names[:1])
-        rows.extend([list_manifest(table, entry.uri.rpartition("/")[0], asked, storage_options)])
+        try:
+            with fs.open(entry.path, "rb") as file:
+                parquet = pq.ParquetFile(file)
+                names = parquet.schema_arrow.names
+                table = parquet.read([name for name in ("uri", "id", "label") if name in names] or names[:1])
+        except (pa.ArrowException, OSError) as error:
+            rows.broken.append(broken_container(entry, error))
+            continue
+        rows.extend([list_manifest(table, entry.uri.rpartition("/")[0] or "/", asked, storage_options)])
     return _not_empty(rows, "manifest", asked)
+
+
+def _columns_of_first_readable(fs: Any, entries: list[FileEntry]) -> list[str]:
+    for entry in entries:
+        with contextlib.suppress(pa.ArrowException, OSError), fs.open(entry.path, "rb") as file:
+            return pq.read_schema(file).names
+    return []  # all damaged: list_parquet reports each
 
 
 def _not_empty(rows: Rows, kind: str, asked: str) -> Listing:

@@ -55,8 +55,7 @@ def list_parquet(fs: Any, entries: Sequence[FileEntry], asked: str) -> Rows:
                 for group in range(parquet.num_row_groups):
                     found += [(entry, *row) for row in _rows_of(parquet, group, column)]
         except (pa.ArrowException, OSError) as error:
-            message = str(error).splitlines()[0]
-            rows.broken.append(BrokenContainer(entry.uri, entry.key, entry.version, type(error).__name__, message))
+            rows.broken.append(broken_container(entry, error))
     paths = [path for _, _, path, _, _, _ in found]
     use_paths = None not in paths and len(set(paths)) == len(paths)
     for entry, given, path, label, group, row in found:
@@ -66,6 +65,12 @@ def list_parquet(fs: Any, entries: Sequence[FileEntry], asked: str) -> Rows:
         place = {"container": entry.uri, "row_group": group, "row": row}
         rows.add(image_id, f"{entry.uri}#{position}", label, entry.size, entry.version, **place)
     return rows
+
+
+def broken_container(entry: FileEntry, error: Exception) -> BrokenContainer:
+    """A Parquet file that cannot be read, as its reader said it."""
+    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return BrokenContainer(entry.uri, entry.key, entry.version, type(error).__name__, message)
 
 
 def _rows_of(
