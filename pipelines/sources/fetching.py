@@ -73,10 +73,15 @@ def fetch(
             results[i] = Fetched(None if short else data, problem, tries)
 
     def group(container: str, number: int, indices: list[int]) -> None:
-        column, error, tries = trying(lambda: ROW_GROUPS.read(container, number, storage_options))
+        version, size = sources[indices[0]]["source_version"], sources[indices[0]]["source_size"]
+        column, error, tries = trying(lambda: ROW_GROUPS.read(container, version, size, number, storage_options))
         for i in indices:
-            data = None if error else image_bytes(column, sources[i]["row"])
-            problem = error or (None if data is not None else ValueError("the row has no image bytes"))
+            row = sources[i]["row"]
+            data, problem = None, error
+            if column is not None and row >= len(column):
+                problem = OSError(f"{container} changed: it had a row {row} in this row group when it was listed")
+            elif column is not None and (data := image_bytes(column, row)) is None:
+                problem = ValueError("the row has no image bytes")
             results[i] = Fetched(data, problem, tries)
 
     for index, source in enumerate(sources):

@@ -104,18 +104,26 @@ class RowGroupCache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._key: tuple[str, int] | None = None
+        self._key: tuple[str, str, int, int] | None = None
         self._column: Any = None
 
-    def read(self, container: str, group: int, storage_options: dict[str, Any] | None) -> Any:
+    def read(self, container: str, version: str, size: int, group: int, storage_options: dict[str, Any] | None) -> Any:
+        """The column of a row group of the file that was listed with this version and size in bytes.
+
+        Raises OSError when the file is another one by now.
+        """
+        key = (container, version, size, group)
         with self._lock:
-            if self._key != (container, group):
+            if self._key != key:
                 fs, path = open_filesystem(container, storage_options)
                 with fs.open(path, "rb") as file:
+                    found = file.seek(0, 2)
+                    if found != size:
+                        raise OSError(f"{container} changed: {size} bytes when listed, {found} when read")
                     parquet = pq.ParquetFile(file)
                     name = image_column(parquet.schema_arrow)
                     self._column = parquet.read_row_group(group, columns=[name])[name]
-                self._key = (container, group)
+                self._key = key
             return self._column
 
 
