@@ -129,6 +129,8 @@ def _read(uri: str, storage_options: dict[str, Any] | None, start: int | None = 
         with open(local_path(uri), "rb") as file:
             file.seek(start or 0)
             return file.read() if end is None else file.read(end - (start or 0))
+    if start is not None and start == end:
+        return b""  # object storage refuses a range without bytes
     fs, path = open_filesystem(uri, storage_options)
     return fs.cat_file(path, start=start, end=end)
 
