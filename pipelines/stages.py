@@ -8,7 +8,6 @@ writing scale on their own (`decode_block`, `ModelWorker`, `WriteWorker`).
 
 from __future__ import annotations
 
-import os
 import pickle
 import time
 from collections import deque
@@ -26,7 +25,7 @@ from pipelines.failures import failure_row
 from pipelines.projection import read_projections
 from pipelines.shards import ShardReport, ShardWriter
 from pipelines.sources import fetch
-from pipelines.spec import RANDOM_SEED, local_weights
+from pipelines.weights import RANDOM_SEED, checked
 
 IMAGES_PER_CHUNK = 16  # images decoded ahead of the model: enough to fill batches, small enough to hold
 SHARD_SHARE_OF_COMMIT = 0.6  # a shard is closed after this share of run.commit_seconds
@@ -40,6 +39,7 @@ class WorkerSetup:
     run_id: str
     config: Config
     device: str
+    weights: str  # their identity in the store's spec
     threads: int
     progress_seconds: float = 1.0
 
@@ -70,7 +70,8 @@ class Decoded:
 def make_extractor(setup: WorkerSetup) -> Any:
     """The Extractor of a configuration, on the device promised to this worker.
 
-    Raises ModelError when the device is not there, or weights and model do not fit.
+    Raises ModelError when the device is not there, or weights and model do not fit; JobError for other weights than
+    the store's.
     """
     import torch
 
@@ -79,10 +80,9 @@ def make_extractor(setup: WorkerSetup) -> Any:
     if setup.threads:
         torch.set_num_threads(setup.threads)
     config = setup.config
-    cache = os.path.join(os.path.expanduser("~"), ".cache", "dinoray", "weights")
     return Extractor(
         config.model.name,
-        local_weights(config, cache, config.storage.options),
+        checked(config, setup.weights),
         layer=config.features.layer,
         facet=config.features.facet,
         extra=[(item.layer, item.facet) for item in config.features.extra],

@@ -51,9 +51,9 @@ class Store:
         if stored is None:
             _refuse_other_content(uri, config)
             return None
-        if stored["fingerprint"] != fingerprint(spec):
+        if differing := differences(stored["spec"], spec):
             raise RequestError(
-                f"The store {uri} was made with another spec ({'; '.join(differences(stored['spec'], spec))}): "
+                f"The store {uri} was made with another spec ({'; '.join(differing)}): "
                 "give the stored settings again, or another STORE for these."
             )
         return cls._with_tables(uri, config, stored)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from dino_ops.errors import ModelError
-from pipelines import projection
+from pipelines import projection, weights
 from pipelines.config import Config
 from pipelines.errors import JobError, RequestError
 from pipelines.schemas import descriptor_columns
@@ -67,8 +67,8 @@ class Layout:
 def model_facts(config: Config) -> ModelFacts:
     """Build the model on the CPU and say what planning needs. Raises ModelError for anything that does not fit."""
     on_cpu = config.model.model_copy(update={"precision": "auto", "compile": False})
-    checked = config.model_copy(update={"model": on_cpu})
-    extractor = make_extractor(WorkerSetup("", "", checked, device="cpu", threads=0))
+    config = config.model_copy(update={"model": on_cpu})
+    extractor = make_extractor(WorkerSetup("", "", config, "cpu", weights.identity(config), threads=0))
     dims = dict.fromkeys(descriptor_columns(config), extractor.embed_dim)
     for column, dim in dims.items():
         if config.store.pca is not None and config.store.pca > dim:
@@ -139,6 +139,7 @@ def stream_reports(
         run_id,
         config,
         layout.device,
+        store.spec["model"]["weights"],
         threads=max(1, round(layout.cpus)),
         progress_seconds=max(1.0, layout.workers / REPORTS_PER_SECOND),
     )

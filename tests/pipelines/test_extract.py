@@ -18,31 +18,17 @@ import pytest
 from deltalake import DeltaTable
 from PIL import Image, ImageDraw
 from small_runs import as_options, photo, settings
+from stores import descriptors, sound
 
 from dino_ops import Extractor
-from pipelines import extract, stats, verify
+from pipelines import extract, stats
 from pipelines.extract import Result
-from pipelines.shards import decode
 
 pytestmark = pytest.mark.usefixtures("ray")
 
 
 def run(source: Path, store: Path, *overrides: str, **arguments: object) -> Result:
     return extract.run(settings(*overrides), input=str(source), store=str(store), **arguments)  # type: ignore[arg-type]
-
-
-def sound(store: Path) -> verify.Result:
-    result = verify.run(settings(), store=str(store))
-    assert result.problems == []
-    return result
-
-
-def descriptors(store: Path, column: str = "descriptor") -> dict[str, np.ndarray]:
-    """image_id -> (patches, D), in raster order."""
-    table = DeltaTable(store / "patches").to_pyarrow_table().combine_chunks()
-    table = table.sort_by([("image_id", "ascending"), ("row", "ascending"), ("col", "ascending")])
-    vectors, ids = decode(table, column), np.array(table["image_id"].to_pylist())
-    return {image_id: vectors[ids == image_id] for image_id in dict.fromkeys(ids)}
 
 
 def test_the_life_of_a_store(photos: Callable[..., Path], tmp_path: Path) -> None:

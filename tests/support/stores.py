@@ -1,0 +1,59 @@
+"""Comparing stores: what is in them, whoever wrote it and in however many files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from deltalake import DeltaTable
+from small_runs import settings
+
+from pipelines import verify
+from pipelines.shards import decode
+
+
+def sound(store: Path) -> verify.Result:
+    """What verify found in a store that has nothing wrong."""
+    result = verify.run(settings(), store=str(store))
+    assert result.problems == []
+    return result
+
+
+def descriptors(store: Path, column: str = "descriptor") -> dict[str, np.ndarray]:
+    """image_id -> (patches, D), in raster order."""
+    table = sorted_patches(store)
+    vectors, ids = decode(table, column), np.array(table["image_id"].to_pylist())
+    return {image_id: vectors[ids == image_id] for image_id in dict.fromkeys(ids)}
+
+
+def sorted_patches(store: Path) -> pa.Table:
+    """All patches rows, by image and in raster order."""
+    table = DeltaTable(store / "patches").to_pyarrow_table().combine_chunks()
+    return table.sort_by([("image_id", "ascending"), ("row", "ascending"), ("col", "ascending")])
+
+
+def assert_same(store: Path, expected: Path) -> None:
+    """Both stores are sound and hold the same images, failures and patches, once each.
+
+    Who wrote a row and when may differ. So may the last bits of values: a matrix product rounds differently in batches
+    of other sizes.
+    """
+    sound(store)
+    ours, theirs = (_image_rows(one) for one in (store, expected))
+    assert ours == theirs
+    for table in ("failures",):
+        kept = ["image_id", "source_version", "stage", "error"]
+        left, right = (DeltaTable(one / table).to_pyarrow_table(columns=kept).to_pylist() for one in (store, expected))
+        assert sorted(left, key=str) == sorted(right, key=str)
+    left, right = sorted_patches(store), sorted_patches(expected)
+    for column in ("image_id", "row", "col", "y", "x"):
+        assert left[column].equals(right[column]), column
+    np.testing.assert_allclose(left["saliency"].to_numpy(), right["saliency"].to_numpy(), atol=1e-3)
+    np.testing.assert_allclose(decode(left, "descriptor"), decode(right, "descriptor"), atol=2e-3)
+
+
+def _image_rows(store: Path) -> list[dict[str, object]]:
+    columns = ("image_id", "uri", "label", "source_size", "source_version", "width", "height", "grid_width")
+    rows = DeltaTable(store / "images").to_pyarrow_table(columns=list(columns)).to_pylist()
+    return sorted(rows, key=lambda row: str(row["image_id"]))
