@@ -141,19 +141,25 @@ def _run_job(
     reads_only: str = "",
 ) -> None:
     from pipelines.config import load_config
+    from pipelines.ray_session import interruptible  # loads no Ray by itself
 
     try:
-        config = load_config(files or (), overrides or ())
-        if dry_run and not as_json:
-            import yaml
+        with interruptible():
+            config = load_config(files or (), overrides or ())
+            if dry_run and not as_json:
+                import yaml
 
-            print(yaml.safe_dump(config.without_secrets(), sort_keys=False), end="")
-        if dry_run and reads_only:
-            plan = {"would": reads_only}
-            print(json.dumps({"settings": config.without_secrets(), **plan}) if as_json else f"\nwould {reads_only}")
-            return
-        result = job(config)
+                print(yaml.safe_dump(config.without_secrets(), sort_keys=False), end="")
+            if dry_run and reads_only:
+                plan = {"would": reads_only}
+                print(
+                    json.dumps({"settings": config.without_secrets(), **plan}) if as_json else f"\nwould {reads_only}"
+                )
+                return
+            result = job(config)
     except KeyboardInterrupt:
+        if as_json:
+            print(json.dumps({"error": "interrupted", "exit_code": 130}))
         print("dinoray: interrupted.", file=sys.stderr)
         raise typer.Exit(130) from None
     except Exception as error:
@@ -165,6 +171,8 @@ def _run_job(
             print(json.dumps({"error": message, "exit_code": code}))
         print(f"dinoray: {message}", file=sys.stderr)
         raise typer.Exit(code) from None
+    for message in getattr(result, "messages", ()):
+        print(message, file=sys.stderr)
     if as_json:
         content = result.as_dict() if hasattr(result, "as_dict") else result.without_secrets()
         if dry_run:
@@ -189,8 +197,6 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _print_extract(result: Any) -> None:
-    for message in result.messages:
-        print(message, file=sys.stderr)
     if result.status == "dry_run":
         print(f"\n{result.listed:,} images listed: {result.pending:,} to extract ({result.changed:,} of them changed),")
         print(f"{result.already_done:,} done, {result.failed_before:,} recorded as failures. Nothing was written.")
@@ -218,7 +224,8 @@ def _print_verify(result: Any) -> None:
     for problem in result.problems:
         print(problem)
     if result.problems:
-        print(f"{len(result.problems)} problems in {result.store}.", file=sys.stderr)
+        count = len(result.problems)
+        print(f"{count} problem{'s' if count > 1 else ''} in {result.store}.", file=sys.stderr)
         return
     print(
         f"{result.store} is sound: {result.images:,} images, {result.patches:,} patches, {result.failures:,} failures"

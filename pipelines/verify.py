@@ -3,6 +3,8 @@ log agree, dimensions match the spec."""
 
 from __future__ import annotations
 
+import io
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +15,13 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.config import Config
-from pipelines.schemas import descriptor_columns, patches_schema
+from pipelines.schemas import descriptor_columns
 from pipelines.store import Store
 from pipelines.tables import DataFile, Table
 
 MOST_SHOWN = 20  # problems of one kind
+
+Lengths = dict[str, dict[str, Counter[int | None]]]  # descriptor column -> patches file -> rows by length of vector
 
 
 @dataclass
@@ -69,8 +73,12 @@ def run(config: Config, *, store: str) -> Result:
     if problems:
         return result  # rows cannot be judged while files are missing or damaged
 
-    images = opened.images.read(["image_id", "shard", "grid_width", "grid_height", "source_size", "source_version"])
-    failures = opened.failures.read(["image_id"])["image_id"]
+    try:
+        images = opened.images.read(["image_id", "shard", "grid_height", "grid_width"])
+        failures = opened.failures.read(["image_id"])["image_id"]
+    except (OSError, pa.ArrowException) as error:
+        problems.append(f"images or failures cannot be read ({_first_line(error)})")
+        return result
     result.images, result.failures = len(images), len(failures)
     _some(problems, (f"images: {image_id} has {count} rows" for image_id, count in _repeated(images["image_id"])))
     _some(problems, (f"failures: {image_id} has {count} rows" for image_id, count in _repeated(failures)))
@@ -87,9 +95,12 @@ def run(config: Config, *, store: str) -> Result:
             if shard not in patch_files
         ),
     )
+    lengths: Lengths = {}
     for path, file in patch_files.items():
         result.patches += file.rows
-        _some(problems, _check_shard(opened.patches, file, by_shard.get(path, {}), opened.config))
+        _some(problems, _check_shard(opened.patches, file, by_shard.get(path, {}), opened.config, lengths))
+    _some(problems, _check_lengths(lengths, opened.config))
+    _some(problems, _check_embeddings(opened.images, opened.config))
     if opened.config.store.patches == "all":
         without = images.filter(pc.is_null(images["shard"]))
         _some(problems, (f"images: {image_id} has no patches" for image_id in without["image_id"].to_pylist()))
@@ -108,73 +119,155 @@ def _files_present(table: Table) -> dict[str, int]:
 
 
 def _unreadable(table: Table, name: str, files: list[DataFile]) -> Iterator[str]:
+    """Files whose footer cannot be read, or says other than the log and the spec do."""
+    expected = _columns(_schema_as_parquet(table.schema))
     for file in files:
         fs, path = storage.filesystem(storage.join(table.uri, file.path), table.options)
         try:
             with fs.open(path, "rb") as source:
-                footer = pq.ParquetFile(source)
-                rows, columns = footer.metadata.num_rows, footer.schema_arrow.names
+                footer = pq.ParquetFile(source).metadata
         except (OSError, pa.ArrowException) as error:
-            yield f"{name}: {file.path} cannot be read as Parquet ({str(error).splitlines()[0]})"
+            yield f"{name}: {file.path} cannot be read as Parquet ({_first_line(error)})"
             continue
-        if rows != file.rows:
-            yield f"{name}: {file.path} has {rows} rows, the log says {file.rows}"
-        if columns != table.schema.names:
-            yield f"{name}: {file.path} has columns {columns}, the store's spec has {table.schema.names}"
+        if footer.num_rows != file.rows:
+            yield f"{name}: {file.path} has {footer.num_rows} rows, the log says {file.rows}"
+        columns = _columns(footer)
+        if columns != expected:
+            differing = ", ".join(sorted({*columns, *expected} - {*columns}.intersection(expected)))
+            yield f"{name}: {file.path} has other columns than the store's spec ({differing})"
+            continue
+        low, high = _key_range(footer) or (file.min_id, file.max_id)
+        if not file.min_id <= low <= high <= file.max_id:
+            # readers skip files by this range
+            yield f"{name}: {file.path} has keys {low!r} to {high!r}, the log says {file.min_id!r} to {file.max_id!r}"
 
 
-def _images_by_shard(images: pa.Table) -> dict[str, dict[str, int]]:
-    """shard -> image_id -> patches of its grid."""
-    found: dict[str, dict[str, int]] = {}
-    cells = pc.multiply(images["grid_width"], images["grid_height"])
-    columns = (images["shard"].to_pylist(), images["image_id"].to_pylist(), cells.to_pylist())
-    for shard, image_id, count in zip(*columns, strict=True):
+def _schema_as_parquet(schema: pa.Schema) -> pq.FileMetaData:
+    buffer = io.BytesIO()
+    pq.write_table(schema.empty_table(), buffer)
+    return pq.ParquetFile(buffer).metadata
+
+
+def _columns(footer: pq.FileMetaData) -> list[str]:
+    """Columns of a file with the type of their values, however lists are spelt."""
+    leaves = [footer.schema.column(index) for index in range(footer.num_columns)]
+    return [f"{leaf.path.partition('.')[0]} {leaf.physical_type}" for leaf in leaves]
+
+
+def _key_range(footer: pq.FileMetaData) -> tuple[str, str] | None:
+    """Smallest and largest image_id, from the statistics of the row groups; None for a file without rows."""
+    statistics = [footer.row_group(index).column(0).statistics for index in range(footer.num_row_groups)]
+    known = [one for one in statistics if one is not None and one.has_min_max]
+    return (min(one.min for one in known), max(one.max for one in known)) if known else None
+
+
+def _images_by_shard(images: pa.Table) -> dict[str, dict[str, tuple[int, int]]]:
+    """shard -> image_id -> (grid height, grid width)."""
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    columns = (images[name].to_pylist() for name in ("shard", "image_id", "grid_height", "grid_width"))
+    for shard, image_id, height, width in zip(*columns, strict=True):
         if shard is not None:
-            found.setdefault(shard, {})[image_id] = count
+            found.setdefault(shard, {})[image_id] = (height or 0, width or 0)
     return found
 
 
-def _check_shard(table: Table, file: DataFile, images: dict[str, int], config: Config) -> Iterator[str]:
-    """Problems of one patches file: whose patches it holds, how many, once each, and how long their vectors are."""
+def _check_shard(
+    table: Table, file: DataFile, images: dict[str, tuple[int, int]], config: Config, lengths: Lengths
+) -> Iterator[str]:
+    """Problems of one patches file: whose patches it holds, how many, where, and once each; fills in `lengths`."""
     columns = descriptor_columns(config)
-    lengths = [f"length_{column}" for column in columns]
     fs, path = storage.filesystem(storage.join(table.uri, file.path), table.options)
     groups = []
     previous = ""
-    with fs.open(path, "rb") as source:
-        parquet = pq.ParquetFile(source)
-        for index in range(parquet.num_row_groups):
-            rows = parquet.read_row_group(index, columns=["image_id", "row", "col", *columns])
-            for column, length in zip(columns, lengths, strict=True):
-                rows = rows.append_column(length, pc.list_value_length(rows[column]))
-            groups.append(rows.select(["image_id", "row", "col", *lengths]))
-            ids = pc.unique(rows["image_id"]).to_pylist()
-            if ids != sorted(ids) or ids[0] <= previous:
-                yield f"patches: {file.path} does not hold whole images in key order (row group {index})"
-            previous = ids[-1]
-    rows = pa.concat_tables(groups) if groups else patches_schema(config).empty_table()
-    counted = rows.group_by("image_id").aggregate([("row", "count")])
-    counts = dict(zip(counted["image_id"].to_pylist(), counted["row_count"].to_pylist(), strict=True))
-    for image_id in sorted(counts.keys() - images.keys()):
+    try:
+        with fs.open(path, "rb") as source:
+            parquet = pq.ParquetFile(source)
+            for index in range(parquet.num_row_groups):
+                rows = parquet.read_row_group(index, columns=["image_id", "row", "col", *columns])
+                for column in columns:
+                    counted = pc.value_counts(pc.list_value_length(rows[column])).to_pylist()
+                    in_file = lengths.setdefault(column, {}).setdefault(file.path, Counter())
+                    in_file.update({entry["values"]: entry["counts"] for entry in counted})
+                groups.append(rows.select(["image_id", "row", "col"]))
+                ids = _runs(rows["image_id"])
+                if any(later <= earlier for earlier, later in zip([previous, *ids], ids, strict=False)):
+                    yield f"patches: {file.path} does not hold whole images in key order (row group {index})"
+                previous = ids[-1] if ids else previous
+    except (OSError, pa.ArrowException) as error:
+        yield f"patches: {file.path} cannot be read ({_first_line(error)})"
+        return
+    rows = pa.concat_tables(groups) if groups else table.schema.empty_table()
+    yield from _check_grids(rows, file, images, config)
+
+
+def _check_lengths(lengths: Lengths, config: Config) -> Iterator[str]:
+    """Vectors of a column are all of one length: that of the PCA, else the commonest."""
+    for column, files in lengths.items():
+        total = sum(files.values(), Counter())
+        commonest = max(total, key=lambda length: (length is not None, total[length]), default=None)
+        wanted = config.store.pca or commonest
+        for path, found in files.items():
+            if found.keys() - {wanted}:
+                shown = ", ".join(sorted(map(str, found)))
+                yield f"patches: {column} in {path} has vectors of {shown} values, the store has {wanted}"
+
+
+def _runs(ids: pa.ChunkedArray) -> list[str]:
+    """The image_id of each stretch of rows that belong together."""
+    return [image_id or "" for image_id in pc.run_end_encode(ids.combine_chunks()).values.to_pylist()]
+
+
+def _check_grids(rows: pa.Table, file: DataFile, images: dict[str, tuple[int, int]], config: Config) -> Iterator[str]:
+    counted = pc.value_counts(rows["image_id"])
+    counts = dict(zip(counted.field("values").to_pylist(), counted.field("counts").to_pylist(), strict=True))
+    for image_id in sorted(str(image_id) for image_id in counts.keys() - images.keys()):
         yield f"patches: {image_id} in {file.path} has patches, but no images row names this shard"
-    for image_id, cells in images.items():
-        expected, found = -(-cells // config.store.every), counts.get(image_id, 0)
+    for image_id, (height, width) in images.items():
+        expected, found = -(-height * width // config.store.every), counts.get(image_id, 0)
         if found != expected if config.store.patches == "all" else not 0 < found <= expected:
             yield f"patches: {image_id} has {found} patches in {file.path}, its grid and the spec ask for {expected}"
-    cells_seen = rows.group_by(["image_id", "row", "col"]).aggregate([("row", "count")])
-    for row in cells_seen.filter(pc.greater(cells_seen["row_count"], 1)).to_pylist():
-        yield f"patches: {row['image_id']} has patch ({row['row']}, {row['col']}) {row['row_count']} times"
-    for column, length in zip(columns, lengths, strict=True):
-        found_lengths = pc.unique(rows[length]).to_pylist()
-        wanted = {config.store.pca} if config.store.pca else set(found_lengths[:1])
-        if set(found_lengths) - wanted or None in found_lengths:
-            yield f"patches: {column} in {file.path} has vectors of {sorted(map(str, found_lengths))} values"
+    at = pc.index_in(rows["image_id"], value_set=pa.array(list(images), pa.string()))
+    heights = pa.array([height for height, _ in images.values()], pa.int32()).take(at)
+    widths = pa.array([width for _, width in images.values()], pa.int32()).take(at)
+    inside = pc.and_(_between(rows["row"], heights), _between(rows["col"], widths))
+    outside = rows["image_id"].filter(pc.and_(pc.is_valid(at), pc.invert(pc.fill_null(inside, False))))
+    for image_id in sorted(pc.unique(outside).to_pylist()):
+        yield f"patches: {image_id} has patches outside its grid in {file.path}"
+    cells = rows.group_by(["image_id", "row", "col"]).aggregate([("row", "count")])
+    for cell in cells.filter(pc.greater(cells["row_count"], 1)).to_pylist():
+        yield f"patches: {cell['image_id']} has patch ({cell['row']}, {cell['col']}) {cell['row_count']} times"
+
+
+def _between(values: pa.ChunkedArray, ends: pa.Array) -> pa.ChunkedArray:
+    return pc.and_(pc.greater_equal(values, 0), pc.less(values, ends))
+
+
+def _check_embeddings(images: Table, config: Config) -> Iterator[str]:
+    """Embeddings are all of one length, and missing only where the spec leaves them out."""
+    ids: dict[int | None, list[str]] = {}
+    for path in images.files() if config.features.embedding else ():
+        try:
+            rows = images.read_file(path, ["image_id", "embedding"])
+        except (OSError, pa.ArrowException) as error:
+            yield f"images: {path} cannot be read ({_first_line(error)})"
+            continue
+        lengths = pc.list_value_length(rows["embedding"]).to_pylist()
+        for image_id, length in zip(rows["image_id"].to_pylist(), lengths, strict=True):
+            ids.setdefault(length, []).append(image_id)
+    wanted = max(ids, key=lambda length: (length is not None, len(ids[length])), default=None)
+    for length in ids.keys() - {wanted} if wanted else ids.keys():
+        for image_id in ids[length]:
+            yield f"images: {image_id} has an embedding of {length or 0} values, the store has {wanted or 0}"
 
 
 def _repeated(ids: pa.ChunkedArray) -> Iterator[tuple[str, int]]:
     for entry in pc.value_counts(ids):
         if entry["counts"].as_py() > 1:
             yield entry["values"].as_py(), entry["counts"].as_py()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _some(problems: list[str], found: Iterator[str]) -> None:
