@@ -14,7 +14,6 @@ from types import FrameType
 from pipelines.config import RunSettings
 from pipelines.errors import JobError
 
-OBJECT_STORE_BYTES = 512 * 2**20  # what travels between our stages is bounded; the default takes 30 % of memory
 SPARE_CPUS = 2  # Ray waits for ever when actor pools leave no CPU for anything else
 
 
@@ -48,7 +47,7 @@ def _session(run: RunSettings, ours: bool) -> Iterator[dict[str, float]]:
                 ray.init(
                     num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
                     include_dashboard=False,
-                    object_store_memory=int((run.object_store_gb or 0) * 2**30) or OBJECT_STORE_BYTES,
+                    object_store_memory=int(run.object_store_gb * 2**30) if run.object_store_gb else None,
                     logging_level="ERROR",
                     log_to_driver=False,
                 )

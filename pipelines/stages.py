@@ -9,6 +9,7 @@ writing scale on their own (`decode_block`, `ModelWorker`, `WriteWorker`).
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from pipelines.sources import fetch
 from pipelines.weights import RANDOM_SEED, checked
 
 IMAGES_PER_CHUNK = 16  # images decoded ahead of the model: enough to fill batches, small enough to hold
+MODEL_THREADS = 2  # of a ModelWorker, of which one at a time has the model
 SHARD_SHARE_OF_COMMIT = 0.6  # a shard is closed after this share of run.commit_seconds
 
 
@@ -276,19 +278,24 @@ def decode_block(block: pa.Table, setup: WorkerSetup, patch_size: int) -> pa.Tab
 
 
 class ModelWorker:
-    """Second of the separate stages, one per GPU: pixels in, features out."""
+    """Second of the separate stages, one per GPU: pixels in, features out.
+
+    Called from MODEL_THREADS threads at once: one packs or unpacks a block while another has the model.
+    """
 
     def __init__(self, setup: WorkerSetup) -> None:
         self.setup = setup
         self.extractor = make_extractor(setup)
         self.device = f"{self.extractor.device} {self.extractor.precision}"
+        self.model_is_free = threading.Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         decoded: Decoded = unpack(block)
         tally = ReportTally(self.device)
-        started = time.perf_counter()
-        features = extract_each(self.extractor, decoded, self.setup.run_id) if decoded.prepared else []
-        tally.count(decoded, time.perf_counter() - started)
+        with self.model_is_free:
+            started = time.perf_counter()
+            features = extract_each(self.extractor, decoded, self.setup.run_id) if decoded.prepared else []
+            tally.count(decoded, time.perf_counter() - started)
         return pack((decoded.sources, features, tally.take()))
 
 

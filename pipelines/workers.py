@@ -19,6 +19,7 @@ from pipelines.errors import JobError, RequestError
 from pipelines.schemas import descriptor_columns
 from pipelines.shards import ShardReport, descriptor_map
 from pipelines.stages import (
+    MODEL_THREADS,
     FusedWorker,
     ModelWorker,
     WorkerSetup,
@@ -149,7 +150,9 @@ def stream_reports(
     if layout.separate:
         decode = partial(decode_block, setup=setup, patch_size=layout.facts.patch_size)
         dataset = dataset.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=layout.decode_cpus)
-        dataset = _map_with_actors(dataset, ModelWorker, setup, layout.workers, layout.cpus, layout.gpus)
+        dataset = _map_with_actors(
+            dataset, ModelWorker, setup, layout.workers, layout.cpus, layout.gpus, threads=MODEL_THREADS
+        )
         # few writers keep up with a model; Ray starts more when blocks wait
         writer_cpus = layout.decode_cpus * WRITER_SHARE
         dataset = _map_with_actors(dataset, WriteWorker, setup, (1, 4 * layout.workers), writer_cpus)
@@ -223,7 +226,13 @@ def _dataset(rows: pa.Table, block_size: int, report_each: bool) -> Any:
 
 
 def _map_with_actors(
-    dataset: Any, worker: type, setup: WorkerSetup, count: int | tuple[int, int], cpus: float, gpus: float = 0.0
+    dataset: Any,
+    worker: type,
+    setup: WorkerSetup,
+    count: int | tuple[int, int],
+    cpus: float,
+    gpus: float = 0.0,
+    threads: int = 1,
 ) -> Any:
     """Map blocks with a pool of `worker` actors, of fixed or (least, most) size.
 
@@ -242,7 +251,8 @@ def _map_with_actors(
             fn_constructor_kwargs={"setup": setup},
             batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=least, max_size=most),
+            compute=ActorPoolStrategy(min_size=least, max_size=most, enable_true_multi_threading=threads > 1),
+            max_concurrency=threads,
             num_cpus=cpus,
             num_gpus=gpus,
             max_restarts=-1,
