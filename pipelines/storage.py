@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from pipelines.errors import JobError, RequestError
 Options = dict[str, Any]
 
 _DRIVERS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+_DRIVER_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")
 
 
 def normalise(uri: str) -> str:
@@ -40,15 +43,35 @@ def filesystem(uri: str, options: Options | None = None) -> tuple[Any, str]:
     Raises:
         RequestError: an unknown protocol, or one whose driver is not installed.
     """
+    protocol = uri.split("://")[0]
+    given = {} if is_local(uri) else options or {}
+    if protocol in _DRIVERS:  # fsspec remembers listings for the life of a process, and would hide what is new
+        given = {"use_listings_cache": False, **given}
     try:
-        return fsspec.url_to_fs(uri, **({} if is_local(uri) else options or {}))
+        return fsspec.url_to_fs(uri, **given)
     except ImportError:
-        protocol = uri.split("://")[0]
         extra = _DRIVERS.get(protocol)
         fix = f'pip install "dinoray[{extra}]"' if extra else f"install the fsspec driver for {protocol}://"
         raise RequestError(f"{uri} needs a storage driver that is not installed: {fix}.") from None
     except ValueError as error:
         raise RequestError(f"{uri} is not a path or URI that can be opened: {error}.") from None
+
+
+@contextlib.contextmanager
+def _reaching(uri: str) -> Iterator[None]:
+    """Errors of the storage drivers' own libraries as one sentence; they are not OSErrors.
+
+    Raises JobError where nobody answers, or where there are no credentials.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(_DRIVER_LIBRARIES):
+            raise
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise JobError(
+            f"{uri} cannot be reached: {said.rstrip('.')}. Check its endpoint and your credentials."
+        ) from None
 
 
 def delta_options(uri: str, options: Options | None = None) -> dict[str, str]:
@@ -85,7 +108,8 @@ def read_json(uri: str, options: Options | None = None) -> dict[str, Any] | None
     """The JSON object at `uri`, or None when there is none."""
     fs, path = filesystem(uri, options)
     try:
-        return json.loads(fs.cat_file(path))
+        with _reaching(uri):
+            return json.loads(fs.cat_file(path))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -102,7 +126,8 @@ def write_json(uri: str, content: dict[str, Any], options: Options | None = None
 def write_bytes(uri: str, data: bytes, options: Options | None = None) -> None:
     fs, path = filesystem(uri, options)
     if not is_local(uri):
-        fs.pipe_file(path, data)  # a put is whole or absent
+        with _reaching(uri):
+            fs.pipe_file(path, data)  # a put is whole or absent
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     partial = f"{path}.{os.getpid()}.partial"
@@ -128,14 +153,15 @@ def write_once(uri: str, data: bytes, options: Options | None = None) -> bool:
             return False
         finally:
             os.unlink(partial)
-    if fs.exists(path):
-        return False
-    try:
-        fs.pipe_file(path, data, mode="create")
-    except FileExistsError:
-        return False
-    except (TypeError, NotImplementedError, ValueError):
-        fs.pipe_file(path, data)
+    with _reaching(uri):
+        if fs.exists(path):
+            return False
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        except (TypeError, NotImplementedError, ValueError):
+            fs.pipe_file(path, data)
     return True
 
 
@@ -143,7 +169,7 @@ def sha256(uri: str, options: Options | None = None) -> str:
     """Content hash of a file, read in pieces."""
     fs, path = filesystem(uri, options)
     digest = hashlib.sha256()
-    with fs.open(path, "rb") as file:
+    with _reaching(uri), fs.open(path, "rb") as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()

@@ -39,8 +39,11 @@ def open_filesystem(uri: str, storage_options: dict[str, Any] | None = None) -> 
     import fsspec
 
     protocol = uri.split("://")[0] if "://" in uri else "file"
+    options = {} if is_local(uri) else storage_options or {}
+    if protocol in _EXTRAS:  # fsspec remembers listings for the life of a process, and would hide what is new
+        options = {"use_listings_cache": False, **options}
     try:
-        fs = fsspec.filesystem(protocol, **({} if is_local(uri) else storage_options or {}))
+        fs = fsspec.filesystem(protocol, **options)
     except ImportError:
         extra = _EXTRAS.get(protocol)
         fix = f'pip install "dinoray[{extra}]"' if extra else f"install the fsspec driver for {protocol}://"

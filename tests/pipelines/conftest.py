@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from s3_server import S3Server, ServerUnavailable, s3_server
 from small_runs import photo
 
 
@@ -34,6 +35,16 @@ def ray() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server on loopback, with one bucket."""
+    try:
+        with s3_server(tmp_path_factory.mktemp("s3")) as server:
+            yield server
+    except ServerUnavailable as error:
+        pytest.skip(f"no S3 server: {error}")
 
 
 @pytest.fixture
