@@ -172,7 +172,7 @@ def _run_job(
         print(f"dinoray: {message}", file=sys.stderr)
         raise typer.Exit(code) from None
     for message in getattr(result, "messages", ()):
-        print(message, file=sys.stderr)
+        print(f"dinoray: {message}", file=sys.stderr)
     if as_json:
         content = result.as_dict() if hasattr(result, "as_dict") else result.without_secrets()
         if dry_run:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.config import Config
+from pipelines.errors import JobError
 
 
 def new_run_id() -> str:
@@ -46,17 +47,20 @@ class RunReport:
 
 
 def read_reports(store: str, config: Config) -> list[dict[str, Any]]:
-    """All run reports of a store, oldest first."""
+    """All run reports of a store, oldest first; one that is damaged says no more than its run and that."""
     fs, path = storage.filesystem(storage.join(store, "runs"), config.storage.options)
     try:
-        names = sorted(name for name in fs.ls(path, detail=False) if name.endswith(".json"))
+        names = sorted(name.rsplit("/", 1)[-1] for name in fs.ls(path, detail=False) if name.endswith(".json"))
     except FileNotFoundError:
         return []
-    reports = [
-        storage.read_json(storage.join(store, "runs", name.rsplit("/", 1)[-1]), config.storage.options)
-        for name in names
-    ]
-    return [report for report in reports if report]
+    reports = []
+    for name in names:
+        try:
+            report = storage.read_json(storage.join(store, "runs", name), config.storage.options)
+        except JobError:
+            report = {"run_id": name.removesuffix(".json"), "status": "unreadable"}
+        reports += [report] if report else []
+    return reports
 
 
 def _now() -> str:
