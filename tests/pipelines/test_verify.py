@@ -61,13 +61,15 @@ def damage(
     image_id: str,
     change: Callable[[pa.Table], pa.Table],
     log: Callable[[DataFile], DataFile] = lambda file: file,
+    row_group_size: int | None = None,
 ) -> None:
     """Replace the file that holds an image by a changed one, in place, with a log that agrees with its size."""
     table: Table = getattr(store, name)
     old = file_of(table, image_id)
     rows = change(pq.read_table(path_of(table, old)))
     fresh = new_file_name("damage")
-    pq.write_table(rows, Path(table.uri) / fresh, **parquet_options(rows.schema))
+    options = parquet_options(rows.schema)
+    pq.write_table(rows, Path(table.uri) / fresh, row_group_size=row_group_size, **options)
     size = (Path(table.uri) / fresh).stat().st_size
     path_of(table, old).unlink()
     (Path(table.uri) / fresh).rename(path_of(table, old))
@@ -252,6 +254,11 @@ def test_rows_of_an_image_that_are_apart_are_named(store: Store) -> None:
 
     damage(store, "patches", "a", apart)
     assert any("key order" in problem for problem in problems(store))
+
+
+def test_an_image_split_over_row_groups_is_named(store: Store) -> None:
+    damage(store, "patches", "a", lambda rows: rows, row_group_size=CELLS - 1)
+    assert any("key order (row group 1)" in problem for problem in problems(store))
 
 
 @pytest.mark.parametrize("table", ["images", "patches", "failures"])
