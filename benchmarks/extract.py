@@ -19,7 +19,7 @@ from deltalake import DeltaTable
 
 from benchmarks import dataloader_way, published_way
 from benchmarks.memory import run_and_measure
-from benchmarks.photos import describe_sources, photo_folder
+from benchmarks.photos import TEST_DATA, describe_sources, photo_folder
 from benchmarks.results import Row, report
 from dino_ops import Extractor
 from dino_ops.images import PreparedImage
@@ -167,7 +167,7 @@ def stored_size(share: int) -> list[Row]:
 
 
 def _weights() -> str:
-    file = Path(__file__).parents[2] / "shared" / "data" / "weights" / "deit_tiny_patch16_224_state_dict.pth"
+    file = TEST_DATA / "weights" / "deit_tiny_patch16_224_state_dict.pth"
     return str(file) if file.exists() else "random"
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import skimage.data
 
+TEST_DATA = Path(os.environ.get("DINORAY_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
 
 def photo_folder(target: Path, count: int) -> Path:
     """A folder with `count` photographs, repeated under new names as often as needed."""
@@ -26,8 +28,7 @@ def describe_sources() -> str:
 
 
 def _sources() -> list[Path]:
-    data = Path(os.environ.get("DINORAY_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "photos"
-    found = sorted(path for path in data.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    found = sorted(path for path in (TEST_DATA / "photos").rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if found:
         return found
     package = Path(skimage.data.__file__).parent

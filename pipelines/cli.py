@@ -141,7 +141,7 @@ def _run_job(
     reads_only: str = "",
 ) -> None:
     from pipelines.config import load_config
-    from pipelines.ray_session import interruptible  # loads no Ray by itself
+    from pipelines.interrupts import interruptible
 
     try:
         with interruptible():
@@ -191,7 +191,7 @@ def _exit_code(error: Exception) -> int | None:
     # these come from packages that know nothing of exit codes, and whose import would slow down --help
     mistakes = {("pipelines.sources.errors", "InputError"), ("dino_ops.errors", "ModelError")}
     for kind in type(error).__mro__:
-        if (kind.__module__, kind.__name__) in mistakes or kind.__name__ == "InputError":
+        if (kind.__module__, kind.__name__) in mistakes:
             return 2
     return None
 

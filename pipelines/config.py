@@ -147,7 +147,9 @@ class StoreSettings(Section):
 
 
 class RunSettings(Section):
-    address: str | None = Field(None, description="Ray cluster (`auto`, `ray://host:10001`); default: a local one.")
+    address: str | None = Field(
+        None, description="Ray cluster: `auto` on one of its nodes, or its head's host:6379; default: a local one."
+    )
     workers: int | None = Field(None, ge=1, description="Model workers; default: one a GPU, else from the CPUs.")
     cpus_per_worker: float | None = Field(None, gt=0, description="CPUs (torch threads) of a worker.")
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs of a worker; default 1 where there are any.")
@@ -165,7 +167,9 @@ class RunSettings(Section):
         description="`fused`: one actor fetches, decodes, runs the model and writes; `separate`: three pools of "
         "workers. `auto`: separate with GPUs, fused on CPUs.",
     )
-    object_store_gb: float | None = Field(None, gt=0, description="Memory of a local Ray's object store.")
+    object_store_gb: float | None = Field(
+        None, gt=0, description="Memory of a local Ray's object store; default: Ray's own, 30 % of the machine's."
+    )
 
     @field_validator("batch_size")
     @classmethod

@@ -22,10 +22,11 @@ from deltalake.exceptions import DeltaError
 from pipelines import sources, storage
 from pipelines.commit import Committer, drop_images
 from pipelines.config import Config
-from pipelines.errors import DinorayError
+from pipelines.errors import DinorayError, RequestError
 from pipelines.failures import failure_row
+from pipelines.interrupts import interruptible, uninterrupted
 from pipelines.progress import ProgressLine
-from pipelines.ray_session import interruptible, ray_session
+from pipelines.ray_session import ray_session
 from pipelines.runs import RunReport, new_run_id
 from pipelines.shards import ShardReport
 from pipelines.store import Plan, Store, refuse_memory
@@ -96,6 +97,8 @@ def run(
     started = time.monotonic()
     refuse_memory(input, "INPUT")
     result = Result(run_id=new_run_id(), store=storage.normalise(store))
+    if storage.normalise(input) == result.store:
+        raise RequestError(f"STORE is {store}, which is INPUT itself: give another place for the tables.")
     listing = sources.list_images(input, storage_options=config.storage.options, exclude=result.store)
     result.listed = len(listing.table)
     result.skipped = sum(listing.skipped.values())
@@ -217,9 +220,12 @@ class PendingWork:
             self.commit()
 
     def commit(self) -> None:
-        """Commit what waits."""
-        if not self._waiting:
-            return
+        """Commit what waits; an interruption comes after it."""
+        if self._waiting:
+            with uninterrupted():
+                self._commit()
+
+    def _commit(self) -> None:
         started = time.monotonic()
         reports, self._waiting = self._waiting, []
         positions = [p for report in reports for p in report.positions]

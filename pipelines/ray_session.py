@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
+import socket
 import sys
-import threading
 from collections.abc import Iterator
-from types import FrameType
 
 from pipelines.config import RunSettings
-from pipelines.errors import JobError
+from pipelines.errors import JobError, RequestError
 
+CONNECT_SECONDS = 5
 SPARE_CPUS = 2  # Ray waits for ever when actor pools leave no CPU for anything else
 
 
@@ -21,8 +20,12 @@ SPARE_CPUS = 2  # Ray waits for ever when actor pools leave no CPU for anything 
 def ray_session(run: RunSettings) -> Iterator[dict[str, float]]:
     """Ray for the length of a job; yields the cluster's resources. A session that was there before is left running.
 
-    Raises JobError when the cluster cannot be reached.
+    Raises:
+        RequestError: an address that Ray Data cannot work through.
+        JobError: the cluster cannot be reached.
     """
+    if run.address:
+        _check_address(run.address)
     # read when Ray is imported
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep seeing what they saw
@@ -34,6 +37,25 @@ def ray_session(run: RunSettings) -> Iterator[dict[str, float]]:
     ours = not ray.is_initialized()
     with native_stderr_hidden():
         yield from _session(run, ours)
+
+
+def _check_address(address: str) -> None:
+    """Find out within seconds what Ray itself would take minutes to say."""
+    if address.startswith("ray://"):
+        raise RequestError(
+            f"run.address is {address}, but Ray Data does not work through Ray's client: run dinoray on a node of the "
+            "cluster with run.address=auto, or send it there with `ray job submit`."
+        )
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return  # `auto` and `local`
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise JobError(
+            f"the Ray cluster at {address} could not be reached ({error}): give the address of its head node, such as "
+            "10.0.0.1:6379."
+        ) from None
 
 
 def _session(run: RunSettings, ours: bool) -> Iterator[dict[str, float]]:
@@ -81,20 +103,3 @@ def native_stderr_hidden() -> Iterator[None]:
         sys.stderr = python_stderr
         os.dup2(shown, 2)
         os.close(shown)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM, which schedulers send, ends a job the way Ctrl-C does: what waits is committed, exit code 130."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

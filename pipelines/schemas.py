@@ -84,7 +84,7 @@ def patches_schema(config: Config) -> pa.Schema:
 
 
 def parquet_options(schema: pa.Schema) -> dict[str, Any]:
-    """pyarrow's writer settings for a table of ours (measured choices, see the documentation's storage page).
+    """pyarrow's writer settings for a table of ours (choices measured by `make bench`).
 
     Dictionaries on strings only (elsewhere they slow reads threefold), statistics on scalars only (a list's are
     useless and cost time), bytes of floats split so that zstd finds the zeros of half-precision values.

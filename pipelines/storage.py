@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from pipelines.errors import JobError, RequestError
+from pipelines.sources.errors import InputError
+from pipelines.sources.filesystems import is_local as is_local
+from pipelines.sources.filesystems import open_filesystem
 
 Options = dict[str, Any]
 
-_DRIVERS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 _DRIVER_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")
 
 
@@ -29,10 +29,6 @@ def normalise(uri: str) -> str:
     return uri.rstrip("/")
 
 
-def is_local(uri: str) -> bool:
-    return "://" not in uri
-
-
 def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
@@ -43,18 +39,10 @@ def filesystem(uri: str, options: Options | None = None) -> tuple[Any, str]:
     Raises:
         RequestError: an unknown protocol, or one whose driver is not installed.
     """
-    protocol = uri.split("://")[0]
-    given = {} if is_local(uri) else options or {}
-    if protocol in _DRIVERS:  # fsspec remembers listings for the life of a process, and would hide what is new
-        given = {"use_listings_cache": False, **given}
     try:
-        return fsspec.url_to_fs(uri, **given)
-    except ImportError:
-        extra = _DRIVERS.get(protocol)
-        fix = f'pip install "dinoray[{extra}]"' if extra else f"install the fsspec driver for {protocol}://"
-        raise RequestError(f"{uri} needs a storage driver that is not installed: {fix}.") from None
-    except ValueError as error:
-        raise RequestError(f"{uri} is not a path or URI that can be opened: {error}.") from None
+        return open_filesystem(uri, options)
+    except InputError as error:
+        raise RequestError(str(error)) from None
 
 
 @contextlib.contextmanager
@@ -109,13 +97,16 @@ def read_json(uri: str, options: Options | None = None) -> dict[str, Any] | None
     fs, path = filesystem(uri, options)
     try:
         with _reaching(uri):
-            return json.loads(fs.cat_file(path))
+            content = json.loads(fs.cat_file(path))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise JobError(
             f"{uri} is not readable as JSON ({error}): it was damaged or written by something else."
         ) from None
+    if not isinstance(content, dict):
+        raise JobError(f"{uri} holds no JSON object: it was damaged or written by something else.")
+    return content
 
 
 def write_json(uri: str, content: dict[str, Any], options: Options | None = None) -> None:

@@ -99,11 +99,6 @@ class Store:
 
     @classmethod
     def _with_tables(cls, uri: str, config: Config, stored: dict[str, Any]) -> Store:
-        if stored.get("schema_version", 0) > SCHEMA_VERSION:
-            raise RequestError(
-                f"The store {uri} was written by a newer dinoray (schema {stored['schema_version']}, this one knows "
-                f"{SCHEMA_VERSION}): update dinoray."
-            )
         try:
             return cls(uri, config, stored)
         except OSError as error:
@@ -216,15 +211,27 @@ class Plan:
 
 
 def read_description(uri: str, config: Config) -> dict[str, Any] | None:
-    """store.json, or None. Raises JobError when it is damaged."""
+    """store.json, or None.
+
+    Raises JobError when it is damaged, RequestError where no store can be or when a newer dinoray wrote it.
+    """
     try:
         stored = storage.read_json(storage.join(uri, "store.json"), config.storage.options)
     except NotADirectoryError:
-        raise RequestError(f"STORE {uri} lies below a file, not a folder: give another place.") from None
+        fs, path = storage.filesystem(uri, config.storage.options)
+        what = "is a file" if fs.isfile(path) else "lies below a file"
+        raise RequestError(f"STORE {uri} {what}: give a folder or prefix for the store.") from None
     except PermissionError:
         raise RequestError(f"STORE {uri} cannot be read (permission denied): check the permissions.") from None
-    if stored is not None and not {"spec", "fingerprint"} <= stored.keys():
+    if stored is None:
+        return None
+    if not {"spec", "fingerprint", "schema_version"} <= stored.keys():
         raise JobError(f"{uri}/store.json is not a store's description: it was damaged or written by something else.")
+    if stored["schema_version"] > SCHEMA_VERSION:
+        raise RequestError(
+            f"The store {uri} was written by a newer dinoray (schema {stored['schema_version']}, this one knows "
+            f"{SCHEMA_VERSION}): update dinoray."
+        )
     return stored
 
 

@@ -60,10 +60,16 @@ class Table:
         self._delta = self._open_or_create()
 
     def _open_or_create(self) -> DeltaTable:
+        """Raises JobError for a log that cannot be read, OSError where the table cannot be written."""
         try:
             return DeltaTable(self.uri, storage_options=self._storage_options)
         except TableNotFoundError:
             pass
+        except DeltaError as error:
+            raise JobError(
+                f"The log of {self.uri} is damaged or out of reach ({str(error).splitlines()[0]}): restore it, or "
+                "extract into another STORE."
+            ) from None
         try:
             # `ignore`: of two runs that start together one creates the table and the other opens it
             return DeltaTable.create(self.uri, schema=self.schema, mode="ignore", storage_options=self._storage_options)

@@ -201,5 +201,5 @@ def _not_empty(rows: Rows, kind: str, asked: str) -> Listing:
     if len(rows) or rows.broken:
         return rows.finish(kind, asked)
     passed_over = ", ".join(f"{count} {ending or 'without extension'}" for ending, count in rows.skipped.most_common(5))
-    found = f"only files that are not images by name ({passed_over})" if passed_over else "nothing in it"
-    raise InputError(f"INPUT {asked} has no images: there is {found}.")
+    found = f"are only files that are not images by name ({passed_over})" if passed_over else "is nothing in it"
+    raise InputError(f"INPUT {asked} has no images: there {found}.")

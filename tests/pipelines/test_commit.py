@@ -7,54 +7,23 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+from hand_made import source, write_shard
 from small_runs import settings
 
-from dino_ops.extractor import ImageFeatures
 from pipelines import verify
 from pipelines.commit import Committer, drop_images
 from pipelines.failures import failure_row
-from pipelines.shards import ShardReport, ShardWriter
+from pipelines.shards import ShardReport
 from pipelines.store import Store
 from pipelines.tables import CommitConflict
 
-GRID = (3, 4)
-
-
-def features(value: float) -> ImageFeatures:
-    y, x = (axis.astype(np.float32) for axis in np.mgrid[: GRID[0], : GRID[1]])
-    return ImageFeatures(
-        descriptor=np.full((*GRID, 8), value, np.float32),
-        extra={},
-        saliency=np.linspace(0, 1, GRID[0] * GRID[1], dtype=np.float32).reshape(GRID),
-        embedding=np.full(8, value, np.float32),
-        y=y,
-        x=x,
-        width=64,
-        height=48,
-        model_width=64,
-        model_height=48,
-    )
-
 
 def shard(store: Store, run_id: str, ids: list[str], version: str = "v1", value: float = 1.0) -> ShardReport:
-    writer = ShardWriter(store.uri, store.config, run_id)
-    for position, image_id in enumerate(ids):
-        source = {
-            "position": position,
-            "image_id": image_id,
-            "uri": f"/in/{image_id}",
-            "label": None,
-            "source_size": 10,
-            "source_version": version,
-        }
-        writer.add(source, features(value))
-    patches, images = writer.close()
-    return ShardReport("shard", writer.positions, writer.image_ids, patches, images)
+    return write_shard(store, run_id, [source(image_id, at, version) for at, image_id in enumerate(ids)], value)
 
 
 def failed(image_id: str, run_id: str, version: str = "v1") -> ShardReport:
-    source = {"position": 0, "image_id": image_id, "uri": "u", "source_version": version}
-    row = failure_row(source, "decode", "ImageError", "broken", 1, run_id)
+    row = failure_row(source(image_id, 0, version), "decode", "ImageError", "broken", 1, run_id)
     report = ShardReport("progress", failures=[row])
     return ShardReport.from_json(report.to_table()["report"][0].as_py())  # as it travels from a worker
 

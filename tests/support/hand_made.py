@@ -36,19 +36,24 @@ def features(value: float = 1.0, grid: tuple[int, int] = GRID) -> ImageFeatures:
     )
 
 
-def source(image_id: str, position: int = 0) -> dict[str, Any]:
+def source(image_id: str, position: int = 0, version: str = "v1") -> dict[str, Any]:
     """A listing row of an image that nobody fetches."""
-    facts = {"uri": f"/in/{image_id}", "label": None, "source_size": 10, "source_version": "v1"}
+    facts = {"uri": f"/in/{image_id}", "label": None, "source_size": 10, "source_version": version}
     return {"position": position, "image_id": image_id, **facts}
+
+
+def write_shard(store: Store, run_id: str, rows: list[dict[str, Any]], value: float = 1.0) -> ShardReport:
+    """Write one shard of images, given as listing rows in key order; nobody sees it before it is committed."""
+    writer = ShardWriter(store.uri, store.config, run_id)
+    for row in rows:
+        writer.add(row, features(value))
+    patches, images = writer.close()
+    return ShardReport("shard", writer.positions, writer.image_ids, patches, images)
 
 
 def add_images(store: Store, run_id: str, rows: list[dict[str, Any]]) -> None:
     """Commit one shard of images, given as listing rows in key order."""
-    writer = ShardWriter(store.uri, store.config, run_id)
-    for row in rows:
-        writer.add(row, features())
-    patches, images = writer.close()
-    report = ShardReport("shard", writer.positions, writer.image_ids, patches, images)
+    report = write_shard(store, run_id, rows)
     versions = {row["image_id"]: (row["source_size"], row["source_version"]) for row in rows}
     Committer(store, run_id, set()).commit([report], versions)
 
