@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from deltalake import DeltaTable
 
@@ -38,7 +39,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS))
     arguments = parser.parse_args()
     share = 8 if arguments.quick else 1
-    rows = [row for name in arguments.only for row in PARTS[name](share)]
+    rows: list[Row] = []
+    for name in arguments.only:
+        for row in PARTS[name](share):
+            print(row, file=sys.stderr, flush=True)
+            rows.append(row)
     report(f"extract ({describe_sources()}{', quick' if arguments.quick else ''})", rows)
 
 
@@ -160,7 +165,7 @@ def stored_size(share: int) -> list[Row]:
         settings = [f"model.name={SMALL_MODEL}", f"model.weights={_weights()}", f"store.dtype={dtype}"]
         extract.run(load_config(overrides=settings), input=str(folder), store=str(store))
         table = DeltaTable(store / "patches")
-        actions = table.get_add_actions(flatten=True).to_pydict()
+        actions = pa.table(table.get_add_actions(flatten=True)).to_pydict()
         values = sum(actions["num_records"]) * 192
         rows.append(Row(f"(e) bytes a value, {dtype}", sum(actions["size_bytes"]) / values, "", f"{values:,} values"))
     return rows

@@ -152,7 +152,7 @@ def test_a_store_that_is_a_file(source: Path, tmp_path: Path) -> None:
 def test_a_store_below_a_file(source: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("text")
-    says(sentence(extract(source, file / "store")), file / "store", "below a file", "give another place")
+    says(sentence(extract(source, file / "store")), file / "store", "below a file", "give a folder")
 
 
 def test_a_store_that_is_a_folder_of_something_else(source: Path, tmp_path: Path) -> None:

@@ -100,14 +100,21 @@ def test_tables_hold_what_the_extractor_computes(photos: Callable[..., Path], tm
         np.testing.assert_allclose(own["saliency"].to_numpy().reshape(grid), expected.saliency, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("int8", 8e-3)])
-def test_smaller_dtypes_stay_close(photos: Callable[..., Path], tmp_path: Path, dtype: str, tolerance: float) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance", "most_bytes"), [("float16", 1e-3, 2.5), ("int8", 8e-3, 1.02)])
+def test_smaller_dtypes_stay_close_and_small(
+    photos: Callable[..., Path], tmp_path: Path, dtype: str, tolerance: float, most_bytes: float
+) -> None:
     source = photos(3)
     run(source, tmp_path / "exact", "store.dtype=float32")
     run(source, tmp_path / "small", f"store.dtype={dtype}", "run.stages=separate")
     exact, small = descriptors(tmp_path / "exact"), descriptors(tmp_path / "small")
     for image_id, vectors in exact.items():
         assert np.abs(small[image_id] - vectors).max() <= tolerance * np.abs(vectors).max()
+    for file in (tmp_path / "small" / "patches").glob("*.parquet"):
+        group = pq.ParquetFile(file).metadata.row_group(0)
+        columns = [group.column(number) for number in range(group.num_columns)]
+        (values,) = (column for column in columns if column.path_in_schema == "descriptor.list.element")
+        assert values.total_compressed_size <= most_bytes * values.num_values
     assert sound(tmp_path / "small").images == 3
 
 
