@@ -48,6 +48,9 @@ _EVA_NAMES = {
 }
 
 
+_PYTORCH_FILES = (b"PK\x03\x04", b"\x80")  # a zip archive; before 1.6 a pickle
+
+
 @dataclass(frozen=True)
 class FittedWeights:
     """state: timm's names, float32, exactly the model's keys. build_options: what timm must build it with."""
@@ -104,6 +107,13 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        with path.open("rb") as file:
+            beginning = file.read(16)
+        if not beginning.startswith(_PYTORCH_FILES):
+            raise ModelError(
+                f"the file {path} is not a weights file of PyTorch (it begins with {beginning!r}): give a .pth, .pt, "
+                ".bin or .safetensors file"
+            )
         # DINO's training checkpoints carry their command line, a Namespace: plain values, so allowed.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles that it refuses anyway
@@ -111,8 +121,10 @@ def _read(path: Path) -> Any:
     except pickle.UnpicklingError as e:
         reason = "it holds objects other than tensors and plain values, which could run code when loaded"
         raise ModelError(f"the weights file {path} was refused ({reason}): save its state_dict alone") from e
+    except ModelError:
+        raise
     except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        reason = (str(e).splitlines() or [type(e).__name__])[0].partition(". ")[0]
         raise ModelError(f"the weights file {path} cannot be read ({reason}): is it complete?") from e
 
 
