@@ -8,10 +8,10 @@ writing scale on their own (`decode_block`, `ModelWorker`, `WriteWorker`).
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ from pipelines.shards import ShardReport, ShardWriter
 from pipelines.sources import fetch
 from pipelines.weights import RANDOM_SEED, checked
 
-IMAGES_PER_CHUNK = 16  # images decoded ahead of the model: enough to fill batches, small enough to hold
+FIRST_CHUNK, LARGEST_CHUNK = 4, 16  # images decoded ahead: enough to fill batches, small enough to hold
+CHUNK_SECONDS = 3.0  # of the model: slow models take few images at a time, so that progress shows and commits are due
 MODEL_THREADS = 2  # of a ModelWorker, of which one at a time has the model
 SHARD_SHARE_OF_COMMIT = 0.6  # a shard is closed after this share of run.commit_seconds
 
@@ -80,7 +81,7 @@ def make_extractor(setup: WorkerSetup) -> Any:
     from dino_ops.extractor import Extractor
 
     if setup.threads:
-        torch.set_num_threads(setup.threads)
+        torch.set_num_threads(min(setup.threads, len(os.sched_getaffinity(0))))
     config = setup.config
     return Extractor(
         config.model.name,
@@ -221,6 +222,7 @@ class FusedWorker:
         self.device = f"{self.extractor.device} {self.extractor.precision}"
         self.projections = read_projections(setup.store, setup.config)
         self.ahead = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self.chunk = FIRST_CHUNK
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         try:
@@ -240,7 +242,9 @@ class FusedWorker:
         for decoded in self._decoded_ahead(block):
             started = time.perf_counter()
             features = extract_each(self.extractor, decoded, setup.run_id) if decoded.prepared else []
-            tally.count(decoded, time.perf_counter() - started)
+            model_seconds = time.perf_counter() - started
+            tally.count(decoded, model_seconds)
+            self._adapt_chunk(len(features), model_seconds)
             started = time.perf_counter()
             try:
                 for source, one in zip(decoded.sources, features, strict=True):
@@ -261,15 +265,20 @@ class FusedWorker:
         return ShardWriter(self.setup.store, self.setup.config, self.setup.run_id, self.projections)
 
     def _decoded_ahead(self, block: pa.Table) -> Iterator[Decoded]:
-        chunks = [block.slice(start, IMAGES_PER_CHUNK) for start in range(0, len(block), IMAGES_PER_CHUNK)]
-        waiting = deque(self._decode(chunk) for chunk in chunks[:1])
-        for chunk in chunks[1:]:
-            waiting.append(self._decode(chunk))
-            yield waiting.popleft().result()
-        yield from (future.result() for future in waiting)
+        waiting: Future[Decoded] | None = None
+        while waiting or len(block):
+            following = self._decode(block.slice(0, self.chunk)) if len(block) else None
+            block = block.slice(self.chunk)
+            if waiting:
+                yield waiting.result()
+            waiting = following
 
     def _decode(self, chunk: pa.Table) -> Future[Decoded]:
         return self.ahead.submit(fetch_and_decode, chunk, self.setup, self.extractor.patch_size)
+
+    def _adapt_chunk(self, images: int, model_seconds: float) -> None:
+        if images:
+            self.chunk = max(1, min(LARGEST_CHUNK, int(CHUNK_SECONDS * images / max(model_seconds, 1e-6))))
 
 
 def decode_block(block: pa.Table, setup: WorkerSetup, patch_size: int) -> pa.Table:

@@ -39,6 +39,9 @@ BLOCKS_PER_WORKER = 4  # so that workers finish together
 WRITER_SHARE = 0.5  # of a decoding task's CPUs: compressing releases the CPU while it waits for the disk
 FEWEST_IMAGES = 32  # a block below this is not worth a file, while every worker has one
 REPORTS_PER_SECOND = 50  # that the driver should see at most, whatever the number of workers
+CPUS_OF_A_WORKER = 4.0
+WORKER_START_SECONDS = 4.0  # of a CPU: importing torch, reading weights
+GFLOP_A_CPU_SECOND = 50.0  # float32, one core
 NO_PROGRESS_SECONDS = 1800  # a Ray that does nothing for this long is stuck, not slow
 
 
@@ -49,6 +52,7 @@ class ModelFacts:
     patch_size: int
     dims: dict[str, int]  # descriptor column -> values a patch, before PCA
     patches: int  # of a typical image
+    gflop: float  # of a typical image, in a whole forward pass
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,10 @@ def model_facts(config: Config) -> ModelFacts:
             raise RequestError(f"store.pca is {config.store.pca}, but {column} has only {dim} dimensions: give fewer.")
     height, width = config.image.size or (side := config.image.shorter_side or 512, side * 4 // 3)
     grid_height, grid_width = extractor.grid(height, width)
-    return ModelFacts(extractor.patch_size, dims, grid_height * grid_width)
+    patches, width = grid_height * grid_width, extractor.embed_dim
+    # a block's products: 12 width^2 weights (qkv 3, projection 1, MLP 8) for each token, and tokens with tokens twice
+    gflop = extractor.depth * (24 * patches * width**2 + 4 * patches**2 * width) / 1e9
+    return ModelFacts(extractor.patch_size, dims, patches, gflop)
 
 
 def plan_workers(resources: dict[str, float], config: Config, facts: ModelFacts, images: int) -> Layout:
@@ -99,8 +106,9 @@ def plan_workers(resources: dict[str, float], config: Config, facts: ModelFacts,
         cpus_each = run.cpus_per_worker or min(1.0, cpus / workers)
     else:
         gpus_each = 0.0
-        cpus_each = run.cpus_per_worker or (cpus / run.workers if run.workers else _threads_of_a_cpu_worker(cpus))
-        workers = run.workers or max(1, int(cpus / cpus_each))
+        most = max(1, int(cpus / (run.cpus_per_worker or _threads_of_a_cpu_worker(cpus))))
+        workers = run.workers or min(most, _workers_worth_starting(images, facts))
+        cpus_each = run.cpus_per_worker or (cpus / workers if run.workers else min(cpus / workers, CPUS_OF_A_WORKER))
     if gpus_each * workers > gpus or cpus_each * workers > cpus + 1e-6:
         raise RequestError(
             f"{workers} workers with {cpus_each:g} CPUs and {gpus_each:g} GPUs each were asked for, but the cluster "
@@ -114,7 +122,12 @@ def plan_workers(resources: dict[str, float], config: Config, facts: ModelFacts,
 
 def _threads_of_a_cpu_worker(cpus: float) -> float:
     """One thread each scales best, but every worker holds a model: on larger machines four threads share one."""
-    return min(1.0, cpus) if cpus <= 4 else 4.0
+    return min(1.0, cpus) if cpus <= CPUS_OF_A_WORKER else CPUS_OF_A_WORKER
+
+
+def _workers_worth_starting(images: int, facts: ModelFacts) -> int:
+    """A handful of small images is done before a second worker has loaded its libraries."""
+    return max(1, math.ceil(images * facts.gflop / GFLOP_A_CPU_SECOND / WORKER_START_SECONDS))
 
 
 def _block_size(config: Config, facts: ModelFacts, images: int, workers: int) -> int:
