@@ -165,7 +165,10 @@ def _extract_pending(store: Store, plan: Plan, config: Config, result: Result, f
                     break
                 progress.restart(result.extracted + result.done_elsewhere, result.failed)
                 work.attempt += 1
-                for shard_report in stream_reports(undone, block_size, layout, store, config, result.run_id):
+                reports = stream_reports(
+                    undone, block_size, layout, store, config, result.run_id, apart=work.attempt > 1
+                )
+                for shard_report in reports:
                     progress.advance(shard_report.done, shard_report.failed)
                     work.take(shard_report)
                 work.commit()

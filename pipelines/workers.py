@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Iterator
@@ -139,11 +140,13 @@ def _block_size(config: Config, facts: ModelFacts, images: int, workers: int) ->
 
 
 def stream_reports(
-    rows: pa.Table, block_size: int, layout: Layout, store: Store, config: Config, run_id: str
+    rows: pa.Table, block_size: int, layout: Layout, store: Store, config: Config, run_id: str, *, apart: bool
 ) -> Iterator[ShardReport]:
     """Extract listing rows (with `position`) in blocks and yield what the workers report.
 
     A block whose worker dies is dropped here: the caller sees that its images are still undone.
+
+    apart: no worker has two blocks at once, so that one which kills its worker takes no other with it.
 
     Raises:
         JobError: Ray could not do the work at all.
@@ -162,9 +165,13 @@ def stream_reports(
     dataset = _dataset(rows, block_size, report_each=not layout.separate)
     if layout.separate:
         decode = partial(decode_block, setup=setup, patch_size=layout.facts.patch_size)
-        dataset = dataset.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=layout.decode_cpus)
+        with _without_deprecation_warning():
+            dataset = dataset.map_batches(
+                decode, batch_size=None, batch_format="pyarrow", num_cpus=layout.decode_cpus, max_retries=0
+            )
+        threads = 1 if apart else MODEL_THREADS
         dataset = _map_with_actors(
-            dataset, ModelWorker, setup, layout.workers, layout.cpus, layout.gpus, threads=MODEL_THREADS
+            dataset, ModelWorker, setup, layout.workers, layout.cpus, layout.gpus, threads=threads
         )
         # few writers keep up with a model; Ray starts more when blocks wait
         writer_cpus = layout.decode_cpus * WRITER_SHARE
@@ -247,30 +254,43 @@ def _map_with_actors(
     gpus: float = 0.0,
     threads: int = 1,
 ) -> Any:
-    """Map blocks with a pool of `worker` actors, of fixed or (least, most) size.
+    """Map blocks with a pool of `worker` actors, of fixed or (least, most) size; each has `threads` blocks at once.
 
-    A dead worker is replaced, but Ray does not run its block again: it would do so for ever, and the replay of a
-    half-read generator could lose or repeat reports. The caller sees which images are undone.
+    No block waits at an actor for another one: it would be lost with it. A dead worker is replaced, but Ray does not
+    run its block again: it would do so for ever, and the replay of a half-read generator could lose or repeat
+    reports. The caller sees which images are undone.
     """
     from ray.data import ActorPoolStrategy
-    from ray.util.annotations import RayDeprecationWarning
 
     least, most = (count, count) if isinstance(count, int) else count
-    with warnings.catch_warnings():
-        # max_restarts has no other way in until Ray 2.64, which pyproject.toml therefore excludes
-        warnings.simplefilter("ignore", RayDeprecationWarning)
+    with _without_deprecation_warning():
         return dataset.map_batches(
             worker,
             fn_constructor_kwargs={"setup": setup},
             batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=least, max_size=most, enable_true_multi_threading=threads > 1),
+            compute=ActorPoolStrategy(
+                min_size=least,
+                max_size=most,
+                max_tasks_in_flight_per_actor=threads,
+                enable_true_multi_threading=threads > 1,
+            ),
             max_concurrency=threads,
             num_cpus=cpus,
             num_gpus=gpus,
             max_restarts=-1,
             max_task_retries=0,
         )
+
+
+@contextlib.contextmanager
+def _without_deprecation_warning() -> Iterator[None]:
+    """Ray's limits on retries have no other way in until Ray 2.64, which pyproject.toml therefore excludes."""
+    from ray.util.annotations import RayDeprecationWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        yield
 
 
 def _stream(dataset: Any) -> Iterator[pa.Table]:

@@ -260,24 +260,49 @@ def test_limit_and_dry_run(photos: Callable[..., Path], tmp_path: Path) -> None:
     sound(store)
 
 
-def test_an_image_that_kills_its_worker_is_recorded_and_its_neighbours_are_not_lost(
-    photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A worker that dies on one image: bounded attempts, one failure, everything else extracted."""
+DEADLY = "dog/0006.jpg"
+
+
+def deadly_worker(stage: str) -> tuple[str, object]:
+    """A stage that dies of one image as a crash in native code would kill it; its name, and what replaces it."""
     import pipelines.stages
 
-    class Deadly(pipelines.stages.FusedWorker):
+    class Fused(pipelines.stages.FusedWorker):
         def process(self, block):  # type: ignore[no-untyped-def]
-            if "dog/0006.jpg" in block["image_id"].to_pylist():
+            if DEADLY in block["image_id"].to_pylist():
                 os._exit(1)
             return super().process(block)
 
-    monkeypatch.setattr("pipelines.workers.FusedWorker", Deadly)
+    class Model(pipelines.stages.ModelWorker):
+        def __call__(self, block):  # type: ignore[no-untyped-def]
+            if DEADLY in [source["image_id"] for source in pipelines.stages.unpack(block).sources]:
+                os._exit(1)
+            return super().__call__(block)
+
+    def decode(block, setup, patch_size):  # type: ignore[no-untyped-def]
+        if DEADLY in block["image_id"].to_pylist():
+            os._exit(1)
+        return pipelines.stages.decode_block(block, setup, patch_size)
+
+    return {"fused": ("FusedWorker", Fused), "model": ("ModelWorker", Model), "decode": ("decode_block", decode)}[stage]
+
+
+@pytest.mark.parametrize(
+    "stage", ["fused", pytest.param("model", marks=pytest.mark.slow), pytest.param("decode", marks=pytest.mark.slow)]
+)
+def test_an_image_that_kills_its_worker_is_recorded_and_its_neighbours_are_not_lost(
+    photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """A worker that dies on one image: bounded attempts, one failure, everything else extracted."""
+    name, deadly = deadly_worker(stage)
+    monkeypatch.setattr(f"pipelines.workers.{name}", deadly)
     store = tmp_path / "store"
-    result = run(photos(20), store, "run.images_per_shard=10")
+    stages = "fused" if stage == "fused" else "separate"
+    # small blocks, so that others wait for the worker when it dies
+    result = run(photos(20), store, "run.images_per_shard=5", f"run.stages={stages}")
     assert (result.extracted, result.failed, result.exit_code) == (19, 1, 0)
     (row,) = DeltaTable(store / "failures").to_pyarrow_table().to_pylist()
-    assert (row["image_id"], row["error"], row["attempts"]) == ("dog/0006.jpg", "WorkerDied", 3)
+    assert (row["image_id"], row["error"], row["attempts"]) == (DEADLY, "WorkerDied", 3)
     sound(store)
 
 
