@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from pipelines.cpus import available_cpus
 
 FILE = Path(__file__).with_name("results.md")
 
@@ -58,4 +59,4 @@ def machine() -> str:
     named = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     processor = named[0].partition(": ")[2] if named else platform.processor() or platform.machine()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{processor}, {len(os.sched_getaffinity(0))} cores{gpu}"
+    return f"{processor}, {available_cpus()} cores{gpu}"

@@ -148,7 +148,9 @@ class StoreSettings(Section):
 
 class RunSettings(Section):
     address: str | None = Field(
-        None, description="Ray cluster: `auto` on one of its nodes, or its head's host:6379; default: a local one."
+        None,
+        description="Ray cluster: `auto` on one of its nodes, or its head's host:6379; default: the environment's "
+        "RAY_ADDRESS, else a local Ray of the job's own.",
     )
     workers: int | None = Field(None, ge=1, description="Model workers; default: one a GPU, else from the CPUs.")
     cpus_per_worker: float | None = Field(None, gt=0, description="CPUs (torch threads) of a worker.")

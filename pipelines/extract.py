@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 
 from pipelines import sources, storage
@@ -125,11 +126,13 @@ def run(
         result.repaired = {what: count for what, count in opened.repair(result.run_id).items() if count}
         plan = opened.plan(listing.table, retry_failed=retry_failed, limit=limit)
         _count_plan(result, plan)
-        if prune and plan.gone:
+        if prune and listing.broken:
+            result.messages.append("Nothing was pruned: what a damaged file held cannot be told from what is gone.")
+        elif prune and plan.gone:
             result.pruned = drop_images(opened, plan.gone, result.run_id)
         if len(plan.pending):
             _extract_pending(opened, plan, config, result, facts or _check_model(config))
-        _record_damage(opened, listing.broken, result)
+        _record_damage(opened, listing, result)
         _judge(result, config)
     except KeyboardInterrupt:
         result.status, result.exit_code = "interrupted", 130
@@ -293,12 +296,20 @@ def _count_plan(result: Result, plan: Plan) -> None:
     result.changed = len(plan.changed)
 
 
-def _record_damage(store: Store, broken: list[sources.BrokenContainer], result: Result) -> None:
-    """A damaged tar or Parquet file is a failures row of its own, and the run says so with exit code 1."""
+def _record_damage(store: Store, listing: sources.Listing, result: Result) -> None:
+    """A damaged tar or Parquet file is a failures row of its own, and the run says so with exit code 1.
+
+    The row goes when the file was replaced or removed.
+    """
+    broken = {container.image_id for container in listing.broken}
+    recorded = pa.array(sorted(store.failed_in_listing() - broken), pa.string())
+    mended = recorded.filter(pc.invert(pc.is_in(recorded, value_set=listing.table["image_id"])))
+    if len(mended):
+        drop_images(store, mended.to_pylist(), result.run_id, tables=("failures",))
     if not broken:
         return
     rows = []
-    for container in broken:
+    for container in listing.broken:
         source = {
             "position": 0,
             "image_id": container.image_id,

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 
 from pipelines.config import RunSettings
+from pipelines.cpus import available_cpus
 from pipelines.errors import JobError, RequestError
 
 CONNECT_SECONDS = 5
@@ -20,12 +21,14 @@ SPARE_CPUS = 2  # Ray waits for ever when actor pools leave no CPU for anything 
 def ray_session(run: RunSettings) -> Iterator[dict[str, float]]:
     """Ray for the length of a job; yields the cluster's resources. A session that was there before is left running.
 
+    The cluster is run.address, else RAY_ADDRESS (which `ray job submit` sets), else a local one of this job's own.
+
     Raises:
         RequestError: an address that Ray Data cannot work through.
         JobError: the cluster cannot be reached.
     """
-    if run.address:
-        _check_address(run.address)
+    address = run.address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_address(address)
     # read when Ray is imported
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep seeing what they saw
@@ -36,15 +39,15 @@ def ray_session(run: RunSettings) -> Iterator[dict[str, float]]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # after the import, which sets them
     ours = not ray.is_initialized()
     with native_stderr_hidden():
-        yield from _session(run, ours)
+        yield from _session(run, address, ours)
 
 
 def _check_address(address: str) -> None:
     """Find out within seconds what Ray itself would take minutes to say."""
     if address.startswith("ray://"):
         raise RequestError(
-            f"run.address is {address}, but Ray Data does not work through Ray's client: run dinoray on a node of the "
-            "cluster with run.address=auto, or send it there with `ray job submit`."
+            f"The Ray cluster's address is {address}, but Ray Data does not work through Ray's client: run dinoray on "
+            "a node of the cluster with run.address=auto, or send it there with `ray job submit`."
         )
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
@@ -53,32 +56,38 @@ def _check_address(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except OSError as error:
         raise JobError(
-            f"the Ray cluster at {address} could not be reached ({error}): give the address of its head node, such as "
-            "10.0.0.1:6379."
+            f"The Ray cluster at {address} could not be reached ({error}): give the address of its head node, such as "
+            "10.0.0.1:6379, or `auto` on a node of it."
         ) from None
 
 
-def _session(run: RunSettings, ours: bool) -> Iterator[dict[str, float]]:
+def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, float]]:
     import ray
 
     if ours:
         try:
-            if run.address:
-                ray.init(address=run.address, logging_level="ERROR", log_to_driver=False)
+            if address != "local":
+                ray.init(address=address, logging_level="ERROR", log_to_driver=False)
             else:
                 ray.init(
-                    num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
+                    address="local",  # without it Ray joins a cluster that somebody started on this machine
+                    num_cpus=available_cpus() + SPARE_CPUS,
                     include_dashboard=False,
                     object_store_memory=int(run.object_store_gb * 2**30) if run.object_store_gb else None,
                     logging_level="ERROR",
                     log_to_driver=False,
                 )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            where = f"the Ray cluster at {run.address}" if run.address else "a local Ray"
-            raise JobError(f"{where} could not be reached or started: {str(error).splitlines()[0]}") from None
+            said = str(error).splitlines()[0].rstrip(".")
+            if address == "local":
+                raise JobError(f"A local Ray could not be started: {said}.") from None
+            raise JobError(
+                f"The Ray cluster at {address} could not be reached ({said}): check run.address, that Ray's version is "
+                f"{ray.__version__} there too, and whether it asks for a token (RAY_AUTH_MODE=token)."
+            ) from None
     try:
         resources = dict(ray.cluster_resources())
-        if not run.address and ours:
+        if address == "local" and ours:
             resources["CPU"] = max(1.0, resources.get("CPU", 1.0) - SPARE_CPUS)
         yield resources
     finally:

@@ -8,7 +8,6 @@ writing scale on their own (`decode_block`, `ModelWorker`, `WriteWorker`).
 
 from __future__ import annotations
 
-import os
 import pickle
 import threading
 import time
@@ -22,6 +21,7 @@ import pyarrow as pa
 from dino_ops.errors import ImageError
 from dino_ops.images import ImageSpec, PreparedImage, prepare_image
 from pipelines.config import Config
+from pipelines.cpus import available_cpus
 from pipelines.failures import failure_row
 from pipelines.projection import read_projections
 from pipelines.shards import ShardReport, ShardWriter
@@ -81,7 +81,7 @@ def make_extractor(setup: WorkerSetup) -> Any:
     from dino_ops.extractor import Extractor
 
     if setup.threads:
-        torch.set_num_threads(min(setup.threads, len(os.sched_getaffinity(0))))
+        torch.set_num_threads(min(setup.threads, available_cpus()))
     config = setup.config
     return Extractor(
         config.model.name,

@@ -156,6 +156,11 @@ class Store:
             drop_images(self, settled.to_pylist(), run_id, tables=("failures",))
         return len(settled)
 
+    def failed_in_listing(self) -> set[str]:
+        """image_ids of failures from the time of listing: files that were missing, tars that were damaged."""
+        failed = self.failures.read(["image_id", "stage"])
+        return set(failed["image_id"].filter(pc.equal(failed["stage"], "list")).to_pylist())
+
     def plan(self, listing: pa.Table, *, retry_failed: bool = False, limit: int | None = None) -> Plan:
         """What `listing` (sources.LISTING_SCHEMA) asks of this store: the anti-join with what is done."""
         images = self.images.read(["image_id", "source_size", "source_version"])

@@ -114,13 +114,23 @@ def test_a_tar_cut_short_ends_with_1_and_its_whole_images_are_extracted(source: 
             archive.add(file, file.name)
     with tarfile.open(path) as archive:
         last = archive.getmembers()[-1]
-    path.write_bytes(path.read_bytes()[: last.offset_data + last.size // 2])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: last.offset_data + last.size // 2])
     says(sentence(extract(path, store), 1), path, "damaged", last.name, "replace the file", "same command again")
     rows = DeltaTable(store / "images").to_pyarrow_table(columns=["image_id"]).to_pylist()
     assert len(rows) == 2
     (failure,) = DeltaTable(store / "failures").to_pyarrow_table().to_pylist()
     assert (failure["image_id"], failure["stage"]) == ("photos.tar", "list")
     assert verify.run(settings(), store=str(store)).problems == []
+
+    path.write_bytes(whole[: last.offset_data - 512])
+    pruning = extract(path, store, options=("--prune",))
+    assert pruning.exit_code == 1 and "Nothing was pruned" in pruning.stderr
+
+    path.write_bytes(whole)
+    assert extract(path, store).exit_code == 0
+    mended = verify.run(settings(), store=str(store))
+    assert (mended.images, mended.failures, mended.problems) == (3, 0, [])
 
 
 # STORE
