@@ -13,6 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dino_ops.correspondences import Correspondences as Correspondences
+    from dino_ops.correspondences import find_correspondences as find_correspondences
     from dino_ops.descriptors import binned_similarity as binned_similarity
     from dino_ops.descriptors import log_bin as log_bin
     from dino_ops.errors import ImageError as ImageError
@@ -47,6 +49,8 @@ _HOME = {
     "pca_colours": "pca",
     "binned_similarity": "descriptors",
     "log_bin": "descriptors",
+    "Correspondences": "correspondences",
+    "find_correspondences": "correspondences",
 }
 
 __all__ = sorted(_HOME)

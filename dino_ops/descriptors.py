@@ -51,6 +51,25 @@ def log_bin(feature_map: Array, hierarchy: int = 2) -> Array:
     return _like(feature_map, binned if tensor.ndim == 4 else binned[0])
 
 
+def log_bin_at(feature_map: Array, cells: np.ndarray, hierarchy: int = 2) -> Array:
+    """Rows of log_bin at some cells alone: (len(cells), (1 + 8 * hierarchy) * C).
+
+    feature_map: (grid height, grid width, C). cells: (n,) integers, raster order.
+    """
+    tensor = _float_tensor(feature_map)
+    height, width = tensor.shape[:2]
+    y, x = (torch.as_tensor(axis, device=tensor.device) for axis in np.divmod(np.asarray(cells, np.int64), width))
+    bins = []
+    for level in range(hierarchy):
+        reach = 3**level
+        pooled = _average(tensor[None], level)[0]
+        for dy in (-reach, 0, reach):
+            for dx in (-reach, 0, reach):
+                if level == 0 or (dy, dx) != (0, 0):
+                    bins.append(pooled[(y + dy).clamp(0, height - 1), (x + dx).clamp(0, width - 1)])
+    return _like(feature_map, torch.cat(bins, dim=-1))
+
+
 def binned_similarity(map_a: Array, map_b: Array, hierarchy: int = 2, block_rows: int | None = None) -> Array:
     """Cosine similarity of every binned descriptor of map_a with every one of map_b: (cells of a, cells of b).
 
