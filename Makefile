@@ -39,6 +39,7 @@ format: install  ## Put the code into shape
 
 bench: install  ## Speed, memory and size as ratios; appends to benchmarks/results.md
 	$(BIN)/python -m benchmarks.extract
+	$(BIN)/python -m benchmarks.correspondences
 
 soak: install  ## Kill runs at random moments, again and again (SOAK_ROUNDS=20)
 	DINORAY_SOAK_ROUNDS=$(or $(SOAK_ROUNDS),20) $(BIN)/python -m pytest -m slow tests/pipelines/test_killed.py
