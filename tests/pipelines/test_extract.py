@@ -47,6 +47,9 @@ def test_the_life_of_a_store(photos: Callable[..., Path], tmp_path: Path) -> Non
     again = run(source, store)
     assert (again.already_done, again.failed_before, again.pending, again.exit_code) == (12, 1, 0, 0)
 
+    retried = run(source, store, retry_failed=True, dry_run=True)
+    assert (retried.pending, retried.already_done) == (1, 12)
+
     changed = source / "cat" / "0001.jpg"
     photo(99, 120, 72).save(changed)
     third = run(source, store)
