@@ -17,6 +17,7 @@ from pipelines import storage
 from pipelines.config import Config
 from pipelines.errors import JobError
 from pipelines.schemas import vector
+from pipelines.tables import open_parquet
 
 if TYPE_CHECKING:
     from dino_ops.pca import PCA
@@ -52,10 +53,9 @@ def read_projections(store: str, config: Config) -> dict[str, PCA]:
         return {}
     from dino_ops.pca import PCA
 
-    fs, path = storage.filesystem(projection_uri(store), config.storage.options)
     try:
-        with fs.open(path, "rb") as source:
-            table = pq.read_table(source)
+        with open_parquet(projection_uri(store), config.storage.options) as parquet:
+            table = parquet.read()
     except FileNotFoundError:
         raise JobError(f"{projection_uri(store)} is missing: the store cannot be extended without its PCA.") from None
     found = {}
