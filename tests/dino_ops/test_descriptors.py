@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from dino_ops.descriptors import binned_similarity, binned_similarity_blocks, log_bin, order_channels
+from dino_ops.descriptors import (
+    binned_similarity,
+    binned_similarity_at,
+    binned_similarity_blocks,
+    log_bin,
+    order_channels,
+)
 
 NoiseMap = Callable[..., np.ndarray]
 
@@ -115,3 +121,13 @@ def test_channel_orders() -> None:
         for dim in range(dims):
             assert dim_major[dim * heads + head] == head_major[head * dims + dim]
     assert order_channels(head_major, heads, "head_major") is head_major
+
+
+@pytest.mark.parametrize("hierarchy", [1, 2, 3])
+@pytest.mark.parametrize("shapes", [((7, 9), (5, 4)), ((1, 1), (3, 2)), ((4, 3), (1, 1))])
+def test_similarity_at_some_cells(noise_map: NoiseMap, shapes: tuple, hierarchy: int) -> None:
+    a, b = noise_map(*shapes[0], 16, seed=1), noise_map(*shapes[1], 16, seed=2)
+    cells = np.random.default_rng(0).integers(0, a.shape[0] * a.shape[1], 6)
+    left, right = (log_bin_by_loops(one, hierarchy).reshape(-1, (1 + 8 * hierarchy) * 16) for one in (a, b))
+    left, right = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in (left, right))
+    np.testing.assert_allclose(binned_similarity_at(a, cells, b, hierarchy), left[cells] @ right.T, atol=1e-5)
