@@ -36,7 +36,7 @@ def log_bin(feature_map: Array, hierarchy: int = 2) -> Array:
     then for each level k >= 1 the eight at distance 3**k, of averages over 3**k x 3**k cells. Outside the grid the
     border repeats. Half-precision input gives float32.
     """
-    tensor = _float_tensor(feature_map)
+    tensor = float_tensor(feature_map)
     batched = tensor if tensor.ndim == 4 else tensor[None]
     bins = []
     for level in range(hierarchy):
@@ -56,7 +56,7 @@ def log_bin_at(feature_map: Array, cells: np.ndarray, hierarchy: int = 2) -> Arr
 
     feature_map: (grid height, grid width, C). cells: (n,) integers, raster order.
     """
-    tensor = _float_tensor(feature_map)
+    tensor = float_tensor(feature_map)
     height, width = tensor.shape[:2]
     y, x = (torch.as_tensor(axis, device=tensor.device) for axis in np.divmod(np.asarray(cells, np.int64), width))
     bins = []
@@ -78,7 +78,7 @@ def binned_similarity(map_a: Array, map_b: Array, hierarchy: int = 2, block_rows
     See binned_similarity_blocks, which also explains block_rows, for results too large to hold.
     """
     blocks = [block for _, block in binned_similarity_blocks(map_a, map_b, hierarchy, block_rows)]
-    return _like(map_a, torch.cat([_float_tensor(block) for block in blocks]))
+    return _like(map_a, torch.cat([float_tensor(block) for block in blocks]))
 
 
 def binned_similarity_at(map_a: Array, cells: np.ndarray, map_b: Array, hierarchy: int = 2) -> Array:
@@ -87,7 +87,7 @@ def binned_similarity_at(map_a: Array, cells: np.ndarray, map_b: Array, hierarch
     cells: (n,) integers, raster order. For few cells cheaper than whole blocks: each bin is one thin product with the
     averaged map_b, which is then looked up at b's own neighbours. Binned descriptors of map_b are never made.
     """
-    a, b = _float_tensor(map_a), _float_tensor(map_b)
+    a, b = float_tensor(map_a), float_tensor(map_b)
     height, width, channels = b.shape
     queries = log_bin_at(a, cells, hierarchy).unflatten(-1, (-1, channels))  # (n, bins, C)
     y, x = torch.arange(height, device=b.device), torch.arange(width, device=b.device)
@@ -118,7 +118,7 @@ def binned_similarity_blocks(
     A binned descriptor is a concatenation, so its dot product is a sum of dot products of cells, and those of all
     cells are one small matrix per level: shifting that matrix along both maps at once and adding gives the whole.
     """
-    a, b = _float_tensor(map_a), _float_tensor(map_b)
+    a, b = float_tensor(map_a), float_tensor(map_b)
     (height_a, width_a), (height_b, width_b) = a.shape[:2], b.shape[:2]
     if block_rows is None:
         block_rows = max(4, 16_000_000 // (width_a * height_b * width_b))
@@ -190,9 +190,12 @@ def _padded(maps: torch.Tensor, reach: int) -> torch.Tensor:
     return F.pad(maps.permute(0, 3, 1, 2), (reach, reach, reach, reach), mode="replicate").permute(0, 2, 3, 1)
 
 
-def _float_tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
-    tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def float_tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """The same values as a float32 tensor, or float64 where they are; memory is shared where it can be."""
+    if isinstance(array, np.ndarray):
+        # a copy of read-only arrays, such as columns of Arrow tables: torch warns of them
+        array = torch.from_numpy(array if array.flags.writeable else array.copy())
+    return array if array.dtype == torch.float64 else array.float()
 
 
 def _like(example: Array, result: torch.Tensor) -> Array:

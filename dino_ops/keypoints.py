@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dino_ops.descriptors import Array, binned_similarity_at
+from dino_ops.descriptors import Array, binned_similarity_at, float_tensor
 
 
 def nearest_patches(points_xy: np.ndarray, centres_y: np.ndarray, centres_x: np.ndarray) -> np.ndarray:
@@ -36,9 +36,9 @@ def transfer_cells(map_a: Array, cells: np.ndarray, map_b: Array, *, binned: boo
     if binned:
         similarity = torch.as_tensor(binned_similarity_at(map_a, cells, map_b))
     else:
-        a, b = (torch.as_tensor(one).flatten(0, 1) for one in (map_a, map_b))
+        a, b = (float_tensor(one).flatten(0, 1) for one in (map_a, map_b))
         chosen = a[torch.as_tensor(cells, device=a.device)]
-        similarity = F.normalize(chosen.float(), dim=1) @ F.normalize(b.float(), dim=1).T
+        similarity = F.normalize(chosen, dim=1) @ F.normalize(b, dim=1).T
     return similarity.argmax(dim=1).cpu().numpy()
 
 

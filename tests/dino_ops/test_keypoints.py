@@ -47,6 +47,16 @@ def test_transfer_takes_tensors_and_no_cells(noise_map: NoiseMap) -> None:
 
 
 @pytest.mark.parametrize("binned", [True, False])
+def test_transfer_takes_read_only_arrays(noise_map: NoiseMap, binned: bool) -> None:
+    """Columns of Arrow tables are such; torch would warn of them, and warnings fail tests."""
+    a, b = noise_map(4, 5, 8, seed=3), noise_map(4, 5, 8, seed=4)
+    expected = transfer_cells(a, np.arange(20), b, binned=binned)
+    for one in (a, b):
+        one.flags.writeable = False
+    np.testing.assert_array_equal(transfer_cells(a, np.arange(20), b, binned=binned), expected)
+
+
+@pytest.mark.parametrize("binned", [True, False])
 def test_points_land_on_the_centre_of_the_same_content(noise_map: NoiseMap, binned: bool) -> None:
     """The target shows the source's patches shifted by two rows and one column, at another scale."""
     scene = noise_map(20, 20, 16, seed=5)
