@@ -88,8 +88,7 @@ def retrieval_by_label(
     others = np.bincount(label, minlength=1)[label] - 1 if len(label) else np.zeros(0, np.int64)
     found = {k: 0 for k in ks}
     precision = 0.0
-    for query, relevant in _rankings(embeddings, label, block_rows):
-        relevant = relevant[others[query] > 0]
+    for relevant in _rankings(embeddings, label, block_rows):
         for k in ks:
             found[k] += int(relevant[:, :k].any(axis=1).sum())
         precision += float(average_precision(relevant).sum())
@@ -112,10 +111,8 @@ def average_precision(relevant: np.ndarray) -> np.ndarray:
     return at_hits / np.maximum(relevant.sum(axis=1), 1)
 
 
-def _rankings(
-    embeddings: np.ndarray, label: np.ndarray, block_rows: int | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (queries (b,), whether the image at each place of their ranking has their label (b, n - 1))."""
+def _rankings(embeddings: np.ndarray, label: np.ndarray, block_rows: int | None) -> Iterator[np.ndarray]:
+    """Yield, for blocks of queries, whether the image at each place of a ranking has the query's label: (b, n - 1)."""
     count = len(embeddings)
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit = (embeddings / np.where(norms > 0, norms, 1)).astype(np.float32)
@@ -125,4 +122,4 @@ def _rankings(
         similarity = unit[query] @ unit.T
         similarity[np.arange(len(query)), query] = -np.inf  # an image is not its own answer: it comes last
         ranking = np.argsort(-similarity, axis=1, kind="stable")[:, :-1]
-        yield query, label[ranking] == label[query, None]
+        yield label[ranking] == label[query, None]
