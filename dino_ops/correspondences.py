@@ -46,6 +46,7 @@ class Correspondences:
 
     cell_a, cell_b: (m,) int64, ascending in cell_a. similarity: (m,) float32, cosine. saliency: (m,) float32, the mean
     of both patches' saliency. selected: (k,) int64, the rows that spread out over the object, most salient first.
+    mutual: how many mutual neighbours there were before the foreground's rule.
     """
 
     cell_a: np.ndarray
@@ -53,6 +54,7 @@ class Correspondences:
     similarity: np.ndarray
     saliency: np.ndarray
     selected: np.ndarray
+    mutual: int
 
     def __len__(self) -> int:
         return len(self.cell_a)
@@ -79,14 +81,19 @@ def find_correspondences(
     """
     neighbours = nearest_neighbours(map_a, map_b, binned=binned)
     salient_a, salient_b = np.asarray(saliency_a).ravel(), np.asarray(saliency_b).ravel()
-    cell_a = neighbours.mutual()
+    mutual = cell_a = neighbours.mutual()
     kept = in_foreground(neighbours, salient_a > saliency_threshold, salient_b > saliency_threshold, foreground)
     cell_a = cell_a[kept[cell_a]]
     cell_b = neighbours.b_of_a[cell_a]
     saliency = ((salient_a[cell_a] + salient_b[cell_b]) / 2).astype(np.float32)
     points = paired_descriptors(map_a, map_b, cell_a, cell_b, binned=binned)
     return Correspondences(
-        cell_a, cell_b, neighbours.similarity_a[cell_a], saliency, spread_out(points, saliency, num_pairs, seed)
+        cell_a,
+        cell_b,
+        similarity=neighbours.similarity_a[cell_a],
+        saliency=saliency,
+        selected=spread_out(points, saliency, num_pairs, seed),
+        mutual=len(mutual),
     )
 
 

@@ -68,6 +68,29 @@ def extract(
 
 
 @app.command()
+def correspond(
+    store: StoreArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the result: matches/NAME in the store.")],
+    pairs: Annotated[
+        str | None,
+        typer.Option("--pairs", metavar="knn:K|all|FILE", help="Which images to match; wins over correspond.pairs."),
+    ] = None,
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pairs of images to tables: which patch matches which. Run it again to add what is new."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.correspond import run
+
+        return run(settings, store=store, name=name, pairs=pairs, dry_run=dry_run)
+
+    _run_job(job, _print_correspond, config, overrides, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
 def verify(
     store: StoreArgument,
     config: ConfigFiles = None,
@@ -217,6 +240,25 @@ def _print_extract(result: Any) -> None:
     if result.failed_before:
         print(f"{result.failed_before:,} failed before and were not tried again (--retry-failed tries them).")
     print(f"Tables: {result.store}/images  {result.store}/patches  {result.store}/failures")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.seconds['total']:.1f} s)")
+
+
+def _print_correspond(result: Any) -> None:
+    counts = f"{result.pairs:,} pairs of {result.images:,} images ({result.source}): {result.already_done:,} were done"
+    if result.status == "dry_run":
+        print(f"\n{counts}, {result.pending:,} to match, {result.outdated:,} outdated. Nothing was written.")
+        return
+    lines = [counts, f"{result.matched:,} matched"]
+    if result.matched:
+        lines[-1] += f" at {result.pairs_per_second:,.1f} a second, {result.matches:,} matches"
+    if result.without_matches:
+        lines.append(f"{result.without_matches:,} pairs have none (kept = 0)")
+    if result.outdated:
+        lines.append(f"{result.outdated:,} removed whose images changed")
+    if result.done_elsewhere:
+        lines.append(f"{result.done_elsewhere:,} done by another run at the same time")
+    print(", ".join(lines) + ".")
+    print(f"Tables: {result.store}/matches/{result.name}/pairs  {result.store}/matches/{result.name}/matches")
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.seconds['total']:.1f} s)")
 
 

@@ -143,12 +143,21 @@ class Committer:
 
 def commit_rows(store: Store, patches: FileChange, images: FileChange, run_id: str) -> None:
     """Commit to patches, then to images. Raises CommitConflict, with patches as before, when another run was first."""
-    before = store.patches.files()
-    store.patches.commit(patches.add, patches.remove, run_id)
+    commit_in_order((store.patches, patches), (store.images, images), run_id)
+
+
+def commit_in_order(first: tuple[Table, FileChange], last: tuple[Table, FileChange], run_id: str) -> None:
+    """Commit to two tables, of which the last one decides what is done.
+
+    Raises CommitConflict, with the first table as before, when another run committed to either.
+    """
+    table, change = first
+    before = table.files()
+    table.commit(change.add, change.remove, run_id)
     try:
-        store.images.commit(images.add, images.remove, run_id)
+        last[0].commit(last[1].add, last[1].remove, run_id)
     except CommitConflict:
-        apply_remaining(store.patches, patches.reversed(before), run_id)
+        apply_remaining(table, change.reversed(before), run_id)
         raise
 
 

@@ -181,6 +181,33 @@ class RunSettings(Section):
         return value
 
 
+class CorrespondSettings(Section):
+    pairs: str = Field(
+        "knn:10",
+        description="Which images are matched: `knn:K`, each with the K nearest by cosine of the embeddings; `all`, "
+        "all within a label; or a .csv, .jsonl or .parquet file with columns image_a and image_b.",
+    )
+    descriptor: str = Field(
+        "descriptor", description="Column of patches that is compared, such as descriptor_key9 from features.extra."
+    )
+    binned: bool = Field(True, description="Compare patches together with their surroundings (log-binned).")
+    num_pairs: int = Field(10, ge=1, description="Matches selected for a pair of images, spread over the object.")
+    saliency_threshold: float = Field(
+        0.05, ge=0, le=1, description="Patches whose saliency is above this are foreground."
+    )
+    foreground: Literal["reference", "strict"] = Field(
+        "reference",
+        description="`strict`: both patches of a match are foreground; `reference`: the published code's looser rule.",
+    )
+    keep: Literal["selected", "all"] = Field(
+        "selected", description="`all` stores every match in the foreground; those not selected have rank -1."
+    )
+    seed: int = Field(0, ge=0, description="Of the k-means that spreads the selected matches.")
+    tile_images: int | None = Field(
+        None, ge=1, description="Images whose descriptors are loaded together; default: about 256 MB worth."
+    )
+
+
 class StorageSettings(Section):
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -197,6 +224,7 @@ class Config(Section):
     features: FeatureSettings = Field(default_factory=FeatureSettings)  # type: ignore[arg-type]
     store: StoreSettings = Field(default_factory=StoreSettings)  # type: ignore[arg-type]
     run: RunSettings = Field(default_factory=RunSettings)  # type: ignore[arg-type]
+    correspond: CorrespondSettings = Field(default_factory=CorrespondSettings)  # type: ignore[arg-type]
     storage: StorageSettings = Field(default_factory=StorageSettings)
 
     @model_validator(mode="after")

@@ -19,8 +19,9 @@ RATE_WINDOW_SECONDS = 60.0
 class ProgressLine:
     """Shows how far a run is, on standard error."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, what: str = "images") -> None:
         self.total = total
+        self.what = what
         self.done = 0
         self.failed = 0
         self._recent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
@@ -30,7 +31,7 @@ class ProgressLine:
         if sys.stderr.isatty():
             columns = (BarColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(f"0 of {total:,} images, starting workers", total=total)
+            self._task = self._bar.add_task(f"0 of {total:,} {what}, starting workers", total=total)
 
     def __enter__(self) -> ProgressLine:
         if self._bar:
@@ -75,7 +76,8 @@ class ProgressLine:
         finished = self.done + self.failed
         rate = self.images_per_second
         left = timedelta(seconds=round((self.total - finished) / rate)) if rate > 0 else "?"
-        return f"{finished:,} of {self.total:,} images, {rate:,.1f} images/s, {self.failed:,} failed, {left} left"
+        of = f"{finished:,} of {self.total:,} {self.what}"
+        return f"{of}, {rate:,.1f} {self.what}/s, {self.failed:,} failed, {left} left"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -9,9 +9,10 @@ import socket
 import sys
 from collections.abc import Iterator
 
+from dino_ops.errors import ModelError
 from pipelines.config import RunSettings
 from pipelines.cpus import available_cpus
-from pipelines.errors import JobError, RequestError
+from pipelines.errors import DinorayError, JobError, RequestError
 
 CONNECT_SECONDS = 5
 SPARE_CPUS = 2  # Ray waits for ever when actor pools leave no CPU for anything else
@@ -93,6 +94,17 @@ def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, f
     finally:
         if ours:
             ray.shutdown()
+
+
+def explain_ray_error(error: BaseException, work: str) -> Exception:
+    """The user's mistake inside a worker's error, or a JobError naming what Ray said."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ModelError | DinorayError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return JobError(f"Ray could not run {work}: {lines[-1].strip() if lines else type(error).__name__}")
 
 
 @contextlib.contextmanager

@@ -54,6 +54,38 @@ FAILURES = pa.schema(
     ]
 )
 
+PAIRS = pa.schema(
+    [
+        pa.field("image_a", pa.string()),
+        pa.field("image_b", pa.string()),
+        pa.field("score", pa.float32()),  # cosine of the embeddings; null where there are none
+        pa.field("source", pa.string()),  # knn | all | file: how the pair was chosen
+        pa.field("mutual", pa.int32()),  # mutual nearest neighbours found, in the foreground or not
+        pa.field("kept", pa.int32()),  # rows of the pair in matches
+        pa.field("shard", pa.string()),  # file under matches/ that holds them; null for none
+        pa.field("run_id_a", pa.string()),  # of the extraction that was matched: another one is matched anew
+        pa.field("run_id_b", pa.string()),
+    ]
+)
+
+MATCHES = pa.schema(
+    [
+        pa.field("image_a", pa.string()),
+        pa.field("image_b", pa.string()),
+        pa.field("row_a", pa.int32()),  # of the patch grid
+        pa.field("col_a", pa.int32()),
+        pa.field("row_b", pa.int32()),
+        pa.field("col_b", pa.int32()),
+        pa.field("y_a", pa.float32()),  # patch centre in pixels of the original image
+        pa.field("x_a", pa.float32()),
+        pa.field("y_b", pa.float32()),
+        pa.field("x_b", pa.float32()),
+        pa.field("similarity", pa.float32()),  # cosine
+        pa.field("saliency", pa.float32()),  # mean of both patches, 0..1
+        pa.field("rank", pa.int32()),  # 0 = best of the selected ones; -1 for the others that keep=all adds
+    ]
+)
+
 
 def descriptor_columns(config: Config) -> list[str]:
     """Names of the descriptor columns: `descriptor`, then one for each entry of features.extra."""

@@ -273,7 +273,7 @@ def rewrite(table: Table, file: DataFile, run_id: str, change: Callable[[pa.Tabl
                 if len(rows):
                     writer.write_table(rows, row_group_size=len(rows))
                     kept += len(rows)
-                    bounds = pc.min_max(rows["image_id"])
+                    bounds = pc.min_max(rows[table.key])
                     low.append(bounds["min"].as_py())
                     high.append(bounds["max"].as_py())
     if not kept:

@@ -59,6 +59,7 @@ class Table:
     def __init__(self, uri: str, schema: pa.Schema, options: Options | None = None) -> None:
         self.uri = normalise(uri)
         self.schema = schema
+        self.key = schema.names[0]  # files are in its order, and their log entries carry its range
         self.options = options or {}
         self._storage_options = delta_options(self.uri, options)
         self._delta = self._open_or_create()
@@ -98,7 +99,7 @@ class Table:
         columns = [actions[name].to_pylist() for name in ("path", "size_bytes", "num_records")]
         ranges = [
             actions[name].to_pylist() if name in actions.column_names else [""] * len(actions)
-            for name in ("min.image_id", "max.image_id")
+            for name in (f"min.{self.key}", f"max.{self.key}")
         ]
         return {
             path: DataFile(path, size, rows or 0, low or "", high or "")
@@ -129,23 +130,18 @@ class Table:
             raise CommitConflict(str(error)) from None
         self.refresh()
 
-    @staticmethod
-    def _add_action(file: DataFile, now_ms: int) -> AddAction:
+    def _add_action(self, file: DataFile, now_ms: int) -> AddAction:
         stats = {
             "numRecords": file.rows,
-            "minValues": {"image_id": file.min_id},
-            "maxValues": {"image_id": file.max_id},
-            "nullCount": {"image_id": 0},
+            "minValues": {self.key: file.min_id},
+            "maxValues": {self.key: file.max_id},
+            "nullCount": {self.key: 0},
         }
         return AddAction(file.path, file.size, {}, now_ms, True, json.dumps(stats))
 
     def write_file(self, name: str, rows: pa.Table) -> DataFile:
         """Write rows (whole images, in key order) as a file of this table; it shows only once committed."""
-        uri = join(self.uri, name)
-        fs, path = filesystem(uri, self.options)
-        with fs.open(path, "wb") as sink:
-            pq.write_table(rows, sink, **parquet_options(rows.schema))
-        return DataFile(name, fs.size(path), len(rows), *key_range(rows["image_id"]))
+        return write_parquet(self.uri, name, rows, self.options)
 
     def read_file(self, name: str, columns: list[str] | None = None) -> pa.Table:
         with open_parquet(join(self.uri, name), self.options) as parquet:
@@ -174,6 +170,14 @@ class Table:
                 rows = rows.filter(pc.is_in(rows["image_id"], value_set=value_set))
                 found.append(rows.append_column("file", pa.array([path] * len(rows), pa.string())).cast(schema))
         return pa.concat_tables(found)
+
+
+def write_parquet(table: str, name: str, rows: pa.Table, options: Options | None = None) -> DataFile:
+    """Write rows, in the order of their first column, as a file of the table at `table`, for its log to name later."""
+    fs, path = filesystem(join(table, name), options)
+    with fs.open(path, "wb") as sink:
+        pq.write_table(rows, sink, **parquet_options(rows.schema))
+    return DataFile(name, fs.size(path), len(rows), *key_range(rows[0]))
 
 
 @contextlib.contextmanager

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dino_ops.errors import ModelError
 from pipelines import projection, weights
 from pipelines.config import Config
 from pipelines.errors import JobError, RequestError
+from pipelines.ray_session import explain_ray_error
 from pipelines.schemas import descriptor_columns
 from pipelines.shards import ShardReport, descriptor_map
 from pipelines.stages import (
@@ -294,21 +294,10 @@ def _without_deprecation_warning() -> Iterator[None]:
 
 
 def _stream(dataset: Any) -> Iterator[pa.Table]:
-    """The blocks of a dataset as they are made. Raises what `_as_sentence` makes of Ray's errors."""
+    """The blocks of a dataset as they are made. Raises what `explain_ray_error` makes of Ray's errors."""
     from ray.exceptions import RayError
 
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except RayError as error:
-        raise _as_sentence(error) from None
-
-
-def _as_sentence(error: BaseException) -> Exception:
-    """The user's mistake inside a worker's error, or a JobError naming what Ray said."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ModelError | JobError | RequestError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return JobError(f"Ray could not run the extraction: {lines[-1].strip() if lines else type(error).__name__}")
+        raise explain_ray_error(error, "the extraction") from None

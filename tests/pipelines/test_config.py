@@ -130,7 +130,7 @@ def test_an_unknown_key_in_a_file_is_answered_the_same(tmp_path: Path) -> None:
 
 def test_a_key_like_no_other_is_answered_with_the_known_ones() -> None:
     assert mistake("store.zzz=1").endswith("known here: dtype, pca, patches, every, salient_threshold.")
-    assert mistake("zzz.qqq=1").endswith("known here: model, image, features, store, run, storage.")
+    assert mistake("zzz.qqq=1").endswith(f"known here: {', '.join(Config.model_fields)}.")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,214 @@
+"""matches/NAME in a store: the tables `pairs` and `matches`, and the settings that they were made with.
+
+A pair is done when its row in `pairs` is committed, which happens after its matches are. What a killed run left
+between the two commits is matches of a file that no pair names: `repair` removes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines import storage
+from pipelines.commit import FileChange, apply_remaining, commit_in_order
+from pipelines.config import CorrespondSettings
+from pipelines.errors import RequestError
+from pipelines.match_worker import MatchReport
+from pipelines.schemas import MATCHES, PAIRS
+from pipelines.shards import rewrite
+from pipelines.store import ORPHAN_GRACE_SECONDS, describe_file
+from pipelines.tables import CommitConflict, DataFile, Table
+
+PairKey = tuple[str, str]  # image ids, ascending
+
+VERSIONED = ["image_a", "image_b", "run_id_a", "run_id_b"]  # a pair and the extraction of both images
+
+_NOT_IDENTITY = {"pairs", "tile_images"}  # what is matched and in which order, not how
+
+
+def pair_key(image_a: str, image_b: str) -> PairKey:
+    """The same for both orders of a pair."""
+    return (image_a, image_b) if image_a <= image_b else (image_b, image_a)
+
+
+class MatchTables:
+    """The two tables of one NAME at the versions last refreshed."""
+
+    def __init__(self, store: str, name: str, options: storage.Options) -> None:
+        self.uri = matches_uri(store, name)
+        self.pairs = Table(storage.join(self.uri, "pairs"), PAIRS, options)
+        self.matches = Table(storage.join(self.uri, "matches"), MATCHES, options)
+        self._seen = set(self.pairs.files())
+
+    @classmethod
+    def open_existing(cls, store: str, name: str, options: storage.Options) -> MatchTables | None:
+        """None where nothing was matched under this name yet."""
+        uri = matches_uri(store, name)
+        exist = all(Table.exists(storage.join(uri, table), options) for table in ("pairs", "matches"))
+        return cls(store, name, options) if exist else None
+
+    def refresh(self) -> None:
+        self.pairs.refresh()
+        self.matches.refresh()
+
+    def repair(self, run_id: str) -> dict[str, int]:
+        """Undo what a killed run left between its commits; the pairs table decides what is true.
+
+        Safe beside a running job: its files are given time to be named, and it checks them itself afterwards.
+        """
+        orphans = self.matches.files().keys() - self._named()
+        if orphans:
+            time.sleep(ORPHAN_GRACE_SECONDS)
+            self.refresh()
+            orphans = self.matches.files().keys() - self._named()
+        apply_remaining(self.matches, FileChange(remove=sorted(orphans)), run_id)
+        lost = self._named() - self.matches.files().keys()
+        found = [shard for shard in sorted(lost) if self.matches.has_file(shard)]
+        apply_remaining(self.matches, FileChange(add=[describe_file(self.matches, shard) for shard in found]), run_id)
+        gone = pa.array(sorted(lost.difference(found)), pa.string())
+        rows = self.pairs.read([*VERSIONED, "shard"])
+        dropped = self.drop(rows.filter(pc.is_in(rows["shard"], value_set=gone)), run_id)
+        self._seen = set(self.pairs.files())
+        return {"orphans_removed": len(orphans), "shards_restored": len(found), "pairs_lost": dropped}
+
+    def _named(self) -> set[str]:
+        return set(pc.unique(self.pairs.read(["shard"])["shard"]).to_pylist()) - {None}
+
+    def drop(self, rows: pa.Table, run_id: str) -> int:
+        """Remove pairs and their matches, in one commit a table. The number of pairs removed.
+
+        rows: VERSIONED columns of pairs; the same pair of another extraction, which another run may have added
+        meanwhile, stays.
+        """
+        unwanted = set(_versioned(rows))
+        while unwanted:
+            pairs, matches, dropped = FileChange(), FileChange(), 0
+            files = self.matches.files()
+            for path, file in self.pairs.files().items():
+                held = self.pairs.read_file(path, [*VERSIONED, "shard"])
+                gone = {pair_key(*row[:2]) for row in unwanted.intersection(_versioned(held))}
+                if not gone:
+                    continue
+                dropped += len(gone)
+                copies: dict[str, str | None] = {}
+                for shard in set(held["shard"].to_pylist()) & files.keys():
+                    copy = self._without(self.matches, files[shard], gone, run_id)
+                    matches.remove.append(shard)
+                    matches.add += [copy] if copy else []
+                    copies[shard] = copy.path if copy else None
+                kept = self._without(self.pairs, file, gone, run_id, copies)
+                pairs.remove.append(path)
+                pairs.add += [kept] if kept else []
+            try:
+                commit_in_order((self.matches, matches), (self.pairs, pairs), run_id)
+                self._seen |= {file.path for file in pairs.add}
+                return dropped
+            except CommitConflict:
+                self.refresh()
+        return 0
+
+    def commit(self, reports: Iterable[MatchReport], run_id: str) -> list[MatchReport]:
+        """Make files of workers visible; what of it was, without pairs that another run had done first."""
+        left = list(reports)
+        while True:
+            done = self._done_elsewhere({pair_key(*pair) for report in left for pair in report.kept})
+            left = [kept for report in left if (kept := self._without_done(report, done, run_id))]
+            matches = FileChange(add=[report.matches for report in left if report.matches])
+            pairs = FileChange(add=[report.pairs for report in left])
+            try:
+                commit_in_order((self.matches, matches), (self.pairs, pairs), run_id)
+                break
+            except CommitConflict:
+                self.refresh()
+        self._seen |= {file.path for file in pairs.add}
+        # another run's repair may have taken our matches for orphans just before their pairs arrived
+        self.matches.refresh()
+        apply_remaining(self.matches, matches, run_id)
+        return left
+
+    def _done_elsewhere(self, wanted: set[PairKey]) -> set[PairKey]:
+        """Which of these pairs are in files that this run's plan did not see."""
+        done: set[PairKey] = set()
+        for path in self.pairs.files().keys() - self._seen:
+            rows = self.pairs.read_file(path, ["image_a", "image_b"]).to_pylist()
+            done |= wanted & {pair_key(row["image_a"], row["image_b"]) for row in rows}
+        return done
+
+    def _without_done(self, report: MatchReport, done: set[PairKey], run_id: str) -> MatchReport | None:
+        """The report without pairs that another run finished first; None when nothing is left of it."""
+        kept = {pair: rows for pair, rows in report.kept.items() if pair_key(*pair) not in done}
+        if len(kept) == len(report.kept):
+            return report
+        matches = self._without(self.matches, report.matches, done, run_id) if report.matches else None
+        copies = {report.matches.path: matches.path if matches else None} if report.matches else {}
+        pairs = self._without(self.pairs, report.pairs, done, run_id, copies)
+        return replace(report, kept=kept, pairs=pairs, matches=matches) if pairs else None
+
+    @staticmethod
+    def _without(
+        table: Table, file: DataFile, gone: set[PairKey], run_id: str, renamed: dict[str, str | None] | None = None
+    ) -> DataFile | None:
+        """A copy of a file without some pairs, the files of matches renamed; None when nothing is left."""
+
+        def change(rows: pa.Table) -> pa.Table:
+            rows = rows.filter(pc.invert(is_in(rows, gone)))
+            if renamed:
+                shards = [renamed.get(shard, shard) for shard in rows["shard"].to_pylist()]
+                rows = rows.set_column(rows.schema.get_field_index("shard"), "shard", pa.array(shards, pa.string()))
+            return rows
+
+        return rewrite(table, file, run_id, change)
+
+
+def _versioned(rows: pa.Table) -> Iterator[tuple[str, ...]]:
+    return zip(*(rows[name].to_pylist() for name in VERSIONED), strict=True)
+
+
+def is_in(rows: pa.Table, keys: set[PairKey]) -> pa.Array:
+    """Which rows (image_a, image_b, ...) are of one of the pairs: bool."""
+    a, b = rows["image_a"].to_pylist(), rows["image_b"].to_pylist()
+    return pa.array([pair_key(*ids) in keys for ids in zip(a, b, strict=True)], pa.bool_())
+
+
+def matches_uri(store: str, name: str) -> str:
+    """Raises RequestError for a name that cannot be a folder's."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        raise RequestError(
+            f"NAME is {name!r}, but it names a folder: give letters, digits, `_`, `-` and `.`, such as cats-knn."
+        )
+    return storage.join(store, "matches", name)
+
+
+def check_settings(store: str, name: str, asked: CorrespondSettings, options: storage.Options, *, record: bool) -> None:
+    """Compare with the settings that NAME was made with; `record` writes them where there are none yet.
+
+    Raises RequestError with the differences.
+    """
+    uri = storage.join(matches_uri(store, name), "settings.json")
+    ours = asked.model_dump(mode="json", exclude=_NOT_IDENTITY)
+    stored = storage.read_json(uri, options)
+    if stored is None and record:
+        storage.write_once(uri, json.dumps(ours, indent=2).encode(), options)
+        stored = storage.read_json(uri, options)
+    differing = list(_differences(stored, ours)) if stored else []
+    if differing:
+        raise RequestError(
+            f"The matches {name} of {store} were made with other settings ({'; '.join(differing)}): give those again, "
+            "or another NAME for these."
+        )
+
+
+def _differences(stored: dict[str, Any], asked: dict[str, Any]) -> Iterator[str]:
+    # a setting that the record lacks is younger than it, which was made as its default says
+    stored = CorrespondSettings().model_dump(mode="json", exclude=_NOT_IDENTITY) | stored  # type: ignore[call-arg]
+    for key in sorted({*stored, *asked}):
+        if stored.get(key) != asked.get(key):
+            old, new = json.dumps(stored.get(key)), json.dumps(asked.get(key))
+            yield f"correspond.{key}: stored {old}, asked {new}"

@@ -1,0 +1,226 @@
+"""Which pairs of images to match: all within a label, the nearest by embedding, or those of a file.
+
+An image is its position in a table of images; pairs are two arrays of positions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.errors import RequestError
+
+FORMS = "knn:K (such as knn:10), all, or a .csv, .jsonl or .parquet file with columns image_a and image_b"
+COLUMNS = ["image_a", "image_b"]
+SIMILARITIES = 32_000_000  # held at once while neighbours are looked for
+SCORED = 65_536  # pairs whose embeddings are compared at once
+MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Different images, no pair twice in either order.
+
+    a, b: (n,) int64 positions in the table of images; a < b unless a file has it the other way.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    source: str  # knn | all | file
+    messages: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    def keys(self, images: int) -> np.ndarray:
+        """(n,) int64, the same for both orders of a pair of `images` images."""
+        return unordered_keys(self.a, self.b, images)
+
+    def take(self, kept: np.ndarray) -> Pairs:
+        return Pairs(self.a[kept], self.b[kept], self.source)
+
+
+def choose_pairs(asked: str, images: pa.Table, options: storage.Options) -> Pairs:
+    """The pairs that correspond.pairs asks for.
+
+    images: image_id, in key order; label for `all`, embedding for `knn:K`.
+
+    Raises RequestError for anything that is none of the three forms, for pairs of unknown images, and for no pairs.
+    """
+    if asked == "all":
+        pairs = pairs_within_labels(images["label"])
+    elif nearest := re.fullmatch(r"knn:(\d+)", asked):
+        if not int(nearest[1]):
+            raise RequestError("correspond.pairs is knn:0, but every image needs a neighbour: give knn:1 or more.")
+        pairs = nearest_pairs(embeddings_of(images, asked), int(nearest[1]))
+    elif asked.startswith("knn"):
+        raise RequestError(f"correspond.pairs is {asked}, but it must be {FORMS}.")
+    else:
+        pairs = pairs_of_file(asked, images["image_id"], options)
+    if not len(pairs):
+        raise RequestError(_no_pairs(asked, images))
+    return pairs
+
+
+def pairs_within_labels(labels: pa.ChunkedArray) -> Pairs:
+    """All pairs of images that have the same label; images without one are in none."""
+    codes = pc.fill_null(labels.combine_chunks().dictionary_encode().indices, -1).to_numpy(zero_copy_only=False)
+    by_label = np.argsort(codes, kind="stable")
+    starts = np.flatnonzero(np.diff(codes[by_label], prepend=-2))
+    groups = [group for group in np.split(by_label, starts[1:]) if len(group) and codes[group[0]] >= 0]
+    parts = [group[np.stack(np.triu_indices(len(group), 1))] for group in groups]
+    a, b = np.concatenate([np.zeros((2, 0), np.int64), *parts], axis=1)
+    messages = []
+    if without := int((codes < 0).sum()):
+        messages.append(f"{_images(without)} without a label {'is' if without == 1 else 'are'} in no pair.")
+    return Pairs(a, b, "all", messages)
+
+
+def nearest_pairs(embeddings: np.ndarray, k: int) -> Pairs:
+    """Every image with its k nearest others by cosine similarity; a pair is made once, whoever is near to whom.
+
+    embeddings: (n, D). Exact: all similarities are computed, in blocks.
+    """
+    unit = _unit(embeddings)
+    count = len(unit)
+    k = min(k, count - 1)
+    if k < 1:
+        return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), "knn")
+    found = []
+    rows = max(1, SIMILARITIES // count)
+    for first in range(0, count, rows):
+        similarity = unit[first : first + rows] @ unit.T
+        here = np.arange(len(similarity))
+        similarity[here, here + first] = -np.inf
+        nearest = np.argpartition(similarity, count - k, axis=1)[:, count - k :]
+        found.append(unordered_keys(np.repeat(here + first, k), nearest.ravel(), count))
+    a, b = np.divmod(np.unique(np.concatenate(found)), count)
+    return Pairs(a, b, "knn")
+
+
+def pairs_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options) -> Pairs:
+    """The pairs that a CSV, JSON-lines or Parquet file lists.
+
+    Raises RequestError when it cannot be read, lacks a column, or names images that are not there.
+    """
+    table = _read(uri, options)
+    if missing := [name for name in COLUMNS if name not in table.column_names]:
+        raise RequestError(
+            f"The pairs file {uri} has no column {' and no column '.join(missing)} (it has "
+            f"{', '.join(table.column_names) or 'none'}): name the columns image_a and image_b."
+        )
+    ids = [table[name].cast(pa.string()) for name in COLUMNS]
+    known = image_ids.combine_chunks()
+    places = [pc.index_in(column, value_set=known) for column in ids]
+    unknown = sorted({
+        str(image_id)
+        for column, place in zip(ids, places, strict=True)
+        for image_id in pc.unique(column.filter(pc.is_null(place))).to_pylist()
+    })  # fmt: skip
+    if unknown:
+        raise RequestError(f"The pairs file {uri} names images that the store does not have: {_first(unknown)}.")
+    a, b = (place.to_numpy().astype(np.int64) for place in places)
+    different = a != b
+    _, firsts = np.unique(unordered_keys(a, b, len(known)), return_index=True)
+    kept = np.sort(firsts[different[firsts]])
+    messages = []
+    if same := int((~different).sum()):
+        messages.append(f"{same} pairs of an image with itself in {uri} were passed over.")
+    if repeated := int(different.sum()) - len(kept):
+        messages.append(f"{repeated} pairs that {uri} lists again, in this order or the other, were passed over.")
+    return Pairs(a[kept], b[kept], "file", messages)
+
+
+def scores(pairs: Pairs, embeddings: np.ndarray | None) -> list[float | None]:
+    """Cosine similarity of the embeddings of each pair; None without embeddings."""
+    if embeddings is None:
+        return [None] * len(pairs)
+    unit = _unit(embeddings)
+    parts = [
+        np.einsum("nd,nd->n", unit[pairs.a[at : at + SCORED]], unit[pairs.b[at : at + SCORED]])
+        for at in range(0, len(pairs), SCORED)
+    ]
+    return np.concatenate([np.zeros(0, np.float32), *parts]).tolist()
+
+
+def embeddings_of(images: pa.Table, asked: str) -> np.ndarray:
+    """The embeddings (n, D) float32 of images. Raises RequestError when some have none."""
+    column = images["embedding"]
+    if column.null_count:
+        raise RequestError(
+            f"correspond.pairs is {asked}, but {_images(column.null_count)} of {len(column)} have no embedding "
+            "(features.embedding was false): give all or a file of pairs."
+        )
+    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return np.concatenate([np.zeros(0, np.float32), *values]).reshape(len(column), -1)
+
+
+def unordered_keys(a: np.ndarray, b: np.ndarray, images: int) -> np.ndarray:
+    """One int64 for each pair of positions below `images`, whatever its order."""
+    return np.minimum(a, b) * images + np.maximum(a, b)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _read(uri: str, options: storage.Options) -> pa.Table:
+    name = uri.lower()
+    if not name.endswith((".csv", ".jsonl", ".ndjson", ".parquet")):
+        raise RequestError(f"correspond.pairs is {uri}, but it must be {FORMS}.")
+    fs, path = storage.filesystem(storage.normalise(uri), options)
+    try:
+        with fs.open(path, "rb") as file:
+            if name.endswith(".parquet"):
+                return pq.ParquetFile(file).read()
+            if name.endswith(".csv"):
+                as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(COLUMNS, pa.string()))
+                return pyarrow.csv.read_csv(file, convert_options=as_text)
+            return _json_lines(file)
+    except FileNotFoundError:
+        raise RequestError(f"The pairs file {uri} does not exist: correspond.pairs must be {FORMS}.") from None
+    except (OSError, ValueError) as error:  # Arrow's and Unicode's errors are ValueErrors
+        raise RequestError(f"The pairs file {uri} cannot be read: {str(error).splitlines()[0].rstrip('.')}.") from None
+
+
+def _json_lines(file: Iterable[bytes]) -> pa.Table:
+    """The two columns as text; Arrow's own reader turns ids that look like dates into dates."""
+    columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        row: Any = json.loads(line)
+        if not isinstance(row, dict) or not row.keys() >= columns.keys():
+            raise ValueError(f"line {number} is not an object with image_a and image_b")
+        for name, values in columns.items():
+            values.append(str(row[name]))
+    return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+
+
+def _no_pairs(asked: str, images: pa.Table) -> str:
+    if asked == "all":
+        without = images["label"].null_count
+        found = "none has a label" if without == len(images) else "no two share a label"
+        return f"There are no pairs to match: of {_images(len(images))} {found}; give knn:K or a file of pairs."
+    if asked.startswith("knn:"):
+        return f"There are no pairs to match: the store has {_images(len(images))}; extract more."
+    return f"There are no pairs to match: the pairs file {asked} lists no two different images."
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"
+
+
+def _first(names: list[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
