@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from pipelines.errors import DinorayError
 
@@ -88,6 +89,65 @@ def correspond(
         return run(settings, store=store, name=name, pairs=pairs, dry_run=dry_run)
 
     _run_job(job, _print_correspond, config, overrides, dry_run=dry_run, as_json=as_json)
+
+
+class TaskGroup(TyperGroup):
+    """Commands that are tasks: an unknown one is answered with those there are."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            message = f"There is no task {args[0]!r} to evaluate: choose {' or '.join(self.commands)}."
+            if "--json" in args:
+                print(json.dumps({"error": message, "exit_code": 2}))
+            print(f"dinoray: {message}", file=sys.stderr)
+            raise typer.Exit(2)
+        return super().resolve_command(ctx, args)
+
+
+evaluate = typer.Typer(cls=TaskGroup, no_args_is_help=True)
+app.add_typer(evaluate, name="evaluate", help="How good the features of a store are: dinoray evaluate TASK STORE.")
+
+
+@evaluate.command("pck")
+def evaluate_pck(
+    store: StoreArgument,
+    annotations: Annotated[
+        str, typer.Option("--annotations", metavar="PATH", help="Folder in the layout of PF-WILLOW or SPair-71k.")
+    ],
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Point correspondence on annotated pairs of images: the fraction of key points carried over correctly (PCK)."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.evaluate.pck import run
+
+        return run(settings, store=store, annotations=annotations)
+
+    plan = f"evaluate pck of {store} with {annotations}"
+    _run_job(job, _print_pck, config, overrides, dry_run=dry_run, as_json=as_json, reads_only=plan)
+
+
+@evaluate.command("retrieval")
+def evaluate_retrieval(
+    store: StoreArgument,
+    of: Annotated[str, typer.Option("--of", metavar="embeddings", help="Vectors that are compared.")] = "embeddings",
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Whether the nearest images have the same label: recall@k and mean average precision (mAP)."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.evaluate.retrieval import run
+
+        return run(settings, store=store, of=of)
+
+    plan = f"evaluate retrieval of {store}"
+    _run_job(job, _print_retrieval, config, overrides, dry_run=dry_run, as_json=as_json, reads_only=plan)
 
 
 @app.command()
@@ -260,6 +320,33 @@ def _print_correspond(result: Any) -> None:
     print(", ".join(lines) + ".")
     print(f"Tables: {result.store}/matches/{result.name}/pairs  {result.store}/matches/{result.name}/matches")
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.seconds['total']:.1f} s)")
+
+
+def _print_pck(result: Any) -> None:
+    compared = f"{result.facet} of layer {result.layer}, {'binned' if result.binned else 'plain'}"
+    print(f"{result.pairs:,} pairs of {result.images:,} images ({result.layout}), {compared}.")
+    print("By pair: mean over pairs of the fraction of their points that are right. By point: fraction of all points.")
+    width = max(len(score["category"]) for score in result.scores)
+    alphas = "".join(f"{f'@{alpha:g}':>8}" for alpha in result.alphas)
+    for threshold, meaning in result.thresholds.items():
+        print(f"\nPCK by {threshold}: {meaning}")
+        print(f"{'':{width}}{'pairs':>8}   {'by pair':{len(alphas)}}   by point")
+        print(f"{'':{width}}{'':8}{alphas}   {alphas}")
+        for score in result.scores:
+            if score["threshold"] == threshold:
+                values = ["".join(f"{value:8.3f}" for value in score[mean]) for mean in ("per_pair", "per_point")]
+                print(f"{score['category']:{width}}{score['pairs']:8,}{values[0]}   {values[1]}")
+    print(f"\nReport: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
+
+
+def _print_retrieval(result: Any) -> None:
+    for k, value in result.recall.items():
+        print(f"recall@{k:<4} {value:.4f}")
+    print(f"mAP         {result.mean_average_precision:.4f}")
+    left_out = f"{result.unlabelled:,} without label left out, {result.alone:,} alone with their label"
+    print(f"{result.queries:,} queries among {result.images:,} images, {result.labels:,} labels ({left_out}).")
+    print("recall@k: fraction of queries with one of their label among the k nearest by cosine of the embeddings.")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
 
 
 def _print_verify(result: Any) -> None:

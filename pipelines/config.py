@@ -208,6 +208,20 @@ class CorrespondSettings(Section):
     )
 
 
+class EvaluateSettings(Section):
+    descriptor: str = Field(
+        "descriptor", description="Column of patches that pck compares, such as descriptor_key9 from features.extra."
+    )
+    binned: bool = Field(True, description="pck compares patches together with their surroundings (log-binned).")
+    alphas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.05, 0.1, 0.15), min_length=1, description="pck: a point is right within alpha times a length of the target."
+    )
+    split: Literal["trn", "val", "test"] = Field("test", description="Folder of PairAnnotation that pck reads (SPair).")
+    recall_at: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 5, 10), min_length=1, description="retrieval: numbers of nearest images that recall looks at."
+    )
+
+
 class StorageSettings(Section):
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -225,6 +239,7 @@ class Config(Section):
     store: StoreSettings = Field(default_factory=StoreSettings)  # type: ignore[arg-type]
     run: RunSettings = Field(default_factory=RunSettings)  # type: ignore[arg-type]
     correspond: CorrespondSettings = Field(default_factory=CorrespondSettings)  # type: ignore[arg-type]
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)  # type: ignore[arg-type]
     storage: StorageSettings = Field(default_factory=StorageSettings)
 
     @model_validator(mode="after")

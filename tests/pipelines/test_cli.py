@@ -52,13 +52,13 @@ def done(photos: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
     return source, store
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["extract", "--help"], ["settings"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["extract", "--help"], ["evaluate", "pck", "--help"], ["settings"]])
 def test_help_loads_no_heavy_package(arguments: list[str]) -> None:
     program = f"""
 import sys
 from pipelines.cli import app
 app({arguments!r}, standalone_mode=False)
-heavy = {{"torch", "ray", "pyarrow", "pandas", "numpy", "timm", "deltalake", "fsspec"}}
+heavy = {{"torch", "ray", "pyarrow", "pandas", "numpy", "timm", "deltalake", "fsspec", "scipy"}}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
