@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,7 @@ PairKey = tuple[str, str]  # image ids, ascending
 
 VERSIONED = ["image_a", "image_b", "run_id_a", "run_id_b"]  # a pair and the extraction of both images
 
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _NOT_IDENTITY = {"pairs", "tile_images"}  # what is matched and in which order, not how
 
 
@@ -53,6 +55,17 @@ class MatchTables:
         uri = matches_uri(store, name)
         exist = all(Table.exists(storage.join(uri, table), options) for table in ("pairs", "matches"))
         return cls(store, name, options) if exist else None
+
+    @classmethod
+    def all_in(cls, store: str, options: storage.Options) -> dict[str, MatchTables]:
+        """The tables of every name in a store."""
+        fs, path = storage.filesystem(storage.join(store, "matches"), options)
+        try:
+            names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+        except FileNotFoundError:
+            return {}
+        found = {name: cls.open_existing(store, name, options) for name in names if _NAME.fullmatch(name)}
+        return {name: tables for name, tables in found.items() if tables}
 
     def refresh(self) -> None:
         self.pairs.refresh()
@@ -167,6 +180,26 @@ class MatchTables:
         return rewrite(table, file, run_id, change)
 
 
+def disagreements(tables: MatchTables) -> Iterator[str]:
+    """What is wrong between the two tables: pairs that are there twice, matches without a pair, other counts."""
+    counted: Counter[tuple[str, str]] = Counter()
+    for path in tables.matches.files():
+        rows = tables.matches.read_file(path, ["image_a", "image_b"])
+        of_pair = rows.group_by(["image_a", "image_b"]).aggregate([([], "count_all")])
+        columns = (of_pair[name].to_pylist() for name in ("image_a", "image_b", "count_all"))
+        counted.update({(a, b): count for a, b, count in zip(*columns, strict=True)})
+    seen: set[PairKey] = set()
+    rows = tables.pairs.read(["image_a", "image_b", "kept"])
+    for a, b, kept in zip(*(column.to_pylist() for column in rows.columns), strict=True):
+        if pair_key(a, b) in seen:
+            yield f"{' and '.join(pair_key(a, b))} are a pair twice"
+        seen.add(pair_key(a, b))
+        if (found := counted.pop((a, b), 0)) != kept:
+            yield f"{a} and {b} have {found} matches, their pair says {kept}"
+    for a, b in counted:
+        yield f"{a} and {b} have matches, but are no pair"
+
+
 def _versioned(rows: pa.Table) -> Iterator[tuple[str, ...]]:
     return zip(*(rows[name].to_pylist() for name in VERSIONED), strict=True)
 
@@ -179,7 +212,7 @@ def is_in(rows: pa.Table, keys: set[PairKey]) -> pa.Array:
 
 def matches_uri(store: str, name: str) -> str:
     """Raises RequestError for a name that cannot be a folder's."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+    if not _NAME.fullmatch(name):
         raise RequestError(
             f"NAME is {name!r}, but it names a folder: give letters, digits, `_`, `-` and `.`, such as cats-knn."
         )

@@ -1,5 +1,5 @@
 """verify: does a store hold what it says? Every images row has all its patches, no patch lacks its image, files and
-log agree, dimensions match the spec."""
+log agree, dimensions match the spec; every match has its pair."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.config import Config
+from pipelines.match_tables import MatchTables, disagreements
 from pipelines.schemas import descriptor_columns
 from pipelines.store import Store
 from pipelines.tables import DataFile, Table
@@ -50,6 +51,9 @@ def run(config: Config, *, store: str) -> Result:
     result = Result(opened.uri)
     problems = result.problems
     tables = {"images": opened.images, "patches": opened.patches, "failures": opened.failures}
+    matches = MatchTables.all_in(opened.uri, config.storage.options)
+    for name, both in matches.items():
+        tables |= {f"matches/{name}/pairs": both.pairs, f"matches/{name}/matches": both.matches}
     readable = {}
     for name, table in tables.items():
         files = table.files()
@@ -104,6 +108,8 @@ def run(config: Config, *, store: str) -> Result:
     if opened.config.store.patches == "all":
         without = images.filter(pc.is_null(images["shard"]))
         _some(problems, (f"images: {image_id} has no patches" for image_id in without["image_id"].to_pylist()))
+    for name, both in matches.items():
+        _some(problems, (f"matches/{name}: {problem}" for problem in disagreements(both)))
     return result
 
 

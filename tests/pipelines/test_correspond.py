@@ -20,11 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 from hand_made import DIMENSIONS, GRID, add_images, features, source
+from s3_server import BUCKET, S3Server
 from small_runs import photo, settings
 from typer.testing import CliRunner
 
 from dino_ops import Extractor, find_correspondences
-from pipelines import correspond, extract
+from pipelines import correspond, extract, verify
 from pipelines.cli import app
 from pipelines.commit import Committer, drop_images
 from pipelines.match_tables import MatchTables
@@ -295,10 +296,14 @@ def test_what_a_kill_between_the_commits_left_is_mended(tmp_path: Path) -> None:
     _, orphan = by_hand(store, "m", ["ad", "bc"])
     assert orphan.matches
     tables.matches.commit([orphan.matches], [], "r9")
+    found = verify.run(settings(), store=store.uri).problems
+    assert len(found) == len([rows for rows in orphan.kept.values() if rows])
+    assert all(problem.endswith("have matches, but are no pair") for problem in found)
     result = run(store.uri, "m", "all")
     assert (result.pairs, result.already_done, result.matched) == (6, 2, 4)
     assert result.repaired == {"orphans_removed": 1}
     assert pairs_of(store.uri, "m") == ["ac", "ad", "ba", "bc", "bd", "cd"]
+    assert verify.run(settings(), store=store.uri).problems == []
 
 
 def test_lost_matches_come_back_or_are_done_anew(tmp_path: Path) -> None:
@@ -407,6 +412,29 @@ def test_the_readmes_query_runs_as_shown(extracted: tuple[Path, Path], tmp_path:
     query = section.partition("```python\n")[2].partition("```")[0]
     done = subprocess.run([sys.executable, "-c", query], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "similarity" in done.stdout, done.stderr
+
+
+def test_verify_names_pairs_that_are_there_twice_or_lost_matches(tmp_path: Path) -> None:
+    store = hand_made_store(tmp_path, "abc")
+    tables, report = by_hand(store, "m", ["ab", "ac"])
+    _, again = by_hand(store, "m", ["ba"])
+    tables.commit([report], "r9")
+    assert verify.run(settings(), store=store.uri).problems == []
+    tables.pairs.commit([again.pairs], [], "r9")
+    missing = f"matches/m: b and a have 0 matches, their pair says {again.kept['b', 'a']}"
+    found = verify.run(settings(), store=store.uri).problems
+    assert sorted(found) == sorted(["matches/m: a and b are a pair twice", missing])
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_store_in_a_bucket(s3: S3Server) -> None:
+    options = [f"storage.options.{key}={value}" for key, value in s3.options.items()]
+    store = Store.create(f"s3://{BUCKET}/correspond", settings(*options))
+    add(store, "r1", "abc")
+    result = run(store.uri, "m", "all", *options)
+    assert (result.matched, result.bytes_read > 0) == (3, True)
+    assert run(store.uri, "m", "all", *options).already_done == 3
+    assert verify.run(settings(*options), store=store.uri).problems == []
 
 
 # bad requests
