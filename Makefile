@@ -40,6 +40,7 @@ format: install  ## Put the code into shape
 bench: install  ## Speed, memory and size as ratios; appends to benchmarks/results.md
 	$(BIN)/python -m benchmarks.extract
 	$(BIN)/python -m benchmarks.correspondences
+	$(BIN)/python -m benchmarks.index
 	$(BIN)/python -m benchmarks.correspond
 
 soak: install  ## Kill runs at random moments, again and again (SOAK_ROUNDS=20)

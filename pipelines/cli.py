@@ -69,6 +69,53 @@ def extract(
 
 
 @app.command()
+def index(
+    store: StoreArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the index: index/NAME in the store.")],
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Embeddings or patches to an index for search. Run it again to bring it up to date."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.index import run
+
+        return run(settings, store=store, name=name, dry_run=dry_run)
+
+    _run_job(job, _print_index, config, overrides, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+def search(
+    store: StoreArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of an index that `dinoray index` made.")],
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Path or URI of any image, or an image_id.")],
+    box: Annotated[
+        str | None,
+        typer.Option("--box", metavar="X0,Y0,X1,Y1", help="Pixels of IMAGE: where else does this part occur?"),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many to find.")] = 10,
+    save: Annotated[str | None, typer.Option("--save", metavar="FILE.png", help="Also draw what was found.")] = None,
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """The images nearest to an image, or the patches nearest to a part of it and where they are."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.search import run
+
+        return run(settings, store=store, name=name, image=image, box=box, top=top, save=save)
+
+    _run_job(
+        job, _print_search, config, overrides, dry_run=dry_run, as_json=as_json, reads_only=f"search {store} {name}"
+    )
+
+
+@app.command()
 def correspond(
     store: StoreArgument,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the result: matches/NAME in the store.")],
@@ -301,6 +348,36 @@ def _print_extract(result: Any) -> None:
         print(f"{result.failed_before:,} failed before and were not tried again (--retry-failed tries them).")
     print(f"Tables: {result.store}/images  {result.store}/patches  {result.store}/failures")
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.seconds['total']:.1f} s)")
+
+
+def _print_index(result: Any) -> None:
+    what = f"{result.added:,} images added, {result.changed:,} changed, {result.removed:,} removed"
+    if result.status == "dry_run":
+        print(f"\n{what.replace('images added', 'images to add')}. Nothing was written.")
+        return
+    if result.status == "unchanged":
+        print(f"The index {result.name} is up to date: nothing to do.")
+    else:
+        again = f", built anew since {result.rebuilt}" if result.rebuilt else ""
+        print(f"{what}{again} ({result.seconds:.1f} s).")
+    print(f"Kind {result.kind}: {result.why}.")
+    dead = f", {result.dead:,} removed ones still take space" if result.dead else ""
+    print(f"{result.count:,} vectors of {result.images:,} images, {result.memory_bytes / 1e6:,.1f} MB{dead}.")
+    print(f"Index: {result.store}/index/{result.name}")
+
+
+def _print_search(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    patches = result.of == "patches"
+    table = Table("", "similarity", "image_id", "label", *(("row", "col", "y", "x") if patches else ()))
+    for rank, row in enumerate(result.results, 1):
+        place = [str(row["row"]), str(row["col"]), f"{row['y']:.1f}", f"{row['x']:.1f}"] if patches else []
+        table.add_row(str(rank), f"{row['similarity']:.4f}", row["image_id"], row.get("label") or "", *place)
+    Console().print(table)
+    if result.saved:
+        print(f"Picture: {result.saved}")
 
 
 def _print_correspond(result: Any) -> None:

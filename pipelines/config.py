@@ -181,6 +181,28 @@ class RunSettings(Section):
         return value
 
 
+class IndexSettings(Section):
+    of: Literal["embeddings", "pooled", "patches"] = Field(
+        "embeddings",
+        description="What is indexed: the image embeddings; one vector an image pooled of its patches; or every "
+        "patch, which `search --box` needs.",
+    )
+    kind: Literal["auto", "flat", "hnsw", "ivfpq"] = Field(
+        "auto",
+        description="flat: exact; hnsw: a graph, quick for millions; ivfpq: compressed. `auto`: from count, dimension "
+        "and memory_gb when the index is first built; it is kept from then on.",
+    )
+    memory_gb: float | None = Field(
+        None, gt=0, description="Memory that the index may take in a search; default: half of this machine's."
+    )
+    pooling: Literal["mean", "gem"] = Field(
+        "mean", description="of=pooled: mean of an image's patches, or generalised mean (power 3) of what is positive."
+    )
+    descriptor: str = Field(
+        "descriptor", description="of=pooled or patches: column of patches, such as descriptor_key9."
+    )
+
+
 class CorrespondSettings(Section):
     pairs: str = Field(
         "knn:10",
@@ -238,6 +260,7 @@ class Config(Section):
     features: FeatureSettings = Field(default_factory=FeatureSettings)  # type: ignore[arg-type]
     store: StoreSettings = Field(default_factory=StoreSettings)  # type: ignore[arg-type]
     run: RunSettings = Field(default_factory=RunSettings)  # type: ignore[arg-type]
+    index: IndexSettings = Field(default_factory=IndexSettings)  # type: ignore[arg-type]
     correspond: CorrespondSettings = Field(default_factory=CorrespondSettings)  # type: ignore[arg-type]
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)  # type: ignore[arg-type]
     storage: StorageSettings = Field(default_factory=StorageSettings)

@@ -24,7 +24,7 @@ from pipelines import verify
 from pipelines.cli import app
 
 DINORAY = str(Path(sys.executable).with_name("dinoray"))
-COMMANDS = ("extract", "verify", "stats", "settings")
+COMMANDS = ("extract", "index", "search", "verify", "stats", "settings")
 
 
 def dinoray(*arguments: object) -> Result:
@@ -58,7 +58,7 @@ def test_help_loads_no_heavy_package(arguments: list[str]) -> None:
 import sys
 from pipelines.cli import app
 app({arguments!r}, standalone_mode=False)
-heavy = {{"torch", "ray", "pyarrow", "pandas", "numpy", "timm", "deltalake", "fsspec", "scipy"}}
+heavy = {{"torch", "ray", "pyarrow", "pandas", "numpy", "timm", "deltalake", "fsspec", "scipy", "faiss"}}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)

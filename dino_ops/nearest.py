@@ -1,0 +1,248 @@
+"""Nearest vectors by cosine, with FAISS: which kind of index, and one that grows and shrinks without training again.
+
+Vectors are known by int64 ids that the caller gives in ascending order and never uses twice.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Kind = Literal["flat", "hnsw", "ivfpq"]
+Pooling = Literal["mean", "gem"]
+
+GEM_POWER = 3.0
+GEM_FLOOR = 1e-6  # generalised mean pooling is of positive activations
+
+EXACT_VALUES = 200_000_000  # values (vectors x dimension) that one query can afford to read: about 0.1 s
+GRAPH_VECTORS = 2_000_000  # a graph of more takes hours to build on few cores
+
+LINKS = 32  # of a vector in an HNSW layer; the lowest layer has twice as many
+BUILD_WIDTH, SEARCH_WIDTH = 80, 128  # candidates that HNSW holds while it adds, and while it searches
+
+CODEBOOK = 256  # entries of a product quantiser with 8 bits
+POINTS_PER_ENTRY = 40  # FAISS asks for 39 training vectors for each centroid
+LEAST_TO_TRAIN = CODEBOOK * POINTS_PER_ENTRY
+VALUES_PER_BYTE = 4  # of a vector, in its product quantiser code
+PROBED_SHARE = 32  # one list in so many is searched,
+LEAST_PROBED = 16  # but at least so many
+LEAST_RERANKED, RERANKED_PER_RESULT = 200, 10  # candidates whose cosine is computed again from half precision
+
+DEAD_SHARE = 0.2  # an HNSW index in which more vectors are dead should be built anew
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kind of index, why it was chosen, and the memory that it takes."""
+
+    kind: Kind
+    why: str  # "2,000 vectors of 384 values are few enough to compare with every one"
+    memory_bytes: int
+
+
+def choose_kind(count: int, dimension: int, memory_bytes: float) -> Choice:
+    """The kind for `count` vectors of `dimension` values that may take `memory_bytes`.
+
+    Raises MemoryError with a sentence when none fits.
+    """
+    vectors = f"{count:,} vectors of {dimension} values"
+    flat, hnsw, ivfpq = (estimate_bytes(kind, count, dimension) for kind in ("flat", "hnsw", "ivfpq"))
+    if flat <= memory_bytes and (count * dimension <= EXACT_VALUES or count < LEAST_TO_TRAIN):
+        return Choice("flat", f"{vectors} are few enough to compare with every one", flat)
+    if hnsw <= memory_bytes and count <= GRAPH_VECTORS:
+        return Choice("hnsw", f"{vectors} are many to compare with every one, and a graph of them fits memory", hnsw)
+    if ivfpq <= memory_bytes and count >= LEAST_TO_TRAIN:
+        reason = "are too many for a graph" if hnsw <= memory_bytes else "fit memory only compressed"
+        return Choice("ivfpq", f"{vectors} {reason}", ivfpq)
+    least = ivfpq if count >= LEAST_TO_TRAIN else flat
+    raise MemoryError(f"{vectors} need {least / 1e9:.2g} GB even in the smallest index that can hold them")
+
+
+def estimate_bytes(kind: Kind, count: int, dimension: int) -> int:
+    """Memory of an index, its ids and what it re-ranks with included."""
+    if kind == "flat":
+        each = 4 * dimension + 8
+    elif kind == "hnsw":
+        each = 4 * dimension + 4 * 2 * LINKS + 16  # a vector's share of the upper layers is small
+    else:
+        padded = _padded_dimension(dimension)
+        each = padded // VALUES_PER_BYTE + 2 * padded + 16
+    return count * each
+
+
+def training_size(count: int) -> int:
+    """How many of `count` vectors an ivfpq index is trained on."""
+    return min(count, max(LEAST_TO_TRAIN, POINTS_PER_ENTRY * _lists(count)))
+
+
+class NearestIndex:
+    """Unit vectors and their ids, searched by cosine similarity.
+
+    parts: the FAISS indices it is made of, by name. ids: (n,) int64 ascending, in the order of `parts`.
+    dead: (m,) int64 ascending, those of `ids` that were removed but cannot leave a graph.
+    """
+
+    def __init__(self, kind: Kind, dimension: int, parts: dict[str, Any], ids: np.ndarray, dead: np.ndarray) -> None:
+        self.kind = kind
+        self.dimension = dimension
+        self.parts = parts
+        self.ids = ids
+        self.dead = dead
+
+    @classmethod
+    def create(cls, kind: Kind, dimension: int, count: int, sample: np.ndarray | None = None) -> NearestIndex:
+        """An empty index, meant for about `count` vectors.
+
+        sample: (training_size(count), dimension) of them; needed by ivfpq only.
+
+        Raises ValueError when ivfpq has fewer than LEAST_TO_TRAIN to train on.
+        """
+        faiss = _faiss()
+
+        if kind == "flat":
+            parts: dict[str, Any] = {"vectors": faiss.IndexFlatIP(dimension)}
+        elif kind == "hnsw":
+            graph = faiss.IndexHNSWFlat(dimension, LINKS, faiss.METRIC_INNER_PRODUCT)
+            graph.hnsw.efConstruction = BUILD_WIDTH
+            parts = {"vectors": graph}
+        else:
+            if sample is None or len(sample) < LEAST_TO_TRAIN:
+                raise ValueError(f"ivfpq needs {LEAST_TO_TRAIN:,} vectors to train on")
+            parts = _train_ivfpq(_padded(unit(sample)), count)
+        return cls(kind, dimension, parts, np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        """Vectors that a search can return."""
+        return len(self.ids) - len(self.dead)
+
+    @property
+    def worn(self) -> bool:
+        """Whether so many vectors are dead that the index should be built anew."""
+        return len(self.dead) > DEAD_SHARE * len(self.ids)
+
+    def add(self, vectors: np.ndarray, ids: np.ndarray) -> None:
+        """Add vectors (n, dimension) of any length; ids (n,) ascending and above all earlier ones."""
+        if not len(ids):
+            return
+        assert np.all(np.diff(ids, prepend=self.ids[-1:]) > 0), "ids must ascend"
+        directions = unit(vectors)
+        if self.kind == "ivfpq":
+            directions = _padded(directions)
+            self.parts["lists"].add_with_ids(directions, ids)
+        self.parts["vectors"].add(directions)
+        self.ids = np.concatenate([self.ids, ids])
+
+    def remove(self, ids: np.ndarray) -> None:
+        """Take out vectors by their ids; those of a graph stay in it and are never returned."""
+        ids = np.intersect1d(ids, self.ids)
+        if not len(ids):
+            return
+        if self.kind == "hnsw":
+            self.dead = np.union1d(self.dead, ids)
+            return
+        if self.kind == "ivfpq":
+            self.parts["lists"].remove_ids(ids)
+        self.parts["vectors"].remove_ids(np.searchsorted(self.ids, ids))  # later ones move up
+        self.ids = np.setdiff1d(self.ids, ids)
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest of each query: cosine (n, k) float32, best first, and ids (n, k) int64.
+
+        queries: (n, dimension) of any length. Where there are fewer than k, cosine is -inf and the id is -1.
+        """
+        k_found = min(k, len(self))
+        cosine = np.full((len(queries), k), -np.inf, np.float32)
+        ids = np.full((len(queries), k), -1, np.int64)
+        if not k_found or not len(queries):
+            return cosine, ids
+        directions = unit(queries)
+        if self.kind == "ivfpq":
+            found_cosine, positions = self._search_lists(_padded(directions), k_found)
+        else:
+            found_cosine, positions = self.parts["vectors"].search(directions, k_found, params=self._graph_search(k))
+        found = positions >= 0
+        cosine[:, :k_found][found] = found_cosine[found]
+        ids[:, :k_found][found] = self.ids[positions[found]]
+        return cosine, ids
+
+    def _graph_search(self, k: int) -> Any:
+        if self.kind != "hnsw":
+            return None
+        faiss = _faiss()
+
+        width = max(SEARCH_WIDTH, 2 * k)
+        if not len(self.dead):
+            return faiss.SearchParametersHNSW(efSearch=width)
+        dead = faiss.IDSelectorBatch(np.searchsorted(self.ids, self.dead))
+        return faiss.SearchParametersHNSW(efSearch=width, sel=faiss.IDSelectorNot(dead))
+
+    def _search_lists(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Candidates by their codes, then their cosines from half precision: (n, k) each, the second positions."""
+        faiss = _faiss()
+
+        lists, vectors = self.parts["lists"], self.parts["vectors"]
+        candidates = min(len(self), max(LEAST_RERANKED, RERANKED_PER_RESULT * k))
+        probed = faiss.SearchParametersIVF(nprobe=max(LEAST_PROBED, lists.nlist // PROBED_SHARE))
+        _, ids = lists.search(queries, candidates, params=probed)
+        cosine = np.full((len(queries), k), -np.inf, np.float32)
+        positions = np.full((len(queries), k), -1, np.int64)
+        for row, query in enumerate(queries):
+            near = np.searchsorted(self.ids, ids[row][ids[row] >= 0])
+            again = vectors.reconstruct_batch(near) @ query if len(near) else np.zeros(0, np.float32)
+            best = np.argsort(-again, kind="stable")[:k]
+            cosine[row, : len(best)], positions[row, : len(best)] = again[best], near[best]
+        return cosine, positions
+
+
+def pool(descriptors: np.ndarray, pooling: Pooling) -> np.ndarray:
+    """One vector (D,) float32 of the patches (n, D) of an image, n > 0: their mean or generalised mean."""
+    if pooling == "mean":
+        return descriptors.mean(axis=0, dtype=np.float64).astype(np.float32)
+    powers = np.maximum(descriptors, GEM_FLOOR).astype(np.float64) ** GEM_POWER
+    return (powers.mean(axis=0) ** (1 / GEM_POWER)).astype(np.float32)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (n, D) at length 1, float32 and contiguous; zero vectors stay zero."""
+    vectors = np.ascontiguousarray(vectors, np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _train_ivfpq(sample: np.ndarray, count: int) -> dict[str, Any]:
+    faiss = _faiss()
+
+    width = sample.shape[1]
+    lists = faiss.IndexIVFPQ(
+        faiss.IndexFlatIP(width), width, _lists(count), width // VALUES_PER_BYTE, 8, faiss.METRIC_INNER_PRODUCT
+    )
+    lists.cp.niter = 10  # more moves recall by less than the re-ranking makes up for
+    if getattr(faiss, "get_num_gpus", lambda: 0)():  # faiss-gpu and a GPU: k-means of the lists runs there
+        lists.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(width))
+    lists.train(sample)
+    if getattr(faiss, "get_num_gpus", lambda: 0)():
+        lists.clustering_index = None
+    half = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    return {"lists": lists, "vectors": half}
+
+
+def _faiss() -> Any:
+    """The module, loaded when first used. Its own type stubs lack half of what it has."""
+    return importlib.import_module("faiss")
+
+
+def _lists(count: int) -> int:
+    """Inverted lists for `count` vectors."""
+    return max(1, min(int(4 * count**0.5), count // POINTS_PER_ENTRY, 65_536))
+
+
+def _padded_dimension(dimension: int) -> int:
+    return -(-dimension // VALUES_PER_BYTE) * VALUES_PER_BYTE
+
+
+def _padded(vectors: np.ndarray) -> np.ndarray:
+    """With zeros up to a dimension that the product quantiser can divide; cosines stay."""
+    missing = _padded_dimension(vectors.shape[1]) - vectors.shape[1]
+    return np.pad(vectors, ((0, 0), (0, missing))) if missing else vectors
