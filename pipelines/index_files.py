@@ -27,6 +27,7 @@ from dino_ops.nearest import Kind, NearestIndex
 from pipelines import storage
 from pipelines.errors import JobError, RequestError
 from pipelines.store import Store
+from pipelines.tables import open_parquet
 
 SCHEMA_VERSION = 1
 
@@ -200,9 +201,8 @@ def unnamed_files(store: Store, name: str, manifest: Manifest | None, before: st
 
 
 def _read_parquet(uri: str, options: storage.Options) -> pa.Table:
-    fs, path = storage.filesystem(uri, options)
-    with fs.open(path, "rb") as source:
-        return pq.read_table(source)
+    with open_parquet(uri, options) as parquet:
+        return parquet.read()
 
 
 def _read_faiss(uri: str, options: storage.Options) -> Any:
