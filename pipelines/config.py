@@ -255,14 +255,14 @@ class StorageSettings(Section):
 class Config(Section):
     """The settings of a command, after YAML files and overrides."""
 
-    model: ModelSettings = Field(default_factory=ModelSettings)  # type: ignore[arg-type]
-    image: ImageSettings = Field(default_factory=ImageSettings)  # type: ignore[arg-type]
-    features: FeatureSettings = Field(default_factory=FeatureSettings)  # type: ignore[arg-type]
-    store: StoreSettings = Field(default_factory=StoreSettings)  # type: ignore[arg-type]
-    run: RunSettings = Field(default_factory=RunSettings)  # type: ignore[arg-type]
-    index: IndexSettings = Field(default_factory=IndexSettings)  # type: ignore[arg-type]
-    correspond: CorrespondSettings = Field(default_factory=CorrespondSettings)  # type: ignore[arg-type]
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)  # type: ignore[arg-type]
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    image: ImageSettings = Field(default_factory=ImageSettings)
+    features: FeatureSettings = Field(default_factory=FeatureSettings)
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    run: RunSettings = Field(default_factory=RunSettings)
+    index: IndexSettings = Field(default_factory=IndexSettings)
+    correspond: CorrespondSettings = Field(default_factory=CorrespondSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     storage: StorageSettings = Field(default_factory=StorageSettings)
 
     @model_validator(mode="after")

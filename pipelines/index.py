@@ -189,9 +189,11 @@ def _update(
         files |= before.files  # only the table's version moved
     else:
         write_content(store, name, content, result.run_id, files)
-    nearest = content.nearest
+    nearest, holds = content.nearest, _holds(asked)
     return Manifest(
-        **_holds(asked),  # type: ignore[arg-type]
+        of=asked.of,
+        pooling=holds["pooling"],
+        descriptor=holds["descriptor"],
         kind=nearest.kind,
         why=why,
         dimension=nearest.dimension,

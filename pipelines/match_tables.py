@@ -240,7 +240,7 @@ def check_settings(store: str, name: str, asked: CorrespondSettings, options: st
 
 def _differences(stored: dict[str, Any], asked: dict[str, Any]) -> Iterator[str]:
     # a setting that the record lacks is younger than it, which was made as its default says
-    stored = CorrespondSettings().model_dump(mode="json", exclude=_NOT_IDENTITY) | stored  # type: ignore[call-arg]
+    stored = CorrespondSettings().model_dump(mode="json", exclude=_NOT_IDENTITY) | stored
     for key in sorted({*stored, *asked}):
         if stored.get(key) != asked.get(key):
             old, new = json.dumps(stored.get(key)), json.dumps(asked.get(key))
