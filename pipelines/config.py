@@ -203,6 +203,81 @@ class IndexSettings(Section):
     )
 
 
+class ClusterSettings(Section):
+    k: int = Field(100, ge=1, description="Clusters; with `elbow` the most there may be.")
+    elbow: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Choose k: the first for which the mean squared distance is above this part of that for k - 1 "
+        "(0.975 as published).",
+    )
+    of: Literal["patches", "embeddings"] = Field("patches", description="What is clustered: patches, or whole images.")
+    descriptor: str = Field(
+        "descriptor", description="of=patches: column of patches, such as descriptor_key9 from features.extra."
+    )
+    metric: Literal["cosine", "euclidean"] = Field(
+        "cosine", description="cosine: vectors are compared by direction (spherical k-means)."
+    )
+    salient_only: bool = Field(
+        False,
+        description="Train on patches whose saliency is above store.salient_threshold; all patches are assigned.",
+    )
+    sample: int | None = Field(None, ge=1, description="Train on about so many vectors; default: all.")
+    iterations: int = Field(50, ge=1, description="Most passes over the data; fewer when they no longer help.")
+    seed: int = Field(0, ge=0, description="Of the first centroids and of samples.")
+    cache_gb: float | None = Field(
+        None,
+        gt=0,
+        description="Memory for vectors, all workers together; what does not fit is read again in every pass. "
+        "Default: a third of the memory that Ray has.",
+    )
+    levels: int = Field(
+        1, ge=1, le=4, description="Levels of a tree of clusters, for a k of many thousands: 2 for 100,000."
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_choose(self) -> ClusterSettings:
+        if self.elbow is not None and self.levels > 1:
+            raise ValueError("elbow chooses a small k and levels are for a large one: give one of them")
+        return self
+
+
+class CosegmentSettings(Section):
+    sets: str = Field(
+        "label",
+        description="Which images belong together: `label`; `directory`, the folder in image_id; `cluster:NAME`, the "
+        "clusters of images that `dinoray cluster --of embeddings` made; or a .csv, .jsonl or .parquet file with "
+        "columns image_id and set_id.",
+    )
+    descriptor: str = Field(
+        "descriptor", description="Column of patches that is clustered, such as descriptor_key9 from features.extra."
+    )
+    elbow: float = Field(
+        0.975, gt=0, lt=1, description="The number of clusters is the first that gains less than 1 - elbow."
+    )
+    votes_percentage: float = Field(
+        75, gt=0, le=100, description="A cluster is foreground when it is salient in this part of the images."
+    )
+    saliency_threshold: float = Field(
+        0.065, ge=0, le=1, description="A cluster is salient in an image when its mean saliency there is above this."
+    )
+    sample_interval: int = Field(100, ge=1, description="Clusters are fitted on every n-th patch of an image.")
+    num_parts: int = Field(4, ge=1, description="Parts of the foreground.")
+    three_stages: bool = Field(False, description="Keep only parts that every image has, then find parts again.")
+    elbow_second_stage: float = Field(0.94, gt=0, lt=1, description="three_stages: elbow of the second stage.")
+    crop_augmentations: int = Field(
+        0, ge=0, description="Random crops of each image, and as many of its mirror image, that join the fit."
+    )
+    remove_outliers: bool = Field(False, description="Images unlike the others get empty masks and do not vote.")
+    outliers_threshold: float = Field(
+        0.7, ge=-1, le=1, description="remove_outliers: least cosine of an image with the mean of its set."
+    )
+    fit_images: int = Field(
+        1000, ge=1, description="A set is fitted on at most so many of its images; the others are assigned."
+    )
+    refine: bool = Field(True, description="Refine foreground with GrabCut and parts with a dense CRF.")
+    seed: int = Field(1234, ge=0, description="Of the clustering, and of crops.")
+
+
 class CorrespondSettings(Section):
     pairs: str = Field(
         "knn:10",
@@ -261,6 +336,8 @@ class Config(Section):
     store: StoreSettings = Field(default_factory=StoreSettings)
     run: RunSettings = Field(default_factory=RunSettings)
     index: IndexSettings = Field(default_factory=IndexSettings)
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
+    cosegment: CosegmentSettings = Field(default_factory=CosegmentSettings)
     correspond: CorrespondSettings = Field(default_factory=CorrespondSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     storage: StorageSettings = Field(default_factory=StorageSettings)

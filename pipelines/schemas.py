@@ -87,6 +87,51 @@ MATCHES = pa.schema(
 )
 
 
+CENTROIDS = pa.schema(
+    [
+        pa.field("cluster_id", pa.int32()),
+        pa.field("size", pa.int64()),  # rows in assignments
+        pa.field("inertia", pa.float64()),  # sum of their distances (cosine) or squared distances (euclidean)
+        pa.field("salient_votes", pa.int64()),  # images whose patches in the cluster are salient on average; or null
+        pa.field("centroid", vector(pa.float32())),  # of unit length for metric cosine
+    ]
+)
+
+ASSIGNMENTS = pa.schema(
+    [
+        pa.field("image_id", pa.string()),
+        pa.field("row", pa.int32()),  # of the patch grid; null when images are clustered
+        pa.field("col", pa.int32()),
+        pa.field("cluster_id", pa.int32()),
+        pa.field("distance", pa.float32()),  # to the centroid: 1 - cosine, or Euclidean
+        pa.field("saliency", pa.float32()),  # of the patch, as in patches; null where there is none
+        pa.field("run_id", pa.string()),  # of the extraction: another one is assigned anew
+    ]
+)
+
+PARTS_IMAGES = pa.schema(
+    [
+        pa.field("image_id", pa.string()),
+        pa.field("set_id", pa.string()),
+        pa.field("foreground_fraction", pa.float32()),  # of the pixels of the mask
+        pa.field("mask_png", pa.binary()),  # one channel at original size: part_id + 1, 0 = background
+        pa.field("note", pa.string()),  # what was unusual, such as no salient cluster; null for nothing
+        pa.field("shard", pa.string()),  # file under patches/ that holds its patches
+        pa.field("run_id", pa.string()),  # of the extraction: another one is segmented anew
+    ]
+)
+
+PARTS_PATCHES = pa.schema(
+    [
+        pa.field("image_id", pa.string()),
+        pa.field("set_id", pa.string()),
+        pa.field("row", pa.int32()),  # of the patch grid
+        pa.field("col", pa.int32()),
+        pa.field("part_id", pa.int32()),  # -1 = background
+    ]
+)
+
+
 def descriptor_columns(config: Config) -> list[str]:
     """Names of the descriptor columns: `descriptor`, then one for each entry of features.extra."""
     return ["descriptor", *(item.column for item in config.features.extra)]
