@@ -1,0 +1,157 @@
+"""First centroids of k-means: k-means++, exactly, at the cost of one pass of assignment.
+
+k-means++ (Arthur and Vassilvitskii, SODA 2007) draws every next centroid with a probability proportional to its
+squared distance from those chosen before. Done literally that is a pass over the sample for every centroid. Here a
+batch is drawn from the distances as they were, and each draw is kept with the probability by which its distance has
+shrunk since: rejection sampling (Cohen-Addad et al., "Fast and Accurate k-means++ via Rejection Sampling", NeurIPS
+2020), which gives the same distribution. Distances are then brought up to date by one product for the whole batch.
+
+All in float64: a sample is small, and the same seed should choose the same vectors whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dino_ops.kmeans_assignment import Vectors, as_tensor, unit
+
+BATCH = 128  # candidates drawn at once
+BLOCK_VALUES = 2**22  # of the sample converted at once
+SAME = 1e-12  # squared distance in parts of the squared lengths, up to which vectors count as the same
+
+
+def seed(sample: Vectors, k: int, *, spherical: bool, seed: int | Sequence[int]) -> np.ndarray:
+    """k vectors of a sample, by k-means++: (k', D) float64, k' < k where fewer are distinct.
+
+    sample: (n, D) floating point on any device. Spherical: directions; zero vectors are not chosen unless there is
+    nothing else, in which case the one centroid is a direction that stands for none.
+    """
+    if k < 1:
+        raise ValueError(f"k-means needs at least one cluster, {k} were asked for")
+    drawing = _Drawing(as_tensor(sample), spherical)
+    generator = np.random.default_rng(seed)
+    chosen = drawing.first(generator)
+    while 0 < len(chosen) < k and (batch := drawing.batch(generator, min(BATCH, k - len(chosen)))):
+        chosen += batch
+    if not chosen and len(sample) and spherical:
+        return np.full((1, sample.shape[1]), sample.shape[1] ** -0.5)
+    return drawing.vectors(chosen).cpu().numpy()
+
+
+def seed_within(
+    sample: Vectors,
+    parents: Vectors,
+    ks: Sequence[int] | np.ndarray,
+    *,
+    spherical: bool,
+    seed: int,
+    parent_centroids: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """k-means++ inside every parent: centroids (k', D) float64, and offsets (parents + 1,) int64 as in Codebook.
+
+    sample: (n, D). parents: (n,) integers, 0 to len(ks) - 1. ks: how many children each parent should get; it gets
+    fewer where fewer vectors are distinct. parent_centroids: (parents, D); a parent without a vector in the sample
+    gets its own centroid as its only child, or none where they are not given.
+    """
+    tensor = as_tensor(sample)
+    held = as_tensor(parents).cpu().numpy()
+    order = np.argsort(held, kind="stable")
+    groups = np.split(order, np.cumsum(np.bincount(held, minlength=len(ks)))[:-1])
+    children = []
+    for parent, rows in enumerate(groups):
+        if len(rows):
+            members = tensor[torch.from_numpy(rows).to(tensor.device)]
+            children.append(_seed(members, int(ks[parent]), spherical=spherical, seed=(seed, parent)))
+        elif parent_centroids is not None:
+            children.append(np.asarray(parent_centroids[parent : parent + 1], np.float64))
+        else:
+            children.append(np.zeros((0, sample.shape[1])))
+    return np.concatenate(children), np.cumsum([0, *map(len, children)])
+
+
+_seed = seed  # the name is also that of an argument
+
+
+class _Drawing:
+    """A sample, and for every vector half its squared distance from the nearest chosen one (1 - cosine)."""
+
+    def __init__(self, sample: torch.Tensor, spherical: bool) -> None:
+        if sample.ndim != 2:
+            raise ValueError(f"a sample has two axes (n, D), not {sample.ndim}")
+        self.sample, self.spherical = sample, spherical
+        self.rows = max(1, BLOCK_VALUES // max(1, sample.shape[1]))
+        starts = range(0, len(sample), self.rows)
+        # Moving a sample to its mean changes no distance and keeps the products' rounding small.
+        self.middle = sample.new_zeros(sample.shape[1], dtype=torch.float64)
+        if not spherical and len(sample):
+            self.middle = sum((self._block(i).sum(dim=0) for i in starts), self.middle) / len(sample)
+        squared = [self._block(i).square().sum(dim=1) for i in starts]
+        self.squared = torch.cat(squared) if squared else self.middle.new_zeros(0)
+        if not torch.isfinite(self.squared).all():
+            raise ValueError("vectors to cluster must be finite; some are nan or infinite")
+        self.distances = np.zeros(0)
+
+    def first(self, generator: np.random.Generator) -> list[int]:
+        """A vector at random; spherical: one that has a direction."""
+        eligible = np.flatnonzero(self.squared.cpu().numpy() > 0) if self.spherical else np.arange(len(self.sample))
+        if not len(eligible):
+            return []
+        chosen = [int(generator.choice(eligible))]
+        self.distances = np.full(len(self.sample), np.inf)
+        self._bring_up_to_date(chosen)
+        return chosen
+
+    def batch(self, generator: np.random.Generator, most: int) -> list[int]:
+        """Up to `most` further ones; none when every vector has been chosen or is the same as one that was."""
+        cumulated = np.cumsum(self.distances)
+        if cumulated[-1] <= 0:
+            return []
+        drawn = np.searchsorted(cumulated, generator.random(BATCH) * cumulated[-1], side="right")
+        drawn = np.minimum(drawn, np.flatnonzero(self.distances)[-1])  # a product may round up to the very end
+        keep = generator.random(BATCH)
+        among = self._half_squared(torch.from_numpy(drawn), self.vectors_centred(drawn.tolist())).cpu().numpy()
+        kept: list[int] = []  # positions in the batch
+        for i, row in enumerate(drawn):
+            now = min([self.distances[row], *among[i, kept]])
+            if keep[i] * self.distances[row] < now:
+                kept.append(i)
+                if len(kept) == most:
+                    break
+        chosen = drawn[kept].tolist()
+        self._bring_up_to_date(chosen)
+        return chosen
+
+    def vectors(self, rows: list[int]) -> torch.Tensor:
+        """Some vectors (n, D) float64, of unit length when spherical."""
+        return self.vectors_centred(rows) + self.middle
+
+    def vectors_centred(self, rows: list[int]) -> torch.Tensor:
+        return self._converted(self.sample[torch.tensor(rows, dtype=torch.int64, device=self.sample.device)])
+
+    def _bring_up_to_date(self, chosen: list[int]) -> None:
+        vectors = self.vectors_centred(chosen)
+        for start in range(0, len(self.sample), self.rows):
+            block = torch.arange(start, min(start + self.rows, len(self.sample)), device=self.sample.device)
+            nearest = self._half_squared(block, vectors).amin(dim=1).cpu().numpy()
+            held = self.distances[start : start + self.rows]
+            np.minimum(held, nearest, out=held)
+        self.distances[chosen] = 0
+        if self.spherical:
+            self.distances[self.squared.cpu().numpy() == 0] = 0
+
+    def _half_squared(self, rows: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """Half the squared distances of rows of the sample from vectors (m, D): (n, m) float64."""
+        index = rows.to(self.sample.device)
+        block = self._converted(self.sample[index])
+        lengths = self.squared[index][:, None] + vectors.square().sum(dim=1)
+        half = lengths / 2 - block @ vectors.T
+        return torch.where(half <= SAME * lengths, 0.0, half)
+
+    def _block(self, start: int) -> torch.Tensor:
+        return self._converted(self.sample[start : start + self.rows])
+
+    def _converted(self, block: torch.Tensor) -> torch.Tensor:
+        return unit(block.double()) if self.spherical else block.double() - self.middle
