@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
+
+from dino_ops import Extractor, ImageFeatures
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     # DINO: learnt positions with the class token's own
@@ -111,3 +115,58 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder}: set DINORAY_TEST_DATA")
     return folder
+
+
+@dataclass
+class CowSet:
+    """Six photos, their features, and what the published code makes of them."""
+
+    features: list[ImageFeatures]
+    pixels: list[np.ndarray]  # (H, W, 3) uint8, as the model saw them
+    settings: dict[str, Any]
+    masks: list[np.ndarray]  # (H, W) bool
+    parts: list[np.ndarray]  # (H, W), -1 for background
+
+    @property
+    def descriptors(self) -> list[np.ndarray]:
+        return [image.descriptor for image in self.features if image.descriptor is not None]
+
+    @property
+    def saliency(self) -> list[np.ndarray | None]:
+        return [image.saliency for image in self.features]
+
+    @property
+    def fitting(self) -> dict[str, Any]:
+        """The published run's settings, as fit_foreground names them."""
+        return {
+            "elbow": self.settings["elbow"],
+            "votes_percentage": self.settings["votes_percentage"],
+            "saliency_threshold": self.settings["thresh"],
+            "sample_interval": self.settings["sample_interval"],
+        }
+
+
+@pytest.fixture(scope="session")
+def cows(data_dir: Path) -> CowSet:
+    listed = json.loads((data_dir / "golden" / "cosegmentation.json").read_text())
+    arrays = np.load(data_dir / "golden" / "cosegmentation.npz")
+    settings = listed["parts"]
+    assert listed["cosegmentation"].items() <= settings.items()
+    assert not settings["low_res_saliency_maps"]
+    extractor = Extractor(
+        "deit_tiny_patch16_224",
+        data_dir / "weights" / "deit_tiny_patch16_224_state_dict.pth",
+        layer=settings["layer"],
+        facet=settings["facet"],
+        stride=settings["stride"],
+        shorter_side=settings["load_size"],
+        device="cpu",
+    )
+    prepared = [extractor.prepare(data_dir / image) for image in listed["images"]]
+    masks, parts = [], []
+    for number in range(len(prepared)):
+        height, width = arrays[f"mask_{number}_hw"]
+        masks.append(np.unpackbits(arrays[f"mask_{number}"], count=height * width).reshape(height, width).astype(bool))
+        labels = arrays[f"parts_{number}"].astype(np.int32)
+        parts.append(np.where(labels == 255, -1, labels))
+    return CowSet(extractor.extract(prepared), [one.pixels for one in prepared], settings, masks, parts)
