@@ -69,6 +69,39 @@ def extract(
 
 
 @app.command()
+def cluster(
+    store: StoreArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the result: clusters/NAME in the store.")],
+    k: Annotated[int | None, typer.Option("--k", min=1, help="Clusters; wins over cluster.k.")] = None,
+    elbow: Annotated[
+        bool,
+        typer.Option("--elbow", help="Choose k, at most cluster.k; see cluster.elbow (here 0.975 when it is not set)."),
+    ] = False,
+    of: Annotated[
+        str | None, typer.Option("--of", metavar="patches|embeddings", help="What is clustered; wins over cluster.of.")
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Keep the centroids there are; assign images that are new or changed.")
+    ] = False,
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Patches, or whole images, to clusters: k-means over the store. The same command continues one that was killed."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.cluster import run
+
+        return run(settings, store=store, name=name, elbow=elbow, update=update, dry_run=dry_run)
+
+    asked = [*(overrides or ())]
+    asked += [f"cluster.k={k}"] if k is not None else []
+    asked += [f"cluster.of={of}"] if of is not None else []
+    _run_job(job, _print_cluster, config, asked, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
 def index(
     store: StoreArgument,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the index: index/NAME in the store.")],
@@ -348,6 +381,30 @@ def _print_extract(result: Any) -> None:
         print(f"{result.failed_before:,} failed before and were not tried again (--retry-failed tries them).")
     print(f"Tables: {result.store}/images  {result.store}/patches  {result.store}/failures")
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.seconds['total']:.1f} s)")
+
+
+def _print_cluster(result: Any) -> None:
+    uri = f"{result.store}/clusters/{result.name}"
+    if result.status == "dry_run":
+        if result.what == "update":
+            print(f"\n{result.added:,} images to assign, {result.removed:,} to take out. Nothing was written.")
+            return
+        again = f", continuing after iteration {result.resumed_from}" if result.resumed_from else ""
+        print(f"\n{result.vectors:,} {result.of} of {result.images:,} images to {result.k:,} clusters{again}.")
+        print("Nothing was written.")
+        return
+    if result.status == "unchanged":
+        print(f"The clusters {result.name} are up to date: nothing to do.")
+    elif result.what == "update":
+        drift = f"; mean distance {result.drift:.3f} times that of the training" if result.drift else ""
+        print(f"{result.added:,} images assigned, {result.removed:,} taken out{drift}.")
+    elif result.status == "done":
+        print(
+            f"{result.iterations} iterations over {result.trained_on:,} {result.of}: objective {result.objective:.6g}."
+        )
+    empty = f", {result.empty:,} empty" if result.empty else ""
+    print(f"{result.vectors:,} {result.of} in {result.k:,} clusters, the largest has {result.largest:,}{empty}.")
+    print(f"Tables: {uri}/centroids  {uri}/assignments ({result.seconds.get('total', 0.0):.1f} s)")
 
 
 def _print_index(result: Any) -> None:

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.status import Status
 
 LOG_SECONDS = 15.0
 RATE_WINDOW_SECONDS = 60.0
@@ -84,3 +85,30 @@ class ProgressLine:
     ) -> None:
         if self._bar:
             self._bar.stop()
+
+
+class StatusLine:
+    """Shows what a job is doing, on standard error: a changing line on a terminal, a line now and then in a log."""
+
+    def __init__(self) -> None:
+        self._logged_at = -LOG_SECONDS
+        self._status: Status | None = None
+
+    def __enter__(self) -> StatusLine:
+        if sys.stderr.isatty():
+            self._status = Console(stderr=True).status("starting workers")
+            self._status.start()
+        return self
+
+    def show(self, text: str) -> None:
+        if self._status:
+            self._status.update(text)
+        elif time.monotonic() - self._logged_at >= LOG_SECONDS:
+            self._logged_at = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._status:
+            self._status.stop()

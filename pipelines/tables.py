@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -172,11 +173,15 @@ class Table:
         return pa.concat_tables(found)
 
 
-def write_parquet(table: str, name: str, rows: pa.Table, options: Options | None = None) -> DataFile:
+def write_parquet(
+    table: str, name: str, rows: pa.Table, options: Options | None = None, row_group_rows: int | None = None
+) -> DataFile:
     """Write rows, in the order of their first column, as a file of the table at `table`, for its log to name later."""
     fs, path = filesystem(join(table, name), options)
+    if is_local(table):
+        os.makedirs(path.rpartition("/")[0], exist_ok=True)  # the table may not have been created yet
     with fs.open(path, "wb") as sink:
-        pq.write_table(rows, sink, **parquet_options(rows.schema))
+        pq.write_table(rows, sink, row_group_size=row_group_rows, **parquet_options(rows.schema))
     return DataFile(name, fs.size(path), len(rows), *key_range(rows[0]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,28 @@ def finished_store(input: Path, store: Path, config: Config) -> Store:
     rows = sources.list_images(str(input)).table.to_pylist()
     add_images(made, "20200101T000000Z-000000", [{**row, "position": at} for at, row in enumerate(rows)])
     return made
+
+
+def add_described(store: Store, run_id: str, images: dict[str, ImageFeatures], version: str = "v1") -> None:
+    """Commit one shard of images whose features are given, in key order; older rows of the same images go."""
+    writer = ShardWriter(store.uri, store.config, run_id)
+    rows = [source(image_id, at, version) for at, image_id in enumerate(sorted(images))]
+    for row in rows:
+        writer.add(row, images[row["image_id"]])
+    patches, written = writer.close()
+    report = ShardReport("shard", writer.positions, writer.image_ids, patches, written)
+    versions = {row["image_id"]: (row["source_size"], row["source_version"]) for row in rows}
+    Committer(store, run_id, set(images)).commit([report], versions)
+
+
+def described(descriptor: np.ndarray, saliency: np.ndarray | None = None) -> ImageFeatures:
+    """Features with a given descriptor map (gh, gw, D); its mean is the embedding."""
+    grid_height, grid_width, _ = descriptor.shape
+    made = features(grid=(grid_height, grid_width))
+    embedding = descriptor.reshape(-1, descriptor.shape[-1]).mean(axis=0).astype(np.float32)
+    return dataclasses.replace(
+        made,
+        descriptor=descriptor.astype(np.float32),
+        embedding=embedding,
+        saliency=made.saliency if saliency is None else saliency.astype(np.float32),
+    )
