@@ -6,6 +6,7 @@ Vectors are known by int64 ids that the caller gives in ascending order and neve
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ PROBED_SHARE = 32  # one list in so many is searched,
 LEAST_PROBED = 16  # but at least so many
 LEAST_RERANKED, RERANKED_PER_RESULT = 200, 10  # candidates whose cosine is computed again from half precision
 
-DEAD_SHARE = 0.2  # an HNSW index in which more vectors are dead should be built anew
+DEAD_SHARE = 0.2  # where more vectors are dead, searches pass over too many: purge them, or build a graph anew
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class NearestIndex:
     """Unit vectors and their ids, searched by cosine similarity.
 
     parts: the FAISS indices it is made of, by name. ids: (n,) int64 ascending, in the order of `parts`.
-    dead: (m,) int64 ascending, those of `ids` that were removed but cannot leave a graph.
+    dead: (m,) int64 ascending, those of `ids` that were removed: they take space and are never found.
     """
 
     def __init__(self, kind: Kind, dimension: int, parts: dict[str, Any], ids: np.ndarray, dead: np.ndarray) -> None:
@@ -93,7 +94,7 @@ class NearestIndex:
         self.dead = dead
 
     @classmethod
-    def create(cls, kind: Kind, dimension: int, count: int, sample: np.ndarray | None = None) -> NearestIndex:
+    def create(cls, kind: Kind, dimension: int, count: int = 0, sample: np.ndarray | None = None) -> NearestIndex:
         """An empty index, meant for about `count` vectors.
 
         sample: (training_size(count), dimension) of them; needed by ivfpq only.
@@ -118,17 +119,20 @@ class NearestIndex:
         """Vectors that a search can return."""
         return len(self.ids) - len(self.dead)
 
-    @property
-    def worn(self) -> bool:
-        """Whether so many vectors are dead that the index should be built anew."""
-        return len(self.dead) > DEAD_SHARE * len(self.ids)
-
     def add(self, vectors: np.ndarray, ids: np.ndarray) -> None:
         """Add vectors (n, dimension) of any length; ids (n,) ascending and above all earlier ones."""
+        self._add_unit(unit(vectors), ids)
+
+    def absorb(self, flat: NearestIndex) -> None:
+        """Add what a search of a flat index can return, under its ids, all above those that are here."""
+        alive = np.flatnonzero(~np.isin(flat.ids, flat.dead))
+        if len(alive):
+            self._add_unit(flat.parts["vectors"].reconstruct_batch(alive), flat.ids[alive])
+
+    def _add_unit(self, directions: np.ndarray, ids: np.ndarray) -> None:
         if not len(ids):
             return
         assert np.all(np.diff(ids, prepend=self.ids[-1:]) > 0), "ids must ascend"
-        directions = unit(vectors)
         if self.kind == "ivfpq":
             directions = _padded(directions)
             self.parts["lists"].add_with_ids(directions, ids)
@@ -136,17 +140,18 @@ class NearestIndex:
         self.ids = np.concatenate([self.ids, ids])
 
     def remove(self, ids: np.ndarray) -> None:
-        """Take out vectors by their ids; those of a graph stay in it and are never returned."""
-        ids = np.intersect1d(ids, self.ids)
-        if not len(ids):
-            return
-        if self.kind == "hnsw":
-            self.dead = np.union1d(self.dead, ids)
+        """Take vectors out of all answers, by their ids; `purge` gives their space back."""
+        self.dead = np.union1d(self.dead, np.intersect1d(ids, self.ids))
+
+    def purge(self) -> None:
+        """Drop what was removed. A graph cannot: there it stays, until the graph is built anew."""
+        if self.kind == "hnsw" or not len(self.dead):
             return
         if self.kind == "ivfpq":
-            self.parts["lists"].remove_ids(ids)
-        self.parts["vectors"].remove_ids(np.searchsorted(self.ids, ids))  # later ones move up
-        self.ids = np.setdiff1d(self.ids, ids)
+            self.parts["lists"].remove_ids(self.dead)
+        self.parts["vectors"].remove_ids(np.searchsorted(self.ids, self.dead))  # later ones move up
+        self.ids = np.setdiff1d(self.ids, self.dead)
+        self.dead = np.zeros(0, np.int64)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest of each query: cosine (n, k) float32, best first, and ids (n, k) int64.
@@ -162,22 +167,19 @@ class NearestIndex:
         if self.kind == "ivfpq":
             found_cosine, positions = self._search_lists(_padded(directions), k_found)
         else:
-            found_cosine, positions = self.parts["vectors"].search(directions, k_found, params=self._graph_search(k))
+            found_cosine, positions = self.parts["vectors"].search(directions, k_found, params=self._how_to_search(k))
         found = positions >= 0
         cosine[:, :k_found][found] = found_cosine[found]
         ids[:, :k_found][found] = self.ids[positions[found]]
         return cosine, ids
 
-    def _graph_search(self, k: int) -> Any:
-        if self.kind != "hnsw":
-            return None
+    def _how_to_search(self, k: int) -> Any:
         faiss = _faiss()
 
-        width = max(SEARCH_WIDTH, 2 * k)
-        if not len(self.dead):
-            return faiss.SearchParametersHNSW(efSearch=width)
-        dead = faiss.IDSelectorBatch(np.searchsorted(self.ids, self.dead))
-        return faiss.SearchParametersHNSW(efSearch=width, sel=faiss.IDSelectorNot(dead))
+        alive = {"sel": _all_but(np.searchsorted(self.ids, self.dead))} if len(self.dead) else {}
+        if self.kind == "flat":
+            return faiss.SearchParameters(**alive) if alive else None
+        return faiss.SearchParametersHNSW(efSearch=max(SEARCH_WIDTH, 2 * k), **alive)
 
     def _search_lists(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Candidates by their codes, then their cosines from half precision: (n, k) each, the second positions."""
@@ -185,7 +187,8 @@ class NearestIndex:
 
         lists, vectors = self.parts["lists"], self.parts["vectors"]
         candidates = min(len(self), max(LEAST_RERANKED, RERANKED_PER_RESULT * k))
-        probed = faiss.SearchParametersIVF(nprobe=max(LEAST_PROBED, lists.nlist // PROBED_SHARE))
+        alive = {"sel": _all_but(self.dead)} if len(self.dead) else {}
+        probed = faiss.SearchParametersIVF(nprobe=max(LEAST_PROBED, lists.nlist // PROBED_SHARE), **alive)
         _, ids = lists.search(queries, candidates, params=probed)
         cosine = np.full((len(queries), k), -np.inf, np.float32)
         positions = np.full((len(queries), k), -1, np.int64)
@@ -195,6 +198,17 @@ class NearestIndex:
             best = np.argsort(-again, kind="stable")[:k]
             cosine[row, : len(best)], positions[row, : len(best)] = again[best], near[best]
         return cosine, positions
+
+
+def search_all(indices: Sequence[NearestIndex], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of each query in several indices together, as NearestIndex.search gives them."""
+    if len(indices) == 1:
+        return indices[0].search(queries, k)
+    nothing = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+    found = [nothing, *(index.search(queries, k) for index in indices)]
+    cosine, ids = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+    best = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(cosine, best, axis=1), np.take_along_axis(ids, best, axis=1)
 
 
 def pool(descriptors: np.ndarray, pooling: Pooling) -> np.ndarray:
@@ -231,6 +245,13 @@ def _train_ivfpq(sample: np.ndarray, count: int) -> dict[str, Any]:
 def _faiss() -> Any:
     """The module, loaded when first used. Its own type stubs lack half of what it has."""
     return importlib.import_module("faiss")
+
+
+def _all_but(ids: np.ndarray) -> Any:
+    """A selector of every other vector."""
+    faiss = _faiss()
+
+    return faiss.IDSelectorNot(faiss.IDSelectorBatch(ids))
 
 
 def _lists(count: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,10 +56,21 @@ def check_settings(store: Store, asked: IndexSettings) -> None:
         )
 
 
+def held_settings(asked: IndexSettings) -> dict[str, Any]:
+    """The settings that an index has for life; None where they do not matter."""
+    return {
+        "of": asked.of,
+        "pooling": asked.pooling if asked.of == "pooled" else None,
+        "descriptor": asked.descriptor if asked.of != "embeddings" else None,
+    }
+
+
 def vector_batches(store: Store, asked: IndexSettings, images: pa.Table) -> Iterator[VectorBatch]:
     """Vectors of some images of a store, in batches of about ROWS_AT_ONCE.
 
-    images: image_id, run_id, shard. Raises JobError for a file of patches that is gone.
+    images: image_id, run_id, shard, file (of the images table that holds the row).
+
+    Raises JobError for a file of patches that is gone.
     """
     small = _embeddings(store, images) if asked.of == "embeddings" else _patches(store, asked, images)
     waiting: list[VectorBatch] = []
@@ -72,14 +84,14 @@ def vector_batches(store: Store, asked: IndexSettings, images: pa.Table) -> Iter
 
 
 def _embeddings(store: Store, images: pa.Table) -> Iterator[VectorBatch]:
-    wanted = sorted(images["image_id"].to_pylist())
-    for path in sorted(path for path, file in store.images.files().items() if file.may_hold(wanted)):
+    for path in sorted(pc.unique(images["file"]).to_pylist()):
+        wanted = images["image_id"].filter(pc.equal(images["file"], path)).combine_chunks()
         rows = store.images.read_file(path, ["image_id", "run_id", "embedding"])
-        rows = rows.filter(pc.is_in(rows["image_id"], value_set=images["image_id"].combine_chunks()))
-        if len(rows):
-            ids, runs = (rows[name].combine_chunks() for name in ("image_id", "run_id"))
-            vectors = rows["embedding"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
-            yield VectorBatch(ids, runs, np.ones(len(rows), np.int64), vectors, None)
+        if len(wanted) < len(rows):
+            rows = rows.filter(pc.is_in(rows["image_id"], value_set=wanted))
+        ids, runs = (rows[name].combine_chunks() for name in ("image_id", "run_id"))
+        vectors = rows["embedding"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
+        yield VectorBatch(ids, runs, np.ones(len(rows), np.int64), vectors, None)
 
 
 def _patches(store: Store, asked: IndexSettings, images: pa.Table) -> Iterator[VectorBatch]:

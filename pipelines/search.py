@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dino_ops.nearest import NearestIndex, search_all
 from pipelines import storage
 from pipelines.config import Config
 from pipelines.errors import JobError, RequestError
-from pipelines.index_files import IndexContent, Manifest, index_names, read_content, read_manifest
+from pipelines.index_files import Manifest, index_names, read_dead, read_manifest, read_parts, without_dead
 from pipelines.query import Query, extracted_query, in_box, read_image, stored_query
 from pipelines.search_picture import Shown, draw
 from pipelines.store import Store
@@ -23,6 +24,27 @@ from pipelines.tables import explain_write_error
 MOST_PER_PATCH = 2_000  # hits that one patch of a region may ask for
 
 Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class IndexContent:
+    """All that an index holds.
+
+    images: IMAGES rows of those that can be found, in ascending first_id. cells: CELLS in ascending id, or None.
+    """
+
+    parts: list[NearestIndex]
+    images: pa.Table
+    cells: pa.Table | None
+
+    @classmethod
+    def read(cls, store: Store, name: str, manifest: Manifest) -> IndexContent:
+        """Raises JobError when a file of it is gone."""
+        dead = read_dead(store, name, manifest)
+        parts = read_parts(store, name, manifest, dead)
+        cells = [part.cells for part in parts if part.cells is not None]
+        images = without_dead(pa.concat_tables([part.images for part in parts]), dead)
+        return cls([part.nearest for part in parts], images, pa.concat_tables(cells) if cells else None)
 
 
 @dataclass
@@ -75,7 +97,7 @@ def run(
     result = Result(opened.uri, name, manifest.of, image, region)
 
     started = time.monotonic()
-    content = read_content(opened, name, manifest)
+    content = IndexContent.read(opened, name, manifest)
     result.seconds["load"] = time.monotonic() - started
 
     started = time.monotonic()
@@ -105,7 +127,7 @@ def parse_box(text: str) -> Box:
 
 def nearest_images(content: IndexContent, query: Query, top: int) -> list[dict[str, Any]]:
     """The images nearest to a query of one vector; the query itself, when it is of the store, is left out."""
-    similarity, ids = content.nearest.search(query.vectors, top + 1)
+    similarity, ids = search_all(content.parts, query.vectors, top + 1)
     found = [
         {"image_id": image_id, "similarity": round(float(value), 6)}
         for image_id, value in zip(_image_ids(content, ids[0]), similarity[0], strict=True)
@@ -118,7 +140,7 @@ def nearest_places(content: IndexContent, query: Query, top: int) -> list[dict[s
     """The patches nearest to any patch of a region, each once; the region itself is left out."""
     assert content.cells is not None and query.cells is not None
     per_patch = min(MOST_PER_PATCH, top + (len(query.vectors) if query.image_id else 0))
-    similarity, ids = content.nearest.search(query.vectors, per_patch)
+    similarity, ids = search_all(content.parts, query.vectors, per_patch)
     by_similarity = np.argsort(-similarity, axis=None, kind="stable")
     _, firsts = np.unique(ids.reshape(-1)[by_similarity], return_index=True)  # of every place the best
     best = by_similarity[np.sort(firsts)]

@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from typing import Any
 
@@ -32,10 +33,15 @@ class Store:
         self.config = config
         self.spec: dict[str, Any] = description["spec"]
         self.fingerprint: str = description["fingerprint"]
-        options = config.storage.options
-        self.images = Table(storage.join(uri, "images"), IMAGES, options)
-        self.patches = Table(storage.join(uri, "patches"), patches_schema(config), options)
-        self.failures = Table(storage.join(uri, "failures"), FAILURES, options)
+        self.images = Table(storage.join(uri, "images"), IMAGES, config.storage.options)
+
+    @cached_property
+    def patches(self) -> Table:  # opened when asked for: those who read embeddings never do
+        return Table(storage.join(self.uri, "patches"), patches_schema(self.config), self.config.storage.options)
+
+    @cached_property
+    def failures(self) -> Table:
+        return Table(storage.join(self.uri, "failures"), FAILURES, self.config.storage.options)
 
     @classmethod
     def open_existing(cls, uri: str, config: Config) -> Store | None:
@@ -56,7 +62,7 @@ class Store:
                 f"The store {uri} was made with another spec ({'; '.join(differing)}): "
                 "give the stored settings again, or another STORE for these."
             )
-        return cls._with_tables(uri, config, stored)
+        return cls._with_tables(uri, config, stored, make_all=True)
 
     @classmethod
     def create(cls, uri: str, config: Config) -> Store:
@@ -98,9 +104,12 @@ class Store:
         return cls._with_tables(uri, config_of(stored, config), stored)
 
     @classmethod
-    def _with_tables(cls, uri: str, config: Config, stored: dict[str, Any]) -> Store:
+    def _with_tables(cls, uri: str, config: Config, stored: dict[str, Any], *, make_all: bool = False) -> Store:
         try:
-            return cls(uri, config, stored)
+            store = cls(uri, config, stored)
+            if make_all:
+                store.refresh()  # so that other tools find every table, be it empty
+            return store
         except OSError as error:
             raise explain_write_error(error, uri) or error from None
 

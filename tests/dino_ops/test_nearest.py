@@ -12,6 +12,7 @@ from dino_ops.nearest import (
     choose_kind,
     estimate_bytes,
     pool,
+    search_all,
     training_size,
     unit,
 )
@@ -43,8 +44,8 @@ def recall(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found, expected, strict=True)]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_was_added_and_removed_decides_the_answers(kind: Kind) -> None:
+@pytest.mark.parametrize(("kind", "purged"), [*((kind, False) for kind in KINDS), ("flat", True), ("ivfpq", True)])
+def test_what_was_added_and_removed_decides_the_answers(kind: Kind, purged: bool) -> None:
     vectors = clustered(LEAST_TO_TRAIN + 1000)
     index = build(kind, vectors[:-1000])
     index.add(vectors[-1000:], np.arange(len(vectors) - 1000, len(vectors)))
@@ -52,6 +53,8 @@ def test_what_was_added_and_removed_decides_the_answers(kind: Kind) -> None:
     index.remove(gone)
     index.remove(gone)  # again changes nothing
     assert len(index) == len(vectors) - len(gone)
+    if purged:
+        index.purge()
     left = np.setdiff1d(np.arange(len(vectors)), gone)
     queries = clustered(100, seed=5)
     cosine, ids = index.search(queries, 10)
@@ -80,12 +83,36 @@ def test_fewer_vectors_than_asked_for(kind: Kind) -> None:
     assert len(index) == 0 and (index.search(np.eye(3, dtype=np.float32), 1)[1] == -1).all()
 
 
-def test_a_graph_with_many_dead_vectors_is_worn() -> None:
-    index = build("hnsw", clustered(100))
-    index.remove(np.arange(20))
-    assert not index.worn
-    index.remove(np.arange(21))
-    assert index.worn
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_purging_gives_space_back_where_it_can(kind: Kind) -> None:
+    vectors = clustered(500)
+    index = build(kind, vectors)
+    index.remove(np.arange(0, 500, 3))
+    before = index.search(vectors[:50], 10)
+    index.purge()
+    assert (len(index.ids), len(index.dead)) == ((333, 0) if kind == "flat" else (500, 167))
+    assert len(index) == 333 and index.parts["vectors"].ntotal == len(index.ids)
+    for was, now in zip(before, index.search(vectors[:50], 10), strict=True):
+        np.testing.assert_array_equal(was, now)
+
+
+def test_several_indices_answer_as_one() -> None:
+    kind: Kind = "flat"
+    vectors, queries = clustered(300), clustered(20, seed=5)
+    parts = [build(kind, vectors[a:b], np.arange(a, b)) for a, b in ((0, 200), (200, 203), (203, 300))]
+    parts[0].remove(np.arange(50))
+    whole = build(kind, vectors)
+    whole.remove(np.arange(50))
+    for k in (1, 7, 280):
+        cosine, ids = search_all(parts, queries, k)
+        expected_cosine, expected_ids = whole.search(queries, k)
+        np.testing.assert_array_equal(ids, expected_ids)
+        np.testing.assert_allclose(cosine, expected_cosine, atol=1e-6)
+    merged = parts[0]
+    for part in parts[1:]:
+        merged.absorb(part)
+    np.testing.assert_array_equal(merged.search(queries, 30)[1], whole.search(queries, 30)[1])
+    assert (search_all([], queries, 3)[1] == -1).all()
 
 
 def test_a_dimension_that_the_quantiser_cannot_divide() -> None:

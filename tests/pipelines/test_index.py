@@ -195,7 +195,7 @@ def test_another_kind_builds_the_index_anew(make: Callable[..., Store]) -> None:
     assert index.run(asked(), store=store.uri, name="main").status == "unchanged", "auto keeps what there is"
 
 
-@pytest.mark.parametrize("dies_in", ["_write_faiss", "pq.write_table", "storage.write_json"])
+@pytest.mark.parametrize("dies_in", ["_write_faiss", "pq.write_table", "storage.write_once"])
 def test_a_run_that_dies_between_files_leaves_the_old_index(
     dies_in: str, make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,29 +212,28 @@ def test_a_run_that_dies_between_files_leaves_the_old_index(
         patched.setattr(f"pipelines.index_files.{dies_in}", die)
         patched.setattr("pipelines.index.remove_files", lambda *arguments: None)  # a killed run cleans nothing
         patched.setattr("pipelines.index.RunReport.finish", lambda *arguments, **more: {})
-        if dies_in == "storage.write_json":  # the report is written with it too, before
-            patched.setattr("pipelines.index.RunReport.write", lambda *arguments, **more: None)
         with pytest.raises(SystemExit):
             index.run(asked(), store=store.uri, name="main")
     assert kept <= files(store)
     manifest = index_files.read_manifest(store, "main")
     assert manifest is not None and manifest.images_version == version
-    content = index_files.read_content(store, "main", manifest)
-    assert len(content.nearest) == 20
+    (part,) = index_files.read_parts(store, "main", manifest, index_files.read_dead(store, "main", manifest))
+    assert len(part.nearest) == 20
     assert index.run(asked(), store=store.uri, name="main").added == 5
     assert len(answers(store, "main", ["005"])[0]) == len(before[0])
 
 
-def test_files_of_killed_runs_are_removed_a_day_later(make: Callable[..., Store]) -> None:
+def test_the_next_update_removes_what_killed_runs_left(make: Callable[..., Store]) -> None:
     store = make()
     index.run(asked(), store=store.uri, name="main")
-    old, young = "20200101T000000Z-abcdef-ids.parquet", "29990101T000000Z-abcdef-ids.parquet"
-    for name in (old, young):
+    for name in ("29990101T000000Z-abcdef-images.parquet", "20200101T000000Z-abcdef-vectors.faiss", "x.1.partial"):
         (Path(store.uri) / "index" / "main" / name).write_bytes(b"half")
+    (Path(store.uri) / "index" / "main" / "notes.txt").write_text("not ours")
     add(store, "r3", *names(5, 20))
     index.run(asked(), store=store.uri, name="main")
-    assert old not in files(store) and young in files(store)
-    assert len(files(store)) == 5  # manifest, vectors, images, ids and the young one
+    manifest = index_files.read_manifest(store, "main")
+    assert manifest is not None and len(manifest.files) == 4  # vectors and images of the base and of a segment
+    assert files(store) == manifest.files | {"manifest-1.json", "manifest-2.json", "notes.txt"}
 
 
 def test_two_updates_at_once_do_not_mix(make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +250,10 @@ def test_two_updates_at_once_do_not_mix(make: Callable[..., Store], monkeypatch:
     monkeypatch.setattr("pipelines.index.publish", late)
     with pytest.raises(JobError, match="Another run updated the index main"):
         index.run(asked(), store=store.uri, name="main")
-    assert len(files(store)) == 4 and len(found(store, "022")) == 10
+    assert len(found(store, "022")) == 10
+    manifest = index_files.read_manifest(store, "main")
+    assert manifest is not None and manifest.number == 2
+    assert files(store) == manifest.files | {"manifest-1.json", "manifest-2.json"}
 
 
 def test_a_dry_run_counts_and_writes_nothing(make: Callable[..., Store]) -> None:
@@ -281,7 +283,7 @@ def test_an_index_older_than_the_table_is_refused(make: Callable[..., Store]) ->
 def test_an_index_of_another_spec_is_refused(make: Callable[..., Store]) -> None:
     store = make()
     index.run(asked(), store=store.uri, name="main")
-    file = Path(store.uri) / "index" / "main" / "manifest.json"
+    file = Path(store.uri) / "index" / "main" / "manifest-1.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"fingerprint": "another"}))
     for job in (lambda: found(store, "001"), lambda: index.run(asked(), store=store.uri, name="main")):
         with pytest.raises(RequestError, match="made of features of another spec"):
