@@ -41,16 +41,6 @@ def clusters_uri(store: str, name: str) -> str:
     return storage.join(store, "clusters", name)
 
 
-def cluster_names(store: str, options: storage.Options) -> list[str]:
-    """Names of the clusterings that a store has."""
-    fs, path = storage.filesystem(storage.join(store, "clusters"), options)
-    try:
-        found = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [name for name in found if Table.exists(storage.join(store, "clusters", name, "centroids"), options)]
-
-
 class ClusterTables:
     """The two tables of one NAME at the versions last refreshed."""
 
@@ -66,6 +56,17 @@ class ClusterTables:
         uri = clusters_uri(store, name)
         here = all(Table.exists(storage.join(uri, table), options) for table in ("assignments", "centroids"))
         return cls(store, name, options) if here else None
+
+    @classmethod
+    def all_in(cls, store: str, options: storage.Options) -> dict[str, ClusterTables]:
+        """Every clustering of a store, by NAME."""
+        fs, path = storage.filesystem(storage.join(store, "clusters"), options)
+        try:
+            names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        found = {name: cls.open_existing(store, name, options) for name in names if _NAME.fullmatch(name)}
+        return {name: tables for name, tables in found.items() if tables is not None}
 
     def model(self) -> Model | None:
         """The model that the tables are of, or None for empty tables.

@@ -103,7 +103,7 @@ class Table:
             for name in (f"min.{self.key}", f"max.{self.key}")
         ]
         return {
-            path: DataFile(path, size, rows or 0, low or "", high or "")
+            path: DataFile(path, size, rows or 0, "" if low is None else low, "" if high is None else high)
             for path, size, rows, low, high in zip(*columns, *ranges, strict=True)
         }
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import storage
+from pipelines import cluster_checks, storage
+from pipelines.cluster_tables import ClusterTables
 from pipelines.config import Config
 from pipelines.match_tables import MatchTables, disagreements
 from pipelines.schemas import descriptor_columns
@@ -54,6 +55,9 @@ def run(config: Config, *, store: str) -> Result:
     matches = MatchTables.all_in(opened.uri, config.storage.options)
     for name, both in matches.items():
         tables |= {f"matches/{name}/pairs": both.pairs, f"matches/{name}/matches": both.matches}
+    clusters = ClusterTables.all_in(opened.uri, config.storage.options)
+    for name, two in clusters.items():
+        tables |= {f"clusters/{name}/centroids": two.centroids, f"clusters/{name}/assignments": two.assignments}
     readable = {}
     for name, table in tables.items():
         files = table.files()
@@ -110,6 +114,8 @@ def run(config: Config, *, store: str) -> Result:
         _some(problems, (f"images: {image_id} has no patches" for image_id in without["image_id"].to_pylist()))
     for name, both in matches.items():
         _some(problems, (f"matches/{name}: {problem}" for problem in disagreements(both)))
+    for name, two in clusters.items():
+        _some(problems, (f"clusters/{name}: {problem}" for problem in cluster_checks.disagreements(two)))
     return result
 
 

@@ -11,13 +11,15 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from deltalake import DeltaTable
 from hand_made import add_described, described
 from small_runs import settings
 
-from pipelines import cluster, cluster_training
+from pipelines import cluster, cluster_training, verify
 from pipelines.cluster_model import checkpoint_uri, read_model
+from pipelines.cluster_tables import ClusterTables
 from pipelines.cluster_vectors import list_units, split_units
 from pipelines.cluster_worker import ClusterWorker
 from pipelines.commit import drop_images
@@ -25,6 +27,7 @@ from pipelines.config import Config
 from pipelines.errors import JobError, RequestError
 from pipelines.interrupts import interruptible
 from pipelines.progress import StatusLine
+from pipelines.shards import new_file_name
 from pipelines.store import Store
 
 DIMENSION = 16
@@ -392,6 +395,37 @@ def test_nothing_salient_to_train_on(tmp_path: Path, here: None) -> None:
     add_described(store, "20200101T000000Z-000001", {"a.jpg": dull})
     with pytest.raises(JobError, match="none of 4 patches is more salient"):
         run(store, "words", "cluster.salient_only=true")
+
+
+def verified(store: Store) -> list[str]:
+    return verify.run(settings(), store=store.uri).problems
+
+
+def test_verify_names_what_is_wrong(store: Store, here: None) -> None:
+    run(store)
+    assert verified(store) == []
+    tables = ClusterTables.open_existing(store.uri, "words", {})
+    assert tables is not None
+    (path,) = list(tables.centroids.files())[:1]
+    rows = tables.centroids.read_file(path)
+    wrong = rows.set_column(1, rows.schema.field("size"), pc.add(rows["size"], 1))
+    training = path[len("part-") : -len("-0123456789ab.parquet")]
+    tables.centroids.commit([tables.centroids.write_file(new_file_name(training), wrong)], [path], training)
+    assert len(verified(store)) == 12 and "cluster 0 has" in verified(store)[0]
+
+    run(store, "twice")
+    tables = ClusterTables.open_existing(store.uri, "twice", {})
+    assert tables is not None
+    path = next(iter(tables.assignments.files()))
+    training = path[len("part-") : -len("-0123456789ab.parquet")]
+    again = tables.assignments.write_file(new_file_name(training), tables.assignments.read_file(path).slice(0, 48))
+    tables.assignments.commit([again], [], training)
+    assert any("clusters/twice: assignments: 000.jpg lies in" in problem for problem in verified(store))
+
+    run(store, "bare")
+    for file in (Path(store.uri) / "clusters" / "bare" / "model").iterdir():
+        file.unlink()
+    assert any(problem.startswith("clusters/bare: ") and "is gone" in problem for problem in verified(store))
 
 
 def test_dry_run_writes_nothing(store: Store) -> None:
