@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dino_ops.elbow import FaissKMeans, KMeans, cluster_by_elbow, nearest_centroids, unit_rows
+from dino_ops.elbow import FaissKMeans, KMeansFunction, cluster_by_elbow, nearest_centroids, unit_rows
 
 DEFAULT_KMEANS = FaissKMeans()
 
@@ -67,7 +67,7 @@ def fit_foreground(
     votes_percentage: float = 75,
     saliency_threshold: float = 0.065,
     sample_interval: int = 100,
-    kmeans: KMeans = DEFAULT_KMEANS,
+    kmeans: KMeansFunction = DEFAULT_KMEANS,
 ) -> ForegroundModel:
     """Cluster the patches of a set of images and let the images vote for the clusters that are foreground.
 
@@ -82,7 +82,7 @@ def fit_foreground(
 
     Raises ValueError for maps that do not fit together and for settings out of range.
     """
-    check_settings(elbow, votes_percentage, sample_interval)
+    check_settings(elbow=elbow, votes_percentage=votes_percentage, sample_interval=sample_interval)
     _check_maps(descriptors, saliency)
     voters = sum(one is not None for one in saliency)
     training = sample_rows(descriptors, sample_interval)
@@ -165,7 +165,7 @@ def sample_rows(
     return np.concatenate(samples) if samples else np.zeros((0, 0), np.float32)
 
 
-def check_settings(elbow: float, votes_percentage: float, sample_interval: int) -> None:
+def check_settings(*, elbow: float = 1, votes_percentage: float = 100, sample_interval: int = 1) -> None:
     """Raises ValueError for the first setting that is out of range."""
     if not 0 < elbow <= 1:
         raise ValueError(f"elbow is above 0 and at most 1, not {elbow}")

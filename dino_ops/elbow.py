@@ -17,7 +17,7 @@ BLOCK_VALUES = 16_000_000  # of a matrix of distances held at once
 SAME = 1e-9  # mean squared distance of unit vectors that are equal up to rounding
 
 
-class KMeans(Protocol):
+class KMeansFunction(Protocol):
     """A k-means: points (n, D) float32, n >= k >= 1 -> centroids (k, D) float32."""
 
     def __call__(self, points: np.ndarray, k: int) -> np.ndarray: ...
@@ -75,7 +75,7 @@ def cluster_by_elbow(
     training: np.ndarray,
     descriptors: Sequence[np.ndarray],
     elbow: float,
-    kmeans: KMeans,
+    kmeans: KMeansFunction,
     max_clusters: int = MAX_CLUSTERS,
 ) -> Elbow:
     """The first number of clusters whose objective is above elbow times that of one cluster fewer.
