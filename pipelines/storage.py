@@ -46,7 +46,7 @@ def filesystem(uri: str, options: Options | None = None) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _reaching(uri: str) -> Iterator[None]:
+def reaching(uri: str) -> Iterator[None]:
     """Errors of the storage drivers' own libraries as one sentence; they are not OSErrors.
 
     Raises JobError where nobody answers, or where there are no credentials.
@@ -96,7 +96,7 @@ def read_json(uri: str, options: Options | None = None) -> dict[str, Any] | None
     """The JSON object at `uri`, or None when there is none."""
     fs, path = filesystem(uri, options)
     try:
-        with _reaching(uri):
+        with reaching(uri):
             content = json.loads(fs.cat_file(path))
     except FileNotFoundError:
         return None
@@ -117,7 +117,7 @@ def write_json(uri: str, content: dict[str, Any], options: Options | None = None
 def write_bytes(uri: str, data: bytes, options: Options | None = None) -> None:
     fs, path = filesystem(uri, options)
     if not is_local(uri):
-        with _reaching(uri):
+        with reaching(uri):
             fs.pipe_file(path, data)  # a put is whole or absent
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -144,7 +144,7 @@ def write_once(uri: str, data: bytes, options: Options | None = None) -> bool:
             return False
         finally:
             os.unlink(partial)
-    with _reaching(uri):
+    with reaching(uri):
         if fs.exists(path):
             return False
         try:
@@ -160,7 +160,7 @@ def sha256(uri: str, options: Options | None = None) -> str:
     """Content hash of a file, read in pieces."""
     fs, path = filesystem(uri, options)
     digest = hashlib.sha256()
-    with _reaching(uri), fs.open(path, "rb") as file:
+    with reaching(uri), fs.open(path, "rb") as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
