@@ -6,6 +6,7 @@ both images, clustered, and the most salient of each cluster. Cells of a map are
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dino_ops.descriptors import Array, binned_similarity_blocks, log_bin_at
+from dino_ops.descriptors import BLOCK_VALUES, Array, binned_similarity_tiles, bins_at, float_tensor
 
 ForegroundRule = Literal["reference", "strict"]
 
-BLOCK_VALUES = 16_000_000  # of a similarity matrix held at once
+POINT_VALUES = 32_000_000  # of the joined descriptors of matches: more are projected before k-means
+PROJECTED_DIMENSIONS = 512  # squared distances keep to within some 6 %
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,27 @@ def find_correspondences(
     map_a, map_b: descriptors (grid height, grid width, C) of any floating-point type, not binned; tensors may lie on a
     GPU. saliency_a, saliency_b: (grid height, grid width), 0..1. foreground: see `in_foreground`. seed: of k-means.
 
-    Without mutual neighbours in the foreground the result is empty.
+    Without mutual neighbours in the foreground, or without cells, the result is empty. Values of descriptors that are
+    not finite count as 0. Where more than POINT_VALUES values would be clustered (2,400 matches of binned descriptors
+    of 384 dimensions), a random projection of them is.
+
+    Raises ValueError for maps that are not two grids of vectors of one length, or saliency of another grid.
     """
-    neighbours = nearest_neighbours(map_a, map_b, binned=binned)
+    _check_maps(map_a, map_b, saliency_a, saliency_b)
+    if 0 in (*map_a.shape[:2], *map_b.shape[:2]):
+        nothing, none = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        return Correspondences(nothing, nothing, none, none, nothing, 0)
+    a, b = _finite(map_a), _finite(map_b)
+    neighbours = nearest_neighbours(a, b, binned=binned)
     salient_a, salient_b = np.asarray(saliency_a).ravel(), np.asarray(saliency_b).ravel()
-    mutual = cell_a = neighbours.mutual()
+    mutual = neighbours.mutual()
     kept = in_foreground(neighbours, salient_a > saliency_threshold, salient_b > saliency_threshold, foreground)
-    cell_a = cell_a[kept[cell_a]]
+    cell_a = mutual[kept[mutual]]
     cell_b = neighbours.b_of_a[cell_a]
     saliency = ((salient_a[cell_a] + salient_b[cell_b]) / 2).astype(np.float32)
-    points = paired_descriptors(map_a, map_b, cell_a, cell_b, binned=binned)
+    values = len(cell_a) * 2 * map_a.shape[-1] * (17 if binned else 1)
+    joined = paired_descriptors if values <= POINT_VALUES else projected_descriptors
+    points = joined(a, b, cell_a, cell_b, binned=binned)
     return Correspondences(
         cell_a,
         cell_b,
@@ -100,30 +113,36 @@ def find_correspondences(
 def nearest_neighbours(map_a: Array, map_b: Array, *, binned: bool = True) -> NearestNeighbours:
     """Nearest neighbours by cosine similarity in both directions, of binned descriptors or of plain ones.
 
-    map_a, map_b: (grid height, grid width, C). The similarity matrix is computed in blocks and never held whole, so
-    memory is bounded for grids of any size.
+    map_a, map_b: (grid height, grid width, C), finite, with at least one cell. The similarity matrix is computed in
+    tiles and never held whole, so memory is bounded for grids of any size.
     """
-    blocks = binned_similarity_blocks(map_a, map_b) if binned else _similarity_blocks(map_a, map_b)
-    b_of_a, similarity_a = [], []
-    a_of_b = similarity_b = torch.empty(0)
-    for first, block in blocks:
-        similarity = torch.as_tensor(block)
-        best, at = similarity.max(dim=1)
-        similarity_a.append(best)
-        b_of_a.append(at)
-        best, at = similarity.max(dim=0)
-        if first == 0:
-            a_of_b, similarity_b = at, best
-        else:
-            better = best > similarity_b  # not >=: the first of equals stays
-            a_of_b = torch.where(better, at + first, a_of_b)
-            similarity_b = torch.where(better, best, similarity_b)
-    return NearestNeighbours(
-        b_of_a=_numpy(torch.cat(b_of_a)),
-        similarity_a=_numpy(torch.cat(similarity_a)),
-        a_of_b=_numpy(a_of_b),
-        similarity_b=_numpy(similarity_b),
-    )
+    count_a, count_b = (one.shape[0] * one.shape[1] for one in (map_a, map_b))
+    if not count_a or not count_b:
+        raise ValueError(f"Neighbours need at least one cell; the maps are {_shape(map_a)} and {_shape(map_b)}.")
+    tiles = binned_similarity_tiles(map_a, map_b) if binned else _similarity_tiles(map_a, map_b)
+    of_a = of_b = None
+    for first_a, first_b, tile in tiles:
+        similarity = torch.as_tensor(tile)
+        of_a, of_b = of_a or _Nearest(count_a, similarity), of_b or _Nearest(count_b, similarity)
+        of_a.see(first_a, first_b, *similarity.max(dim=1))
+        of_b.see(first_b, first_a, *similarity.max(dim=0))
+    assert of_a is not None and of_b is not None
+    return NearestNeighbours(*map(_numpy, (of_a.neighbour, of_a.similarity, of_b.neighbour, of_b.similarity)))
+
+
+class _Nearest:
+    """The most similar cell of the other map for every cell of one, as far as tiles were seen."""
+
+    def __init__(self, cells: int, like: torch.Tensor) -> None:
+        self.similarity = like.new_full((cells,), -torch.inf)
+        self.neighbour = torch.zeros(cells, dtype=torch.int64, device=like.device)
+
+    def see(self, first: int, first_of_other: int, best: torch.Tensor, at: torch.Tensor) -> None:
+        """Take the best of a tile that begins with cells `first` and `first_of_other` where they are better."""
+        seen = slice(first, first + len(best))
+        better = best > self.similarity[seen]  # not >=: tiles come in order, and the first of equals stays
+        self.neighbour[seen] = torch.where(better, at + first_of_other, self.neighbour[seen])
+        self.similarity[seen] = torch.where(better, best, self.similarity[seen])
 
 
 def in_foreground(
@@ -145,14 +164,33 @@ def paired_descriptors(
     map_a: Array, map_b: Array, cell_a: np.ndarray, cell_b: np.ndarray, *, binned: bool
 ) -> np.ndarray:
     """The descriptors of matched cells, joined and brought to unit length: (m, 2 * D) float32."""
-    parts = []
-    for feature_map, cells in ((map_a, cell_a), (map_b, cell_b)):
-        if binned:
-            parts.append(torch.as_tensor(log_bin_at(feature_map, cells)))
-        else:
-            flat = torch.as_tensor(feature_map).flatten(0, 1)
-            parts.append(flat[torch.as_tensor(cells, device=flat.device)].float())
-    return _numpy(F.normalize(torch.cat(parts, dim=1), dim=1))
+    parts = [*_parts_at(map_a, cell_a, binned), *_parts_at(map_b, cell_b, binned)]
+    return _numpy(F.normalize(torch.cat(parts, dim=1), dim=1).float())
+
+
+def projected_descriptors(
+    map_a: Array, map_b: Array, cell_a: np.ndarray, cell_b: np.ndarray, *, binned: bool
+) -> np.ndarray:
+    """paired_descriptors in PROJECTED_DIMENSIONS, never held whole: (m, PROJECTED_DIMENSIONS) float32.
+
+    A random projection keeps distances (Johnson and Lindenstrauss); it is the same for every call.
+    """
+    generator = torch.Generator().manual_seed(0)
+    projected = squares = torch.zeros(())
+    for part in itertools.chain(_parts_at(map_a, cell_a, binned), _parts_at(map_b, cell_b, binned)):
+        directions = torch.randn(part.shape[1], PROJECTED_DIMENSIONS, generator=generator).to(part)
+        projected = projected.to(part) + part @ directions
+        squares = squares.to(part) + part.square().sum(dim=1, keepdim=True)
+    return _numpy((projected / (squares * PROJECTED_DIMENSIONS).sqrt().clamp_min(1e-12)).float())
+
+
+def _parts_at(feature_map: Array, cells: np.ndarray, binned: bool) -> Iterator[torch.Tensor]:
+    """Descriptors of cells, part after part: (m, C) each."""
+    tensor = float_tensor(feature_map)
+    if binned:
+        yield from bins_at(tensor, cells)
+    else:
+        yield tensor.flatten(0, 1)[torch.as_tensor(np.array(cells), device=tensor.device)]
 
 
 def spread_out(points: np.ndarray, saliency: np.ndarray, num_pairs: int, seed: int = 0) -> np.ndarray:
@@ -186,12 +224,35 @@ def _isometric(points: np.ndarray) -> np.ndarray:
     return vectors * np.sqrt(np.maximum(values, 0))
 
 
-def _similarity_blocks(map_a: Array, map_b: Array) -> Iterator[tuple[int, torch.Tensor]]:
-    """Cosine similarity of plain descriptors: (first cell of a, (cells of the block, cells of b))."""
-    a, b = (F.normalize(torch.as_tensor(m).flatten(0, 1).float(), dim=1, eps=1e-8) for m in (map_a, map_b))
+def _similarity_tiles(map_a: Array, map_b: Array) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Cosine similarity of plain descriptors, as binned_similarity_tiles yields it; a tile holds all cells of b."""
+    tensors = [float_tensor(one).flatten(0, 1) for one in (map_a, map_b)]
+    kind = torch.promote_types(*(one.dtype for one in tensors))
+    a, b = (F.normalize(one.to(kind), dim=1, eps=1e-8) for one in tensors)
     rows = max(1, BLOCK_VALUES // len(b))
     for first in range(0, len(a), rows):
-        yield first, a[first : first + rows] @ b.T
+        yield first, 0, a[first : first + rows] @ b.T
+
+
+def _finite(feature_map: Array) -> torch.Tensor:
+    tensor = float_tensor(feature_map)
+    return tensor if tensor.isfinite().all() else tensor.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _check_maps(map_a: Array, map_b: Array, saliency_a: np.ndarray, saliency_b: np.ndarray) -> None:
+    if map_a.ndim != 3 or map_b.ndim != 3 or map_a.shape[2] != map_b.shape[2]:
+        raise ValueError(
+            f"The maps are {_shape(map_a)} and {_shape(map_b)}: they should be (grid height, grid width, channels), "
+            "with as many channels each."
+        )
+    for feature_map, saliency in ((map_a, saliency_a), (map_b, saliency_b)):
+        height, width = feature_map.shape[:2]
+        if np.shape(saliency) not in ((height, width), (height * width,)):
+            raise ValueError(f"Saliency is {np.shape(saliency)} for a map of {_shape(feature_map)}: give its grid.")
+
+
+def _shape(array: Array) -> str:
+    return " x ".join(map(str, array.shape))
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from typing import Literal, TypeVar
 
@@ -15,6 +17,9 @@ import torch.nn.functional as F
 ChannelOrder = Literal["head_major", "dim_major"]
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+BLOCK_VALUES = 16_000_000  # of a similarity matrix computed at once
+LEAST_ROWS = 4  # of a grid in a block: with fewer most of the work would be repeated at its edges
 
 
 def order_channels(projected: torch.Tensor, num_heads: int, order: ChannelOrder) -> torch.Tensor:
@@ -56,18 +61,20 @@ def log_bin_at(feature_map: Array, cells: np.ndarray, hierarchy: int = 2) -> Arr
 
     feature_map: (grid height, grid width, C). cells: (n,) integers, raster order.
     """
-    tensor = float_tensor(feature_map)
-    height, width = tensor.shape[:2]
-    y, x = (torch.as_tensor(axis, device=tensor.device) for axis in np.divmod(np.asarray(cells, np.int64), width))
-    bins = []
+    return _like(feature_map, torch.cat(list(bins_at(float_tensor(feature_map), cells, hierarchy)), dim=-1))
+
+
+def bins_at(feature_map: torch.Tensor, cells: np.ndarray, hierarchy: int = 2) -> Iterator[torch.Tensor]:
+    """Yield the parts of log_bin_at, bin after bin: (len(cells), C) each, so that the whole need not be held."""
+    height, width = feature_map.shape[:2]
+    y, x = (torch.as_tensor(axis, device=feature_map.device) for axis in np.divmod(np.asarray(cells, np.int64), width))
     for level in range(hierarchy):
         reach = 3**level
-        pooled = _average(tensor[None], level)[0]
+        pooled = _average(feature_map[None], level)[0]
         for dy in (-reach, 0, reach):
             for dx in (-reach, 0, reach):
                 if level == 0 or (dy, dx) != (0, 0):
-                    bins.append(pooled[(y + dy).clamp(0, height - 1), (x + dx).clamp(0, width - 1)])
-    return _like(feature_map, torch.cat(bins, dim=-1))
+                    yield pooled[(y + dy).clamp(0, height - 1), (x + dx).clamp(0, width - 1)]
 
 
 def binned_similarity(map_a: Array, map_b: Array, hierarchy: int = 2, block_rows: int | None = None) -> Array:
@@ -112,32 +119,55 @@ def binned_similarity_blocks(
 ) -> Iterator[tuple[int, Array]]:
     """Yield (first cell of a, similarity (cells of the block, cells of b)) over blocks of grid rows of map_a.
 
-    block_rows: grid rows of map_a at a time; None keeps a block's arrays near 16 million values. Fewer
-    rows take less memory and repeat more work at the blocks' edges.
+    block_rows: grid rows of map_a at a time; None keeps a block's arrays near 16 million values, but takes four rows
+    at least. Fewer rows take less memory and repeat more work at the blocks' edges.
+    """
+    height_b, width_b = map_b.shape[:2]
+    rows = block_rows or max(LEAST_ROWS, BLOCK_VALUES // (map_a.shape[1] * height_b * width_b))
+    for first, _, block in binned_similarity_tiles(map_a, map_b, hierarchy, (rows, height_b)):
+        yield first, block
+
+
+def binned_similarity_tiles(
+    map_a: Array, map_b: Array, hierarchy: int = 2, tile_rows: tuple[int, int] | None = None
+) -> Iterator[tuple[int, int, Array]]:
+    """Yield (first cell of a, first cell of b, similarity (cells of a, cells of b)) over tiles, row by row of tiles.
+
+    tile_rows: grid rows of map_a and of map_b; None keeps a tile's arrays near 16 million values for grids of any
+    height, and of up to 1,000 columns. Of small grids a tile holds all of map_b.
 
     A binned descriptor is a concatenation, so its dot product is a sum of dot products of cells, and those of all
     cells are one small matrix per level: shifting that matrix along both maps at once and adding gives the whole.
     """
     a, b = float_tensor(map_a), float_tensor(map_b)
+    a, b = a.to(torch.promote_types(a.dtype, b.dtype)), b.to(torch.promote_types(a.dtype, b.dtype))
     (height_a, width_a), (height_b, width_b) = a.shape[:2], b.shape[:2]
-    if block_rows is None:
-        block_rows = max(4, 16_000_000 // (width_a * height_b * width_b))
-    norm_a = _binned_norm(a, hierarchy).flatten()
-    norm_b = _binned_norm(b, hierarchy).flatten()
+    most_a, most_b = tile_rows or _tile_rows(width_a, height_b, width_b)
+    norm_a, norm_b = _binned_norm(a, hierarchy), _binned_norm(b, hierarchy)
     levels = []
     for level in range(hierarchy):
         reach = 3**level
         levels.append((reach, _padded(_average(a[None], level), reach)[0], _padded(_average(b[None], level), reach)[0]))
-    for top in range(0, height_a, block_rows):
-        rows = min(block_rows, height_a - top)
-        dots = a.new_zeros(rows, width_a, height_b, width_b)
+    for top_a, top_b in itertools.product(range(0, height_a, most_a), range(0, height_b, most_b)):
+        rows_a, rows_b = min(most_a, height_a - top_a), min(most_b, height_b - top_b)
+        dots = a.new_zeros(rows_a, width_a, rows_b, width_b)
         for level, (reach, padded_a, padded_b) in enumerate(levels):
-            _add_level(dots, padded_a[top : top + rows + 2 * reach], padded_b, reach, skip_centre=level > 0)
+            strip_a = padded_a[top_a : top_a + rows_a + 2 * reach]
+            strip_b = padded_b[top_b : top_b + rows_b + 2 * reach]
+            _add_level(dots, strip_a, strip_b, reach, skip_centre=level > 0)
         block = dots.flatten(2).flatten(0, 1)
-        first = top * width_a
-        block /= norm_a[first : first + len(block), None]
-        block /= norm_b
-        yield first, _like(map_a, block)
+        block /= norm_a[top_a : top_a + rows_a].reshape(-1, 1)
+        block /= norm_b[top_b : top_b + rows_b].flatten()
+        yield top_a * width_a, top_b * width_b, _like(map_a, block)
+
+
+def _tile_rows(width_a: int, height_b: int, width_b: int) -> tuple[int, int]:
+    """Grid rows of both maps in a tile: all of b where that leaves enough rows of a, else a square."""
+    rows = BLOCK_VALUES // (width_a * height_b * width_b)
+    if rows >= LEAST_ROWS:
+        return rows, height_b
+    side = max(LEAST_ROWS, math.isqrt(BLOCK_VALUES // (width_a * width_b)))
+    return side, side
 
 
 def _add_level(dots: torch.Tensor, a: torch.Tensor, b: torch.Tensor, reach: int, skip_centre: bool) -> None:
@@ -193,8 +223,9 @@ def _padded(maps: torch.Tensor, reach: int) -> torch.Tensor:
 def float_tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
     """The same values as a float32 tensor, or float64 where they are; memory is shared where it can be."""
     if isinstance(array, np.ndarray):
-        # a copy of read-only arrays, such as columns of Arrow tables: torch warns of them
-        array = torch.from_numpy(array if array.flags.writeable else array.copy())
+        # a copy of read-only arrays, such as columns of Arrow tables, of which torch warns, and of reversed ones
+        usable = array.flags.writeable and min(array.strides, default=0) >= 0
+        array = torch.from_numpy(array if usable else array.copy())
     return array if array.dtype == torch.float64 else array.float()
 
 

@@ -37,7 +37,7 @@ def transfer_cells(map_a: Array, cells: np.ndarray, map_b: Array, *, binned: boo
         similarity = torch.as_tensor(binned_similarity_at(map_a, cells, map_b))
     else:
         a, b = (float_tensor(one).flatten(0, 1) for one in (map_a, map_b))
-        chosen = a[torch.as_tensor(cells, device=a.device)]
+        chosen = a[torch.as_tensor(np.array(cells), device=a.device)]
         similarity = F.normalize(chosen, dim=1) @ F.normalize(b, dim=1).T
     return similarity.argmax(dim=1).cpu().numpy()
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from scipy.spatial.distance import pdist
 from sklearn.cluster import KMeans
 
 from dino_ops import Extractor, log_bin
@@ -18,6 +22,7 @@ from dino_ops.correspondences import (
     in_foreground,
     nearest_neighbours,
     paired_descriptors,
+    projected_descriptors,
     spread_out,
 )
 from dino_ops.descriptors import binned_similarity, log_bin_at
@@ -51,13 +56,13 @@ def test_neighbours_both_ways(noise_map: NoiseMap, shapes: tuple, binned: bool) 
 
 @pytest.mark.parametrize("binned", [True, False])
 def test_blocks_change_nothing(noise_map: NoiseMap, monkeypatch: pytest.MonkeyPatch, binned: bool) -> None:
-    """Equal cells in different blocks: the first is taken, as without blocks."""
-    a, b = noise_map(24, 6, 8, seed=3), noise_map(5, 5, 8, seed=4)
-    a[13:] = a[:11]
+    """Equal cells in different blocks, of either map: the first is taken, as without blocks."""
+    a, b = noise_map(24, 6, 8, seed=3), noise_map(22, 5, 8, seed=4)
+    a[13:], b[11:] = a[:11], b[:11]
     whole = nearest_neighbours(a, b, binned=binned)
     monkeypatch.setattr(module, "BLOCK_VALUES", 25)
-    blocks = module.binned_similarity_blocks
-    monkeypatch.setattr(module, "binned_similarity_blocks", lambda x, y: blocks(x, y, block_rows=1))
+    tiles = module.binned_similarity_tiles
+    monkeypatch.setattr(module, "binned_similarity_tiles", lambda x, y: tiles(x, y, tile_rows=(1, 2)))
     for name, array in vars(nearest_neighbours(a, b, binned=binned)).items():
         np.testing.assert_allclose(array, vars(whole)[name], atol=1e-6)
 
@@ -112,6 +117,110 @@ def test_no_foreground_is_an_empty_result(noise_map: NoiseMap) -> None:
     a, b = noise_map(3, 4, 8, seed=1), noise_map(4, 3, 8, seed=2)
     found = find_correspondences(a, b, np.zeros((3, 4)), np.zeros((4, 3)))
     assert len(found) == 0 and found.selected.shape == (0,) and found.similarity.dtype == np.float32
+
+
+@pytest.mark.parametrize("binned", [True, False])
+@pytest.mark.parametrize("tensors", [True, False])
+def test_maps_without_cells_are_an_empty_result(noise_map: NoiseMap, binned: bool, tensors: bool) -> None:
+    full, empty = noise_map(3, 4, 8), np.zeros((0, 4, 8), np.float32)
+    for a, b in ((full, empty), (empty, full), (empty, empty)):
+        maps = [torch.from_numpy(one) for one in (a, b)] if tensors else [a, b]
+        found = find_correspondences(*maps, np.ones(a.shape[:2]), np.ones(b.shape[:2]), binned=binned)
+        assert (len(found), found.mutual, len(found.selected)) == (0, 0, 0)
+    with pytest.raises(ValueError, match="at least one cell; the maps are 0 x 4 x 8 and 3 x 4 x 8"):
+        nearest_neighbours(empty, full, binned=binned)
+
+
+@pytest.mark.parametrize("binned", [True, False])
+def test_one_cell_each(noise_map: NoiseMap, binned: bool) -> None:
+    a, b = noise_map(1, 1, 8, seed=1), noise_map(1, 1, 8, seed=2)
+    found = find_correspondences(a, b, np.ones((1, 1)), np.ones((1, 1)), binned=binned)
+    assert (found.cell_a.tolist(), found.cell_b.tolist(), found.selected.tolist()) == ([0], [0], [0])
+    expected = a[0, 0] @ b[0, 0] / np.linalg.norm(a) / np.linalg.norm(b)
+    np.testing.assert_allclose(found.similarity, [expected], atol=1e-6)
+
+
+@pytest.mark.parametrize("binned", [True, False])
+def test_zeros_are_like_nothing(binned: bool) -> None:
+    """No division by zero; among equals the first cells find each other."""
+    zeros = np.zeros((3, 4, 8), np.float32)
+    found = find_correspondences(zeros, zeros, np.ones((3, 4)), np.ones((3, 4)), binned=binned)
+    assert (found.cell_a.tolist(), found.cell_b.tolist(), found.similarity.tolist()) == ([0], [0], [0.0])
+
+
+@pytest.mark.parametrize("binned", [True, False])
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_counts_as_zero(noise_map: NoiseMap, binned: bool, broken: float) -> None:
+    a, b = noise_map(5, 6, 8, seed=1), noise_map(6, 5, 8, seed=2)
+    a[2, 3, 4:], b[1, 1] = 0, 0
+    saliency = np.ones((5, 6)), np.ones((6, 5))
+    expected = find_correspondences(a, b, *saliency, binned=binned)
+    a[2, 3, 4:], b[1, 1] = broken, broken
+    for name, value in vars(find_correspondences(a, b, *saliency, binned=binned)).items():
+        np.testing.assert_array_equal(value, vars(expected)[name])
+    assert a[2, 3, 4] != 0, "the caller's map is not changed"
+
+
+def test_maps_that_do_not_fit_are_refused(noise_map: NoiseMap) -> None:
+    a, b, saliency = noise_map(3, 4, 8), noise_map(3, 4, 6), np.ones((3, 4))
+    with pytest.raises(ValueError, match="3 x 4 x 8 and 3 x 4 x 6"):
+        find_correspondences(a, b, saliency, saliency)
+    with pytest.raises(ValueError, match="12 x 8 and 3 x 4 x 8"):
+        find_correspondences(a.reshape(12, 8), a, saliency, saliency)
+    with pytest.raises(ValueError, match=r"Saliency is \(4, 3\) for a map of 3 x 4 x 8"):
+        find_correspondences(a, a, saliency, saliency.T)
+
+
+@pytest.mark.parametrize("binned", [True, False])
+def test_maps_of_other_types_and_read_only_ones(noise_map: NoiseMap, binned: bool) -> None:
+    """Arrow's columns are read-only, of which torch warns, and warnings fail tests."""
+    a, b = noise_map(4, 5, 8, seed=1).astype(np.float16), noise_map(5, 4, 8, seed=2).astype(np.float16)
+    expected = nearest_neighbours(a.astype(np.float32), b.astype(np.float32), binned=binned)
+    a.flags.writeable = b.flags.writeable = False
+    for pair in ((a, b), (a.astype(np.float64), b), (a, b.astype(np.float64))):
+        found = find_correspondences(*pair, np.ones((4, 5)), np.ones((5, 4)), binned=binned)
+        np.testing.assert_array_equal(found.cell_a, expected.mutual())
+
+
+@pytest.mark.parametrize("binned", [True, False])
+def test_many_matches_are_clustered_by_a_projection(
+    noise_map: NoiseMap, monkeypatch: pytest.MonkeyPatch, binned: bool
+) -> None:
+    """Distances stay within some per cent, so that groups which are apart stay groups."""
+    a, cells = noise_map(1, 120, 64, seed=1), np.arange(120)
+    b = noise_map(1, 120, 64, seed=2)
+    exact = paired_descriptors(a, b, cells, cells[::-1], binned=binned)
+    projected = projected_descriptors(a, b, cells, cells[::-1], binned=binned)
+    assert projected.shape == (120, module.PROJECTED_DIMENSIONS)
+    ratio = pdist(projected.astype(np.float64)) / pdist(exact.astype(np.float64))
+    assert abs(ratio.mean() - 1) < 0.02 and ratio.std() < 0.05
+    groups = np.repeat(np.arange(4), 30)
+    grouped = (noise_map(1, 4, 64, seed=3)[:, groups] + 0.1 * noise_map(1, 120, 64, seed=4)).astype(np.float32)
+    monkeypatch.setattr(module, "POINT_VALUES", 0)
+    ones = np.ones((1, 120), np.float32)
+    found = find_correspondences(grouped, grouped, ones, ones, num_pairs=4, binned=False)
+    assert sorted(groups[found.cell_a[found.selected]]) == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_memory_stays_bounded_at_large_grids() -> None:
+    """128 x 128 patches with 384 dimensions, all of which match: the maps are 25 MB each, a similarity matrix 1 GB."""
+    program = """
+import resource, numpy as np
+from dino_ops.correspondences import find_correspondences
+generator = np.random.default_rng(0)
+a = generator.standard_normal((128, 128, 384), dtype=np.float32)
+b = a + 0.5 * generator.standard_normal((128, 128, 384), dtype=np.float32)
+ones = np.ones((128, 128), np.float32)
+find_correspondences(a[:4, :4], b[:4, :4], ones[:4, :4], ones[:4, :4])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = find_correspondences(a, b, ones, ones)
+assert len(found) > 16_000 and len(found.selected) == 10
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1_000, "MB"
 
 
 def test_an_image_matches_itself(noise_map: NoiseMap) -> None:
