@@ -158,7 +158,7 @@ def read_manifest(store: Store, name: str) -> Manifest | None:
 def read_numbered_manifest(store: Store, name: str, number: int) -> Manifest | None:
     """The same of one manifest; None when it is not there."""
     uri = index_uri(store.uri, name)
-    file = _manifest_file(number)
+    file = manifest_file(number)
     content = storage.read_json(storage.join(uri, file), store.config.storage.options) if number else None
     if content is None:
         return None
@@ -181,26 +181,22 @@ def read_dead(store: Store, name: str, manifest: Manifest) -> pa.Table:
     if manifest.dead_file is None:
         return DEAD.empty_table()
     with _explained(store, name):
-        return _read_parquet(_uri(store, name, manifest.dead_file), store.config.storage.options)
+        return read_file(store, name, manifest.dead_file)
 
 
 def read_images(store: Store, name: str, segments: Sequence[Segment]) -> pa.Table:
     """IMAGES rows of some segments, those of dead images too."""
-    options = store.config.storage.options
-    uris = [_uri(store, name, segment.files["images"]) for segment in segments]
+    files = [segment.files["images"] for segment in segments]
     with _explained(store, name):
-        return pa.concat_tables([IMAGES.empty_table(), *_at_once(lambda uri: _read_parquet(uri, options), uris)])
+        return pa.concat_tables([IMAGES.empty_table(), *_at_once(lambda file: read_file(store, name, file), files)])
 
 
 def read_part(store: Store, name: str, manifest: Manifest, segment: Segment, dead: pa.Table) -> Part:
     """A segment in memory, what DEAD rows name taken out of its answers. Raises JobError when a file of it is gone."""
-    options = store.config.storage.options
-    uris = {part: _uri(store, name, file) for part, file in segment.files.items()}
     with _explained(store, name):
-        faiss = {part: _read_faiss(uri, options) for part, uri in uris.items() if uri.endswith(".faiss")}
-        images = _read_parquet(uris["images"], options)
-        cells = _read_parquet(uris["cells"], options) if "cells" in uris else None
-    nearest = NearestIndex(segment.kind, manifest.dimension, faiss, ids_of(images), np.zeros(0, np.int64))
+        pieces = {piece: read_file(store, name, file) for piece, file in segment.files.items()}
+    images, cells = pieces.pop("images"), pieces.pop("cells", None)
+    nearest = NearestIndex(segment.kind, manifest.dimension, pieces, ids_of(images), np.zeros(0, np.int64))
     if len(dead):
         nearest.remove(ids_of(dead))
     return Part(nearest, images, cells)
@@ -209,6 +205,15 @@ def read_part(store: Store, name: str, manifest: Manifest, segment: Segment, dea
 def read_parts(store: Store, name: str, manifest: Manifest, dead: pa.Table) -> list[Part]:
     """All segments of an index, what DEAD rows name taken out of their answers."""
     return _at_once(lambda segment: read_part(store, name, manifest, segment, dead), manifest.segments)
+
+
+def read_file(store: Store, name: str, file: str) -> Any:
+    """A file of an index: a FAISS index, or a table. Raises FileNotFoundError, and what the readers raise."""
+    uri, options = _uri(store, name, file), store.config.storage.options
+    if file.endswith(".faiss"):
+        return _read_faiss(uri, options)
+    with open_parquet(uri, options) as parquet:
+        return parquet.read()
 
 
 def without_dead(images: pa.Table, dead: pa.Table) -> pa.Table:
@@ -259,15 +264,19 @@ def publish(store: Store, name: str, manifest: Manifest, before: Manifest | None
     uri, options = index_uri(store.uri, name), store.config.storage.options
     present = files_present(store, name)
     number = before.number if before else 0
-    target = storage.join(uri, _manifest_file(number + 1))
+    target = storage.join(uri, manifest_file(number + 1))
     try:
         first = _latest(present) == number and storage.write_once(target, _as_json(manifest), options)
     except FileNotFoundError:  # the other run removed what this one was about to publish
         first = False
     if not first:
         raise JobError(f"Another run updated the index {name} at the same time: run the same command again.")
-    needed = manifest.files | (before.files | {_manifest_file(number)} if before else set())
+    needed = manifest.files | (before.files | {manifest_file(number)} if before else set())
     remove_files(store, name, {file for file in present - needed if is_ours(file)})
+
+
+def manifest_file(number: int) -> str:
+    return f"manifest-{number}.json"
 
 
 def is_ours(file: str) -> bool:
@@ -285,10 +294,6 @@ def remove_files(store: Store, name: str, files: set[str]) -> None:
 def _latest(files: set[str]) -> int:
     """The number of the manifest that counts; 0 when there is none."""
     return max((int(found[1]) for file in files if (found := _MANIFEST.fullmatch(file))), default=0)
-
-
-def _manifest_file(number: int) -> str:
-    return f"manifest-{number}.json"
 
 
 def _as_json(manifest: Manifest) -> bytes:
@@ -317,11 +322,6 @@ def _explained(store: Store, name: str) -> Iterator[None]:
             f"{error.filename or uri} is gone: the index {name} was updated at this moment or is damaged; "
             f"run the same command again, or remove {uri} and run `dinoray index` again."
         ) from None
-
-
-def _read_parquet(uri: str, options: storage.Options) -> pa.Table:
-    with open_parquet(uri, options) as parquet:
-        return parquet.read()
 
 
 def _write_parquet(table: pa.Table, uri: str, options: storage.Options) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,10 @@ from pipelines import storage
 from pipelines.config import Config
 from pipelines.errors import JobError, RequestError
 from pipelines.index_files import Manifest, index_names, read_dead, read_manifest, read_parts, without_dead
-from pipelines.query import Query, extracted_query, in_box, read_image, stored_query
+from pipelines.query import Query, extracted_query, in_box, stored_query
 from pipelines.search_picture import Shown, draw
 from pipelines.store import Store
+from pipelines.stored_images import stored_images
 from pipelines.tables import explain_write_error
 
 MOST_PER_PATCH = 2_000  # hits that one patch of a region may ask for
@@ -211,24 +211,18 @@ def _with_facts(store: Store, found: list[dict[str, Any]]) -> list[dict[str, Any
 def _save_picture(target: str, result: Result, query: Query, config: Config) -> str:
     """Write the picture of a result. Raises JobError when it cannot be written."""
     options = config.storage.options
-    shown = [Shown("query", _bytes_or_none(query.uri, options), box_xyxy=result.box)]
     places: dict[str, list[dict[str, Any]]] = {}
     for row in result.results:
         places.setdefault(row["image_id"], []).append(row)
+    data = stored_images([query.uri, *(rows[0].get("uri", "") for rows in places.values())], options)
+    shown = [Shown("query", data.get(query.uri), box_xyxy=result.box)]
     for image_id, rows in places.items():
         points = [(row["x"], row["y"]) for row in rows if "x" in row]
         caption = f"{image_id[-36:]}\n{rows[0]['similarity']:.3f}"
-        shown.append(Shown(caption, _bytes_or_none(rows[0].get("uri", ""), options), points))
+        shown.append(Shown(caption, data.get(rows[0].get("uri", "")), points))
     uri = storage.normalise(target)
     try:
         storage.write_bytes(uri, draw(shown), options)
     except OSError as error:
         raise explain_write_error(error, uri) or JobError(f"{uri} cannot be written: {error}.") from None
     return uri
-
-
-def _bytes_or_none(uri: str, options: storage.Options) -> bytes | None:
-    """Bytes of an image file; None for one that is gone or lies inside a container."""
-    with contextlib.suppress(RequestError):
-        return read_image(uri, uri, options)
-    return None

@@ -1,5 +1,5 @@
 """verify: does a store hold what it says? Every images row has all its patches, no patch lacks its image, files and
-log agree, dimensions match the spec; every match has its pair."""
+log agree, dimensions match the spec; every match has its pair; every index has its files and images of the table."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from pipelines import cluster_checks, storage
 from pipelines.cluster_tables import ClusterTables
 from pipelines.config import Config
+from pipelines.index_check import check_index
+from pipelines.index_files import index_names
 from pipelines.match_tables import MatchTables, disagreements
 from pipelines.schemas import descriptor_columns
 from pipelines.store import Store
@@ -37,6 +39,7 @@ class Result:
     files: int = 0
     unreferenced_files: int = 0  # left by killed or replaced writes; harmless, vacuum removes them
     problems: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)  # worth knowing, and no damage
 
     @property
     def exit_code(self) -> int:
@@ -82,7 +85,7 @@ def run(config: Config, *, store: str) -> Result:
         return result  # rows cannot be judged while files are missing or damaged
 
     try:
-        images = opened.images.read(["image_id", "shard", "grid_height", "grid_width"])
+        images = opened.images.read(["image_id", "run_id", "shard", "grid_height", "grid_width"])
         failures = opened.failures.read(["image_id"])["image_id"]
     except (OSError, pa.ArrowException) as error:
         problems.append(f"images or failures cannot be read ({_first_line(error)})")
@@ -116,6 +119,12 @@ def run(config: Config, *, store: str) -> Result:
         _some(problems, (f"matches/{name}: {problem}" for problem in disagreements(both)))
     for name, two in clusters.items():
         _some(problems, (f"clusters/{name}: {problem}" for problem in cluster_checks.disagreements(two)))
+    for name in index_names(opened):
+        found = check_index(opened, name, images)
+        _some(problems, (f"index/{name}: {problem}" for problem in found.problems))
+        result.messages += found.notes
+        result.files += found.files
+        result.unreferenced_files += found.unreferenced_files
     return result
 
 
