@@ -5,6 +5,7 @@ An image is its position in a table of images; pairs are two arrays of positions
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ COLUMNS = ["image_a", "image_b"]
 SIMILARITIES = 32_000_000  # held at once while neighbours are looked for
 SCORED = 65_536  # pairs whose embeddings are compared at once
 MOST_NAMED = 3
+MOST_PAIRS = 20_000_000  # that `all` may make: the driver holds them in memory, some 100 bytes each
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def choose_pairs(asked: str, images: pa.Table, options: storage.Options) -> Pair
 
     images: image_id, in key order; label for `all`, embedding for `knn:K`.
 
-    Raises RequestError for anything that is none of the three forms, for pairs of unknown images, and for no pairs.
+    Raises RequestError for anything that is none of the three forms, for pairs of unknown images, for more than
+    MOST_PAIRS of `all`, and for no pairs.
     """
     if asked == "all":
         pairs = pairs_within_labels(images["label"])
@@ -73,11 +76,20 @@ def choose_pairs(asked: str, images: pa.Table, options: storage.Options) -> Pair
 
 
 def pairs_within_labels(labels: pa.ChunkedArray) -> Pairs:
-    """All pairs of images that have the same label; images without one are in none."""
+    """All pairs of images that have the same label; images without one are in none.
+
+    Raises RequestError, before they are made, for more than MOST_PAIRS.
+    """
     codes = pc.fill_null(labels.combine_chunks().dictionary_encode().indices, -1).to_numpy(zero_copy_only=False)
     by_label = np.argsort(codes, kind="stable")
     starts = np.flatnonzero(np.diff(codes[by_label], prepend=-2))
     groups = [group for group in np.split(by_label, starts[1:]) if len(group) and codes[group[0]] >= 0]
+    if (count := sum(len(group) * (len(group) - 1) // 2 for group in groups)) > MOST_PAIRS:
+        largest = max(groups, key=len)
+        raise RequestError(
+            f"correspond.pairs is all, which makes {count:,} pairs ({labels[int(largest[0])].as_py()!r} alone labels "
+            f"{_images(len(largest))}), more than the {MOST_PAIRS:,} that one run takes: give knn:K or a file of pairs."
+        )
     parts = [group[np.stack(np.triu_indices(len(group), 1))] for group in groups]
     a, b = np.concatenate([np.zeros((2, 0), np.int64), *parts], axis=1)
     messages = []
@@ -114,30 +126,38 @@ def pairs_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options
     Raises RequestError when it cannot be read, lacks a column, or names images that are not there.
     """
     table = _read(uri, options)
-    if missing := [name for name in COLUMNS if name not in table.column_names]:
-        raise RequestError(
-            f"The pairs file {uri} has no column {' and no column '.join(missing)} (it has "
-            f"{', '.join(table.column_names) or 'none'}): name the columns image_a and image_b."
-        )
+    for name in COLUMNS:
+        if (times := table.column_names.count(name)) != 1:
+            raise RequestError(
+                f"The pairs file {uri} has {'no column' if not times else 'several columns'} {name} (it has "
+                f"{', '.join(table.column_names) or 'none'}): name the columns image_a and image_b."
+            )
     ids = [table[name].cast(pa.string()) for name in COLUMNS]
+    if missing := sum(column.null_count for column in ids):
+        raise RequestError(f"The pairs file {uri} has {missing:,} empty values where an image_id should be.")
     known = image_ids.combine_chunks()
     places = [pc.index_in(column, value_set=known) for column in ids]
     unknown = sorted({
-        str(image_id)
+        image_id
         for column, place in zip(ids, places, strict=True)
         for image_id in pc.unique(column.filter(pc.is_null(place))).to_pylist()
     })  # fmt: skip
     if unknown:
-        raise RequestError(f"The pairs file {uri} names images that the store does not have: {_first(unknown)}.")
+        raise RequestError(
+            f"The pairs file {uri} names images that the store does not have: {_first(unknown)}. Extract them, or "
+            "take their rows out."
+        )
     a, b = (place.to_numpy().astype(np.int64) for place in places)
     different = a != b
     _, firsts = np.unique(unordered_keys(a, b, len(known)), return_index=True)
     kept = np.sort(firsts[different[firsts]])
     messages = []
     if same := int((~different).sum()):
-        messages.append(f"{same} pairs of an image with itself in {uri} were passed over.")
+        messages.append(f"{same:,} pair{'' if same == 1 else 's'} of an image with itself in {uri} passed over.")
     if repeated := int(different.sum()) - len(kept):
-        messages.append(f"{repeated} pairs that {uri} lists again, in this order or the other, were passed over.")
+        messages.append(
+            f"{repeated:,} pair{'' if repeated == 1 else 's'} that {uri} lists again, in either order, passed over."
+        )
     return Pairs(a[kept], b[kept], "file", messages)
 
 
@@ -171,7 +191,9 @@ def unordered_keys(a: np.ndarray, b: np.ndarray, images: int) -> np.ndarray:
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    """Vectors of unit length; one that is not finite becomes zeros, or it would be everybody's neighbour."""
+    finite = np.where(np.isfinite(vectors).all(axis=1, keepdims=True), vectors, 0)
+    return finite / np.maximum(np.linalg.norm(finite, axis=1, keepdims=True), 1e-12)
 
 
 def _read(uri: str, options: storage.Options) -> pa.Table:
@@ -180,17 +202,38 @@ def _read(uri: str, options: storage.Options) -> pa.Table:
         raise RequestError(f"correspond.pairs is {uri}, but it must be {FORMS}.")
     fs, path = storage.filesystem(storage.normalise(uri), options)
     try:
-        with fs.open(path, "rb") as file:
+        with storage.reaching(uri), fs.open(path, "rb") as file:
             if name.endswith(".parquet"):
-                return pq.ParquetFile(file).read()
-            if name.endswith(".csv"):
-                as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(COLUMNS, pa.string()))
-                return pyarrow.csv.read_csv(file, convert_options=as_text)
-            return _json_lines(file)
+                return _parquet(file)
+            return _csv(file) if name.endswith(".csv") else _json_lines(file)
     except FileNotFoundError:
         raise RequestError(f"The pairs file {uri} does not exist: correspond.pairs must be {FORMS}.") from None
-    except (OSError, ValueError) as error:  # Arrow's and Unicode's errors are ValueErrors
+    except (OSError, ValueError, csv.Error) as error:  # Arrow's and Unicode's errors are ValueErrors
         raise RequestError(f"The pairs file {uri} cannot be read: {str(error).splitlines()[0].rstrip('.')}.") from None
+
+
+def _parquet(file: Any) -> pa.Table:
+    """The two columns; all there are, without rows, when one is missing."""
+    with pq.ParquetFile(file) as parquet:
+        names = parquet.schema_arrow.names
+        if sorted(name for name in names if name in COLUMNS) == COLUMNS:
+            return parquet.read(COLUMNS)
+        return parquet.schema_arrow.empty_table()
+
+
+def _csv(file: Any) -> pa.Table:
+    """The two columns as text; an id may hold anything that is quoted, a line break too."""
+    header = next(csv.reader([file.readline().decode("utf-8-sig")]), [])
+    if sorted(name for name in header if name in COLUMNS) != COLUMNS:
+        return pa.Table.from_arrays([pa.array([], pa.string()) for _ in header], names=header)
+    file.seek(0)
+    return pyarrow.csv.read_csv(
+        file,
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(COLUMNS, pa.string()), include_columns=COLUMNS
+        ),
+    )
 
 
 def _json_lines(file: Iterable[bytes]) -> pa.Table:
@@ -203,6 +246,8 @@ def _json_lines(file: Iterable[bytes]) -> pa.Table:
         if not isinstance(row, dict) or not row.keys() >= columns.keys():
             raise ValueError(f"line {number} is not an object with image_a and image_b")
         for name, values in columns.items():
+            if not isinstance(row[name], str | int):
+                raise ValueError(f"line {number} has {json.dumps(row[name])} for {name}, which should be an image_id")
             values.append(str(row[name]))
     return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
@@ -222,5 +267,7 @@ def _images(count: int) -> str:
 
 
 def _first(names: list[str]) -> str:
+    """The first names; one that would be misread (empty, spaces around it, line breaks) in quotes."""
     more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    shown = [name if name and name.isprintable() and name == name.strip() else repr(name) for name in names]
+    return ", ".join(shown[:MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")
