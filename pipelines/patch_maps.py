@@ -63,7 +63,7 @@ def read_patch_maps(
 ) -> PatchMaps:
     """Read one descriptor column of some images; `half` holds it as float16, exact where it was stored so.
 
-    Raises JobError for a file that is gone, and for an image whose grid is not complete.
+    Raises JobError for a file that is gone or cannot be read, and for an image whose grid is not complete.
     """
     maps = PatchMaps()
     by_shard: dict[str, dict[str, ImagePlace]] = {}
@@ -74,6 +74,7 @@ def read_patch_maps(
         fs, path = storage.filesystem(uri, options)
         try:
             with (
+                storage.reaching(uri),
                 fs.open(path, "rb", cache_type="none") as raw,
                 CountedFile(raw) as file,
                 pq.ParquetFile(file, pre_buffer=True) as parquet,  # few large requests instead of one for each column
@@ -82,6 +83,9 @@ def read_patch_maps(
                 maps.bytes_read += file.bytes_read
         except FileNotFoundError:
             raise JobError(f"{uri} is gone: run the same command again, or `dinoray verify {store}`.") from None
+        except (OSError, pa.ArrowException) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise JobError(f"{uri} cannot be read ({said}): `dinoray verify {store}` says what is wrong.") from None
         if missing := sorted(wanted.keys() - maps.places.keys()):
             raise JobError(f"{missing[0]} lacks patches in {uri}: `dinoray verify {store}` says what is wrong.")
     return maps

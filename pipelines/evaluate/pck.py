@@ -94,6 +94,7 @@ def run(config: Config, *, store: str, annotations: str) -> Result:
     _refuse_thinned(opened)
     annotated = read_annotations(annotations, settings.split, config.storage.options)
     images = _find_images(opened, annotated.images)
+    _refuse_other_sizes(opened, annotated.pairs, images)
     run_id = new_run_id()
     report = RunReport("evaluate pck", opened.uri, config, run_id, {"annotations": annotations})
 
@@ -115,6 +116,11 @@ def run(config: Config, *, store: str, annotations: str) -> Result:
         scores=_scores(points, settings.alphas),
         seconds=round(time.monotonic() - started, 2),
     )
+    if outside := sum(_outside(pair, images) for pair in annotated.pairs):
+        result.messages.append(
+            f"{outside:,} of {2 * result.points:,} annotated points lie outside of their images: the nearest patch "
+            "stands for such a source point."
+        )
     result.messages += write_report(report, result.as_dict())
     return result
 
@@ -171,6 +177,24 @@ def _find_images(store: Store, names: list[str]) -> dict[str, _ImageFacts]:
         place = ImagePlace(row["image_id"], row["shard"], (row["grid_height"], row["grid_width"]))
         found[name] = _ImageFacts(place, row["height"], row["width"])
     return found
+
+
+def _refuse_other_sizes(store: Store, pairs: list[AnnotatedPair], images: dict[str, _ImageFacts]) -> None:
+    """Raises RequestError where an image is not of the size that was annotated: its points would be elsewhere."""
+    for pair in pairs:
+        for name, annotated in ((pair.source, pair.source_size_wh), (pair.target, pair.target_size_wh)):
+            stored = (images[name].width, images[name].height)
+            if annotated is not None and annotated != stored:
+                raise RequestError(
+                    f"{name} was annotated at {annotated[0]} x {annotated[1]} pixels, but {store.uri} was made of one "
+                    f"with {stored[0]} x {stored[1]}: extract the images that the annotations come with."
+                )
+
+
+def _outside(pair: AnnotatedPair, images: dict[str, _ImageFacts]) -> int:
+    """How many points of a pair lie outside of their image."""
+    sides = ((images[pair.source], pair.source_xy), (images[pair.target], pair.target_xy))
+    return sum(int(((xy < 0) | (xy > (facts.width, facts.height))).any(axis=1).sum()) for facts, xy in sides)
 
 
 def _carry_points(store: Store, pairs: list[AnnotatedPair], images: dict[str, _ImageFacts], config: Config) -> _Points:

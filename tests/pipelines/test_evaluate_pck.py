@@ -307,6 +307,51 @@ def test_damaged_matlab_files(store: Path, willow: Path) -> None:
     assert "without.mat has no image of the same name" in sentence(evaluate(store, willow))
 
 
+def test_images_of_another_size_than_was_annotated(store: Path, spair: Path) -> None:
+    """SPair-71k says width, height and channels. Points on a resized copy would be measured in the wrong place."""
+    (file,) = (spair / "PairAnnotation" / "test").iterdir()
+    content = json.loads(file.read_text()) | {"src_imsize": [128, 128, 3], "trg_imsize": [160, 160, 3]}
+    file.write_text(json.dumps(content))
+    assert evaluate(store, spair).exit_code == 0
+    file.write_text(json.dumps(content | {"trg_imsize": [320, 240, 3]}))
+    said = sentence(evaluate(store, spair))
+    assert "cat/b.png was annotated at 320 x 240 pixels" in said and "with 160 x 160: extract" in said
+    file.write_text(json.dumps(content | {"src_imsize": [3]}))
+    assert "is no annotation of a pair" in sentence(evaluate(store, spair))
+
+
+def test_points_outside_of_their_images_count_and_are_said(store: Path, spair: Path) -> None:
+    (file,) = (spair / "PairAnnotation" / "test").iterdir()
+    content = json.loads(file.read_text())
+    content["src_kps"][0], content["trg_kps"][3] = [-5, 20], [80, 161]
+    file.write_text(json.dumps(content))
+    result = pck.run(settings(), store=str(store), annotations=str(spair))
+    assert result.points == 4
+    assert result.messages == [
+        "2 of 8 annotated points lie outside of their images: the nearest patch stands for such a source point."
+    ]
+
+
+def test_annotations_in_a_bucket_that_nobody_answers_for(store: Path) -> None:
+    """One sentence in place of the driver's own error, which is no OSError."""
+    nobody = "storage.options={endpoint_url: 'http://127.0.0.1:9', key: a, secret: b}"
+    retries = "storage.options.config_kwargs={retries: {max_attempts: 0}, connect_timeout: 1}"
+    changed = [part for one in (nobody, retries) for part in ("--set", one)]
+    result = CliRunner().invoke(app, ["evaluate", "pck", str(store), "--annotations", "s3://bucket/spair", *changed])
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert "s3://bucket/spair cannot be reached: " in line and "endpoint" in line
+
+
+def test_a_patches_file_that_is_damaged(store: Path, spair: Path) -> None:
+    (file,) = (store / "patches").glob("*.parquet")
+    file.write_bytes(b"no Parquet")
+    result = evaluate(store, spair)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert file.name in line and "cannot be read" in line and "dinoray verify" in line
+
+
 def test_annotations_that_cannot_be_read(store: Path, spair: Path) -> None:
     """A link to nowhere stands for any file that the system refuses to open; root may read all others."""
     (file,) = (spair / "PairAnnotation" / "test").iterdir()
