@@ -77,6 +77,7 @@ class Result:
     largest: int = 0  # vectors in the largest cluster
     empty: int = 0  # clusters without any
     held_share: float = 0.0  # of the vectors that workers kept in memory
+    pass_seconds: float | None = None  # of one pass over the vectors to train on: the median
     seconds: dict[str, float] = field(default_factory=dict)  # plan, start, train, assign, commit
     messages: list[str] = field(default_factory=list)
 
@@ -245,6 +246,7 @@ def _train(job: _Job, before: Model | None) -> None:
             raise
         write_model(checkpoint_uri(job.uri), model, options)
         result.seconds["train"] = time.monotonic() - began
+        result.pass_seconds = float(np.median(workers.pass_seconds)) if workers.pass_seconds else None
         result.messages += model.progress.messages
         line.show("assigning")
         written = _assign(job, workers, model)

@@ -29,7 +29,6 @@ LEAST_SAMPLE = 20_000
 SAMPLE_BYTES = 2**30
 SAMPLE_ITERATIONS = 10  # on the sample, which cost little and save passes over everything
 RESTARTS, RESTARTED_CLUSTERS = 5, 256  # the best of several starts: few clusters are easily caught in a bad one
-TOLERANCE = 1e-4  # of the objective: a pass that gains less is the last
 ELBOW_SAMPLE = 20_000  # vectors that elbow chooses k on
 
 
@@ -38,6 +37,7 @@ class Workers:
 
     def __init__(self, actors: Sequence[Any]) -> None:
         self._actors = list(actors)
+        self.pass_seconds: list[float] = []  # of each pass over everything
 
     def count(self) -> tuple[int, int, int]:
         """(vectors, those to train on, dimension)."""
@@ -139,14 +139,16 @@ def train(
             before = about.objectives[-1] if about.iteration else np.inf
             with uninterrupted():
                 model.levels[number] = Level(moved.centroids, level.offsets)
-                about.converged = not moved.reseeded and before - objective <= TOLERANCE * abs(before)
+                about.converged = not moved.reseeded and before - objective <= asked.tolerance * abs(before)
                 about.objectives.append(objective)
                 about.iteration += 1
+            took = time.monotonic() - started
+            workers.pass_seconds.append(took)
             save(model)
             of_level = f"level {number + 1} of {asked.levels}, " if asked.levels > 1 else ""
             progress(
                 f"{of_level}iteration {about.iteration} of at most {asked.iterations}, mean "
-                f"{'distance' if spherical else 'squared distance'} {objective:.6g}, {time.monotonic() - started:.1f} s"
+                f"{'distance' if spherical else 'squared distance'} {objective:.6g}, {took:.1f} s"
             )
     if (found := model.k) < about.ks[-1]:
         told = (

@@ -26,6 +26,7 @@ from pipelines.tables import DataFile, write_parquet
 
 ROWS_A_FILE = 4_000_000  # of assignments: some 25 MB, held in memory until it is written
 ROWS_A_ROW_GROUP = 65_536
+GPU_SHARE = 0.6  # of a GPU's free memory that vectors may take; products need the rest
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class ClusterWorker:
         torch.set_num_threads(setup.threads)
         self._setup = setup
         self._units = units
+        self._cache_bytes = setup.cache_bytes
+        if setup.device == "cuda":
+            self._cache_bytes = min(setup.cache_bytes, GPU_SHARE * torch.cuda.mem_get_info()[0])
         self._held: dict[int, _Held] = {}
         self._held_bytes = 0
 
@@ -155,7 +159,7 @@ class ClusterWorker:
 
     def _keep(self, unit: Unit, held: _Held) -> None:
         size = held.vectors.nbytes
-        if self._held_bytes + size <= self._setup.cache_bytes:
+        if self._held_bytes + size <= self._cache_bytes:
             self._held[unit.number] = held
             self._held_bytes += size
 

@@ -222,7 +222,10 @@ class ClusterSettings(Section):
         description="Train on patches whose saliency is above store.salient_threshold; all patches are assigned.",
     )
     sample: int | None = Field(None, ge=1, description="Train on about so many vectors; default: all.")
-    iterations: int = Field(50, ge=1, description="Most passes over the data; fewer when they no longer help.")
+    iterations: int = Field(50, ge=1, description="Most passes over the data.")
+    tolerance: float = Field(
+        1e-4, ge=0, description="A pass that lowers the mean distance by less than this part of it is the last."
+    )
     seed: int = Field(0, ge=0, description="Of the first centroids and of samples.")
     cache_gb: float | None = Field(
         None,

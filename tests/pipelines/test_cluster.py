@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +19,12 @@ import pyarrow.compute as pc
 import pytest
 from deltalake import DeltaTable
 from hand_made import add_described, described
-from small_runs import settings
+from s3_server import BUCKET, S3Server
+from small_runs import as_options, settings
+from typer.testing import CliRunner, Result
 
 from pipelines import cluster, cluster_training, verify
+from pipelines.cli import app
 from pipelines.cluster_model import checkpoint_uri, read_model
 from pipelines.cluster_tables import ClusterTables
 from pipelines.cluster_vectors import list_units, split_units
@@ -195,8 +202,8 @@ def test_an_interrupted_training_continues_where_it_was(
     store: Store, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_training, "SAMPLE_ITERATIONS", 0)  # so that there is something left to do
-    monkeypatch.setattr(cluster_training, "TOLERANCE", -1.0)
-    run(store, "whole", "cluster.iterations=8")
+    overrides = ["cluster.iterations=8", "cluster.tolerance=0", "cluster.k=100"]
+    run(store, "whole", *overrides)
 
     def stop(line: object, text: str) -> None:
         if "iteration 3 " in text:
@@ -204,14 +211,14 @@ def test_an_interrupted_training_continues_where_it_was(
 
     with monkeypatch.context() as patch:
         patch.setattr("pipelines.progress.StatusLine.show", stop)
-        stopped = run(store, "words", "cluster.iterations=8")
+        stopped = run(store, "words", *overrides)
     assert (stopped.status, stopped.exit_code) == ("interrupted", 130)
     left = read_model(checkpoint_uri(f"{store.uri}/clusters/words"), {})
     assert left is not None and left.progress.iteration == 3
     passes: list[int] = []
     sums = cluster_training.Workers.sums
     monkeypatch.setattr(cluster_training.Workers, "sums", lambda self, *args: (passes.append(1), sums(self, *args))[1])
-    result = run(store, "words", "cluster.iterations=8")
+    result = run(store, "words", *overrides)
     assert (result.resumed_from, result.iterations, len(passes)) == (3, 8, 5)
     np.testing.assert_allclose(centroid_table(store), centroid_table(store, "whole"), atol=1e-9)
     assert read_model(checkpoint_uri(f"{store.uri}/clusters/words"), {}) is None
@@ -432,3 +439,72 @@ def test_dry_run_writes_nothing(store: Store) -> None:
     result = run(store, dry_run=True)
     assert (result.status, result.vectors, result.k) == ("dry_run", 1920, 12)
     assert not (Path(store.uri) / "clusters").exists()
+
+
+def test_the_command_says_what_was_done(store: Store, here: None) -> None:
+    def cli(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["cluster", store.uri, "words", *as_options(), *arguments])
+
+    planned = cli("--k", "5", "--dry-run")
+    assert "1,920 patches of 40 images to 5 clusters" in planned.stdout and "Nothing was written" in planned.stdout
+    trained = cli("--k", "5")
+    assert trained.exit_code == 0, trained.stderr
+    assert "1,920 patches in 5 clusters" in trained.stdout
+    assert f"{store.uri}/clusters/words/centroids" in trained.stdout
+    assert "up to date" in cli("--k", "5").stdout
+    add(store, 3, range(40, 42))
+    updated = json.loads(cli("--update", "--json").stdout)
+    assert (updated["added"], updated["k"], updated["vectors"]) == (2, 5, 2016)
+    refused = cli("--update", "--k", "6")
+    assert refused.exit_code == 2
+    assert refused.stderr == (
+        "dinoray: The clusters words were trained with other settings (cluster.k: trained with 5, asked 6), and an "
+        "update keeps its centroids: leave these settings out, give another NAME, or train anew without --update.\n"
+    )
+    chosen = json.loads(cli("--elbow", "--k", "9", "--json").stdout)
+    assert 1 < chosen["k"] <= 9
+
+
+def test_a_store_in_a_bucket(s3: S3Server, here: None) -> None:
+    options = [f"storage.options.{key}={value}" for key, value in s3.options.items()]
+    store = Store.create(f"s3://{BUCKET}/cluster", settings(*options))
+    add(store, 1, range(5))
+    assert run(store, "words", *options).vectors == 240
+    add(store, 2, range(5, 7))
+    result = run(store, "words", *options, update=True)
+    assert (result.added, result.vectors) == (2, 336)
+    assert verify.run(settings(*options), store=store.uri).problems == []
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_continues_from_its_last_iteration(tmp_path: Path) -> None:
+    store = Store.create(str(tmp_path / "store"), settings())
+    noise = np.random.default_rng(0)
+    images = {f"{at:03d}.jpg": described(noise.standard_normal((40, 40, DIMENSION))) for at in range(100)}
+    add_described(store, "20200101T000000Z-000001", images)
+    checkpoint = Path(store.uri) / "clusters" / "words" / "model" / "checkpoint.npz"
+    overrides = ["run.workers=2", "cluster.k=300", "cluster.tolerance=0", "cluster.iterations=25"]
+
+    def command(name: str) -> list[str]:
+        return [str(Path(sys.executable).with_name("dinoray")), "cluster", store.uri, name, *as_options(*overrides)]
+
+    process = subprocess.Popen(command("words"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (checkpoint.exists() and iterations(checkpoint) >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = iterations(checkpoint)
+    again = subprocess.run([*command("words"), "--json"], capture_output=True, text=True, timeout=300)
+    result = json.loads(again.stdout)
+    assert (result["status"], result["resumed_from"]) == ("done", done)
+    subprocess.run(command("whole"), check=True, timeout=300)
+    np.testing.assert_allclose(centroid_table(store), centroid_table(store, "whole"), atol=1e-6)
+    assert assigned(store).keys() == assigned(store, "whole").keys()
+    assert verified(store) == []
+
+
+def iterations(checkpoint: Path) -> int:
+    model = read_model(str(checkpoint), {})
+    return 0 if model is None else len(model.progress.objectives)
