@@ -113,11 +113,15 @@ PARTS_IMAGES = pa.schema(
     [
         pa.field("image_id", pa.string()),
         pa.field("set_id", pa.string()),
-        pa.field("foreground_fraction", pa.float32()),  # of the pixels of the mask
-        pa.field("mask_png", pa.binary()),  # one channel at original size: part_id + 1, 0 = background
+        pa.field("foreground_fraction", pa.float32()),  # of the pixels of mask_png that are in a part
+        # PNGs of one channel at the original's size. The published method finds parts and foreground each in a way of
+        # its own, so a part may reach beyond the foreground and leave some of it out
+        pa.field("mask_png", pa.binary()),  # parts: part_id + 1, 0 = background
+        pa.field("foreground_png", pa.binary()),  # the common foreground: 255, 0 = background
         pa.field("note", pa.string()),  # what was unusual, such as no salient cluster; null for nothing
         pa.field("shard", pa.string()),  # file under patches/ that holds its patches
         pa.field("run_id", pa.string()),  # of the extraction: another one is segmented anew
+        pa.field("set_version", pa.string()),  # of the set's images and their extractions: others are segmented anew
     ]
 )
 
