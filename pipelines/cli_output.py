@@ -1,0 +1,174 @@
+"""What commands print when they are done: plain sentences and tables for people. `--json` passes these by."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def print_extract(result: Any) -> None:
+    if result.status == "dry_run":
+        print(f"\n{result.listed:,} images listed: {result.pending:,} to extract ({result.changed:,} of them changed),")
+        print(f"{result.already_done:,} done, {result.failed_before:,} recorded as failures. Nothing was written.")
+        return
+    lines = [f"{result.listed:,} images in INPUT, {result.already_done:,} were done"]
+    lines += [
+        f"{result.extracted:,} extracted"
+        + (f" at {result.images_per_second:,.1f} a second" if result.extracted else "")
+    ]
+    if result.pruned:
+        lines.append(f"{result.pruned:,} removed")
+    if result.done_elsewhere:
+        lines.append(f"{result.done_elsewhere:,} done by another run at the same time")
+    print(", ".join(lines) + ".")
+    if result.failed:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(result.failures_by_reason.items()))
+        print(f"{result.failed:,} could not be extracted ({reasons}): see {result.store}/failures.")
+    if result.failed_before:
+        print(f"{result.failed_before:,} failed before and were not tried again (--retry-failed tries them).")
+    print(f"Tables: {result.store}/images  {result.store}/patches  {result.store}/failures")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.seconds['total']:.1f} s)")
+
+
+def print_cluster(result: Any) -> None:
+    uri = f"{result.store}/clusters/{result.name}"
+    if result.status == "dry_run":
+        if result.what == "update":
+            print(f"\n{result.added:,} images to assign, {result.removed:,} to take out. Nothing was written.")
+            return
+        again = f", continuing after iteration {result.resumed_from}" if result.resumed_from else ""
+        print(f"\n{result.vectors:,} {result.of} of {result.images:,} images to {result.k:,} clusters{again}.")
+        print("Nothing was written.")
+        return
+    if result.status == "unchanged":
+        print(f"The clusters {result.name} are up to date: nothing to do.")
+    elif result.what == "update":
+        drift = f"; mean distance {result.drift:.3f} times that of the training" if result.drift else ""
+        print(f"{result.added:,} images assigned, {result.removed:,} taken out{drift}.")
+    elif result.status == "done":
+        print(
+            f"{result.iterations} iterations over {result.trained_on:,} {result.of}: objective {result.objective:.6g}."
+        )
+    empty = f", {result.empty:,} empty" if result.empty else ""
+    print(f"{result.vectors:,} {result.of} in {result.k:,} clusters, the largest has {result.largest:,}{empty}.")
+    print(f"Tables: {uri}/centroids  {uri}/assignments ({result.seconds.get('total', 0.0):.1f} s)")
+
+
+def print_index(result: Any) -> None:
+    what = f"{result.added:,} images added, {result.changed:,} changed, {result.removed:,} removed"
+    if result.status == "dry_run":
+        print(f"\n{what.replace('images added', 'images to add')}. Nothing was written.")
+        return
+    if result.status == "unchanged":
+        print(f"The index {result.name} is up to date: nothing to do.")
+    else:
+        again = f", built anew since {result.rebuilt}" if result.rebuilt else ""
+        print(f"{what}{again} ({result.seconds:.1f} s).")
+    print(f"Kind {result.kind}: {result.why}.")
+    dead = f", {result.dead:,} removed ones still take space" if result.dead else ""
+    print(f"{result.count:,} vectors of {result.images:,} images, {result.memory_bytes / 1e6:,.1f} MB{dead}.")
+    print(f"Index: {result.store}/index/{result.name}")
+
+
+def print_search(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    patches = result.of == "patches"
+    table = Table("", "similarity", "image_id", "label", *(("row", "col", "y", "x") if patches else ()))
+    for rank, row in enumerate(result.results, 1):
+        place = [str(row["row"]), str(row["col"]), f"{row['y']:.1f}", f"{row['x']:.1f}"] if patches else []
+        table.add_row(str(rank), f"{row['similarity']:.4f}", row["image_id"], row.get("label") or "", *place)
+    Console().print(table)
+    if result.saved:
+        print(f"Picture: {result.saved}")
+
+
+def print_correspond(result: Any) -> None:
+    counts = f"{result.pairs:,} pairs of {result.images:,} images ({result.source}): {result.already_done:,} were done"
+    if result.status == "dry_run":
+        print(f"\n{counts}, {result.pending:,} to match, {result.outdated:,} outdated. Nothing was written.")
+        return
+    lines = [counts, f"{result.matched:,} matched"]
+    if result.matched:
+        lines[-1] += f" at {result.pairs_per_second:,.1f} a second, {result.matches:,} matches"
+    if result.without_matches:
+        lines.append(f"{result.without_matches:,} pairs have none (kept = 0)")
+    if result.outdated:
+        lines.append(f"{result.outdated:,} removed whose images changed")
+    if result.done_elsewhere:
+        lines.append(f"{result.done_elsewhere:,} done by another run at the same time")
+    print(", ".join(lines) + ".")
+    print(f"Tables: {result.store}/matches/{result.name}/pairs  {result.store}/matches/{result.name}/matches")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.seconds['total']:.1f} s)")
+
+
+def print_pck(result: Any) -> None:
+    compared = f"{result.facet} of layer {result.layer}, {'binned' if result.binned else 'plain'}"
+    print(f"{result.pairs:,} pairs of {result.images:,} images ({result.layout}), {compared}.")
+    print("By pair: mean over pairs of the fraction of their points that are right. By point: fraction of all points.")
+    width = max(len(score["category"]) for score in result.scores)
+    alphas = "".join(f"{f'@{alpha:g}':>8}" for alpha in result.alphas)
+    for threshold, meaning in result.thresholds.items():
+        print(f"\nPCK by {threshold}: {meaning}")
+        print(f"{'':{width}}{'pairs':>8}   {'by pair':{len(alphas)}}   by point")
+        print(f"{'':{width}}{'':8}{alphas}   {alphas}")
+        for score in result.scores:
+            if score["threshold"] == threshold:
+                values = ["".join(f"{value:8.3f}" for value in score[mean]) for mean in ("per_pair", "per_point")]
+                print(f"{score['category']:{width}}{score['pairs']:8,}{values[0]}   {values[1]}")
+    print(f"\nReport: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
+
+
+def print_retrieval(result: Any) -> None:
+    for k, value in result.recall.items():
+        print(f"recall@{k:<4} {value:.4f}")
+    print(f"mAP         {result.mean_average_precision:.4f}")
+    left_out = f"{result.unlabelled:,} without label left out, {result.alone:,} alone with their label"
+    print(f"{result.queries:,} queries among {result.images:,} images, {result.labels:,} labels ({left_out}).")
+    print("recall@k: fraction of queries with one of their label among the k nearest by cosine of the embeddings.")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
+
+
+def print_verify(result: Any) -> None:
+    for problem in result.problems:
+        print(problem)
+    if result.problems:
+        count = len(result.problems)
+        print(f"{count} problem{'s' if count > 1 else ''} in {result.store}.", file=sys.stderr)
+        return
+    print(
+        f"{result.store} is sound: {result.images:,} images, {result.patches:,} patches, {result.failures:,} failures"
+    )
+    left = f", {result.unreferenced_files} files of unfinished writes (harmless)" if result.unreferenced_files else ""
+    print(f"in {result.files} files{left}.")
+
+
+def print_stats(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("table", "rows", "files", "MB", title=result.store, title_justify="left")
+    for name in ("images", "patches", "failures"):
+        megabytes = f"{result.bytes[name] / 1e6:,.1f}"
+        table.add_row(name, f"{getattr(result, name):,}", f"{result.files[name]:,}", megabytes)
+    for name, found in result.matches.items():
+        megabytes = f"{found['bytes'] / 1e6:,.1f}"
+        rows = f"{found['pairs']:,} pairs ({found['without_matches']:,} without), {found['matches']:,} matches"
+        table.add_row(f"matches/{name}", rows, f"{found['files']:,}", megabytes)
+    console.print(table)
+    model = result.spec["model"]
+    features = result.spec["features"]
+    console.print(
+        f"{model['name']} ({model['weights'][:19]}), {features['facet']} of layer {features['layer']}, "
+        f"{result.spec['store']['dtype']}; {result.labels} labels; {result.bytes_per_image or 0:,.0f} bytes an image",
+        highlight=False,
+    )
+    for reason, count in result.failures_by_reason.items():
+        console.print(f"  {count:,} failed: {reason}", markup=False, highlight=False)
+    runs = Table("run", "status", "extracted", "failed", "images/s", "device", title="runs", title_justify="left")
+    for run in result.runs[-10:]:
+        values = [run.get(key) for key in ("run_id", "status", "extracted", "failed", "images_per_second", "device")]
+        runs.add_row(*("" if value is None else str(value) for value in values))
+    console.print(runs)
