@@ -26,7 +26,9 @@ Vectors = np.ndarray | torch.Tensor
 
 CPU_BLOCK_VALUES = 2**20  # of the score matrix held at once: 4 MiB, so that it stays in the cache
 GPU_BLOCK_VALUES = 2**26
-MOST_BLOCK_ROWS = 4_096  # on a CPU
+CPU_BLOCK_ROWS = 64, 4_096  # at least and at most
+GPU_BLOCK_ROWS = 256, 2**18
+FLOAT64_VALUES = 400_000, 2**25  # of the vectors converted at once, on a CPU and on a GPU
 CHUNK_BLOCKS = 32  # blocks between two float64 decisions of the rows that were too close
 LANES = 32  # the maximum is taken over strided columns first, which runs at the speed of memory
 TIE = 1e-12  # of the lengths multiplied
@@ -68,6 +70,7 @@ class _Range:
     bias: torch.Tensor  # (k,) float64: the nearest centroid has the greatest product with the vector plus bias
     radius: float  # the greatest length of a row of matrix
     length: float  # the greatest length of a centroid
+    spherical: bool
 
     @classmethod
     def of(cls, centroids: torch.Tensor, first: int, spherical: bool) -> _Range:
@@ -76,7 +79,7 @@ class _Range:
         squared = matrix.square().sum(dim=1)
         bias = torch.zeros_like(squared) if spherical else -(matrix @ middle) - squared / 2
         length = float(torch.linalg.vector_norm(centroids, dim=1).max())
-        return cls(first, matrix, bias, radius=float(squared.max().sqrt()), length=length)
+        return cls(first, matrix, bias, float(squared.max().sqrt()), length, spherical)
 
     def __len__(self) -> int:
         return len(self.matrix)
@@ -104,15 +107,23 @@ class _Range:
 
     def tie(self, lengths: torch.Tensor) -> torch.Tensor:
         """The difference of scores up to which centroids count as equally near: (n,)."""
-        return TIE * (lengths + self.length) * self.length
+        return TIE * (lengths + (0.0 if self.spherical else self.length)) * self.length
 
-    def nearest(self, block: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def room(self, rows: int) -> torch.Tensor:
+        """For scores of so many rows: (rows, k') float32. Memory fresh from the system is slow to touch."""
+        matrix, _ = self.padded
+        return matrix.new_empty(rows, len(matrix))
+
+    def nearest(
+        self, block: torch.Tensor, lengths: torch.Tensor, room: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The best centroid by a float32 product, and whether another is too close to say: (n,) int64 and bool.
 
-        block: (n, D) float32.
+        block: (n, D) float32. lengths: (n,) float32, of the vectors. room: for at least n rows.
         """
         matrix, bias = self.padded
-        scores = torch.addmm(bias, block, matrix.T).unflatten(1, (-1, LANES))  # (n, k' / LANES, LANES)
+        products = torch.addmm(bias, block, matrix.T, out=room[: len(block)])
+        scores = products.unflatten(1, (-1, LANES))  # (n, k' / LANES, LANES)
         of_lane = scores.amax(dim=1)
         best, lane = of_lane.max(dim=1, keepdim=True)
         in_lane = scores.gather(2, lane[:, :, None].expand(-1, scores.shape[1], 1)).squeeze(2)
@@ -185,10 +196,11 @@ class Codebook:
 
     def _nearest(self, competing: _Range, vectors: Vectors, chunk: Rows, block_rows: int) -> torch.Tensor:
         parts, doubts, lengths = [], [], []
+        room = competing.room(min(block_rows, _count(chunk)))
         for rows in _cut(chunk, block_rows):
             block = self._take(vectors, rows).float()
             length = torch.linalg.vector_norm(block, dim=1)
-            label, close = competing.nearest(block, length)
+            label, close = competing.nearest(block, length, room)
             parts.append(label)
             doubts.append(close)
             lengths.append(length)
@@ -203,7 +215,7 @@ class Codebook:
 
     def _distances(self, vectors: Vectors, chunk: Rows, labels: torch.Tensor, block_rows: int | None) -> torch.Tensor:
         """To the centroids of their labels, computed in float64 since differences of squares would not do: (n,)."""
-        size = block_rows or MOST_BLOCK_ROWS
+        size = block_rows or self._float64_rows()
         parts = []
         for rows, label in zip(_cut(chunk, size), labels.split(size), strict=True):
             block, nearest = self._take(vectors, rows).double(), self.centroids[label]
@@ -237,6 +249,10 @@ class Codebook:
         if isinstance(vectors, np.ndarray) and isinstance(rows, torch.Tensor):
             return as_tensor(vectors[rows.cpu().numpy()]).to(self.centroids.device)
         return as_tensor(vectors[rows]).to(self.centroids.device)
+
+    def _float64_rows(self) -> int:
+        on_cpu, on_gpu = FLOAT64_VALUES
+        return max(1, (on_cpu if self.centroids.device.type == "cpu" else on_gpu) // max(1, self.dimension))
 
     def _joined(self, parts: list[_Placed], count: int, dtype: torch.dtype) -> torch.Tensor:
         joined = torch.empty(count, dtype=dtype, device=self.centroids.device)
@@ -285,7 +301,8 @@ class LloydPass:
 
     def add_labelled(self, vectors: Vectors, chunk: Rows, labels: torch.Tensor, block_rows: int | None = None) -> None:
         """Rows of vectors whose clusters are known."""
-        codebook, size = self.codebook, block_rows or MOST_BLOCK_ROWS
+        codebook = self.codebook
+        size = block_rows or codebook._float64_rows()
         self._sizes += torch.bincount(labels, minlength=len(codebook))
         for rows, label in zip(_cut(chunk, size), labels.split(size), strict=True):
             block = codebook._take(vectors, rows).double()
@@ -386,15 +403,19 @@ def _cut(rows: Rows, size: int) -> Iterator[Rows]:
         yield slice(first, min(first + size, rows.stop))
 
 
+def _count(rows: Rows) -> int:
+    return len(rows) if isinstance(rows, torch.Tensor) else rows.stop - rows.start
+
+
 def _at(rows: Rows, positions: torch.Tensor) -> torch.Tensor:
     """The numbers of the rows at some positions."""
     return rows[positions] if isinstance(rows, torch.Tensor) else positions + rows.start
 
 
 def _block_rows(k: int, device: torch.device) -> int:
-    if device.type == "cpu":
-        return min(MOST_BLOCK_ROWS, max(64, CPU_BLOCK_VALUES // k))
-    return min(2**18, max(256, GPU_BLOCK_VALUES // k))
+    on_cpu = device.type == "cpu"
+    least, most = CPU_BLOCK_ROWS if on_cpu else GPU_BLOCK_ROWS
+    return min(most, max(least, (CPU_BLOCK_VALUES if on_cpu else GPU_BLOCK_VALUES) // k))
 
 
 def _codebook(centroids: Vectors | Codebook, vectors: Vectors, spherical: bool, offsets: Vectors | None) -> Codebook:
