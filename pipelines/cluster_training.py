@@ -150,10 +150,13 @@ def train(
                 f"{of_level}iteration {about.iteration} of at most {asked.iterations}, mean "
                 f"{'distance' if spherical else 'squared distance'} {objective:.6g}, {took:.1f} s"
             )
-    if (found := model.k) < about.ks[-1]:
-        told = (
-            f"{about.ks[-1]:,} clusters were asked for, but there are only {found:,} distinct vectors: k is {found:,}."
+    if model.k < about.ks[-1]:
+        why = (
+            "there are no more distinct vectors"
+            if asked.levels == 1
+            else "some branches have too few vectors to divide"
         )
+        told = f"{about.ks[-1]:,} clusters were asked for, and {model.k:,} were made: {why}."
         about.messages = [*dict.fromkeys([*about.messages, told])]
     about.trained = True
     return model

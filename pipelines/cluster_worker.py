@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from dino_ops.kmeans import Codebook, LloydPass, PartialSums
+from dino_ops.kmeans import Codebook, LloydPass, PartialSums, as_tensor
 from pipelines.cluster_model import Level
 from pipelines.cluster_statistics import Counting, Statistics
 from pipelines.cluster_vectors import Reading, Unit, batches_of_units, read_keys, read_vectors, unit_random
@@ -155,7 +155,7 @@ class ClusterWorker:
 
     def _read(self, unit: Unit) -> _Held:
         vectors, salient = read_vectors(unit, self._setup.reading)
-        return _Held(torch.from_numpy(vectors).to(self._setup.device), salient)
+        return _Held(as_tensor(vectors).to(self._setup.device), salient)
 
     def _keep(self, unit: Unit, held: _Held) -> None:
         size = held.vectors.nbytes
