@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from dino_ops.kmeans import Codebook, LloydPass, PartialSums, as_tensor
+from dino_ops.kmeans import Codebook, LloydPass, PartialSums
+from dino_ops.kmeans_assignment import as_tensor
 from pipelines.cluster_model import Level
 from pipelines.cluster_statistics import Counting, Statistics
 from pipelines.cluster_vectors import Reading, Unit, batches_of_units, read_keys, read_vectors, unit_random
