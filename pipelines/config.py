@@ -304,7 +304,7 @@ class CorrespondSettings(Section):
     )
     seed: int = Field(0, ge=0, description="Of the k-means that spreads the selected matches.")
     tile_images: int | None = Field(
-        None, ge=1, description="Images whose descriptors are loaded together; default: about 256 MB worth."
+        None, ge=1, description="Images whose descriptors are read together; default: about 256 MB worth."
     )
 
 
