@@ -103,6 +103,37 @@ def cluster(
 
 
 @app.command()
+def cosegment(
+    store: StoreArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the result: parts/NAME in the store.")],
+    sets: Annotated[
+        str | None,
+        typer.Option(
+            "--sets",
+            metavar="label|directory|cluster:NAME|FILE",
+            help="Which images belong together; wins over cosegment.sets.",
+        ),
+    ] = None,
+    masks: Annotated[str | None, typer.Option("--masks", metavar="DIR", help="Also write masks as PNG files.")] = None,
+    overlays: Annotated[
+        str | None, typer.Option("--overlays", metavar="DIR", help="Also draw parts and outlines over the images.")
+    ] = None,
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Sets of images to masks: their common foreground and its parts. Run it again to add what is new."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.cosegment import run
+
+        return run(settings, store=store, name=name, sets=sets, masks=masks, overlays=overlays, dry_run=dry_run)
+
+    _run_job(job, cli_output.print_cosegment, config, overrides, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
 def index(
     store: StoreArgument,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the index: index/NAME in the store.")],

@@ -54,6 +54,32 @@ def print_cluster(result: Any) -> None:
     print(f"Tables: {uri}/centroids  {uri}/assignments ({result.seconds.get('total', 0.0):.1f} s)")
 
 
+def print_cosegment(result: Any) -> None:
+    counts = f"{result.images:,} images in {result.sets:,} sets ({result.source}): {result.already_done:,} were done"
+    if result.status == "dry_run":
+        print(
+            f"\n{counts}, {result.pending:,} to segment in {result.pending_sets:,} sets, {result.outdated:,} outdated. "
+            "Nothing was written."
+        )
+        return
+    lines = [counts, f"{result.segmented:,} segmented"]
+    if result.segmented:
+        lines[-1] += f" at {result.images_per_second:,.1f} a second"
+    if result.without_foreground:
+        lines.append(f"{result.without_foreground:,} of them have no part")
+    if result.noted:
+        lines.append(f"{result.noted:,} have a note")
+    if result.outdated:
+        lines.append(f"{result.outdated:,} removed whose set changed")
+    if result.done_elsewhere:
+        lines.append(f"{result.done_elsewhere:,} done by another run at the same time")
+    print(", ".join(lines) + ".")
+    if result.exported:
+        print(f"{result.exported:,} files of masks and overlays written.")
+    print(f"Tables: {result.store}/parts/{result.name}/images  {result.store}/parts/{result.name}/patches")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.seconds['total']:.1f} s)")
+
+
 def print_index(result: Any) -> None:
     what = f"{result.added:,} images added, {result.changed:,} changed, {result.removed:,} removed"
     if result.status == "dry_run":
