@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK_VALUES = 16_000_000  # of a similarity matrix held at once
+BLOCK_VALUES = 4_000_000  # of a similarity matrix ranked at once; ranking takes some 40 bytes for each
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def retrieval_by_label(
 ) -> Retrieval:
     """Rank all other images by cosine for every image, exactly, and see where those of its label stand.
 
-    embeddings: (n, D) floating point; a vector of zeros has cosine 0 with all others. labels: n values that compare.
+    embeddings: (n, D) floating point; a vector of zeros, or that is not finite, has cosine 0 with all
+    others. labels: n values that compare.
     Ranked in blocks of block_rows queries, so that memory is bounded; of equal similarities the earlier image comes
     first.
     """
@@ -114,6 +115,7 @@ def average_precision(relevant: np.ndarray) -> np.ndarray:
 def _rankings(embeddings: np.ndarray, label: np.ndarray, block_rows: int | None) -> Iterator[np.ndarray]:
     """Yield, for blocks of queries, whether the image at each place of a ranking has the query's label: (b, n - 1)."""
     count = len(embeddings)
+    embeddings = np.where(np.isfinite(embeddings).all(axis=1, keepdims=True), embeddings, 0)
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit = (embeddings / np.where(norms > 0, norms, 1)).astype(np.float32)
     rows = block_rows or max(1, BLOCK_VALUES // max(count, 1))

@@ -99,6 +99,13 @@ def test_vectors_of_zeros_are_ranked() -> None:
     assert found.recall == {1: 1} and found.alone == 1
 
 
+def test_broken_vectors_are_ranked_as_zeros() -> None:
+    """A nan would stand first in every ranking, or last, as sorting has it."""
+    broken, zeros = np.array([[np.nan, 1], [1, 0], [-1, 0], [1, 0.5]]), np.array([[0, 0], [1, 0], [-1, 0], [1, 0.5]])
+    labels = ["a", "a", "b", "b"]
+    assert retrieval_by_label(broken, labels, ks=(1, 2)) == retrieval_by_label(zeros, labels, ks=(1, 2))
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_retrieval_with_nothing_to_find_is_nan(count: int) -> None:
     found = retrieval_by_label(np.ones((count, 4)), list(range(count)))
