@@ -379,6 +379,41 @@ def test_a_store_of_a_weights_file_asks_for_it(make: Callable[..., Store], tmp_p
         search.run(settings(f"model.weights={tmp_path / 'other.pth'}"), **query)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["main", "001"], "The index main is older than the store (it covers version 2 of the images table, which is"),
+        (["parts", "001", "--box", "60,0,70,9"], "--box 60,0,70,9 does not lie in the image, which is 64 pixels wide"),
+        (["other", "001"], "has no index other (there are main, parts): `dinoray index"),
+        (
+            ["parts", "no-such-image.jpg", "--box", "0,0,9,9"],
+            "The image no-such-image.jpg does not exist: give a path,",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_for_people_and_programs(
+    arguments: list[str], said: str, make: Callable[..., Store]
+) -> None:
+    store = make()
+    index.run(asked(), store=store.uri, name="main")
+    if arguments[0] == "main":
+        add(store, "r3", "new")
+    index.run(asked("of=patches"), store=store.uri, name="parts")
+    shown = dinoray("search", store.uri, *arguments)
+    (line,) = shown.stderr.splitlines()
+    assert shown.exit_code == 2 and said in line and shown.stdout == ""
+    as_json = json.loads(dinoray("search", store.uri, *arguments, "--json").stdout)
+    assert said in as_json["error"] and as_json["exit_code"] == 2
+
+
+@pytest.mark.parametrize("command", [["index", "main"], ["search", "main", "001"]])
+def test_an_empty_store_is_one_sentence(command: list[str], make: Callable[..., Store]) -> None:
+    store = make(images=0)
+    shown = dinoray(command[0], store.uri, *command[1:])
+    (line,) = shown.stderr.splitlines()
+    assert shown.exit_code == 2 and f"The store {store.uri} has no images: `dinoray extract INPUT" in line
+
+
 @pytest.mark.parametrize("name", ["../x", "", "a/b"])
 def test_a_name_is_a_name(name: str, make: Callable[..., Store]) -> None:
     with pytest.raises(RequestError, match="is not a name"):

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from embedded import add_embeddings
+from s3_server import BUCKET, S3Server
 from small_runs import settings
 
+from benchmarks.embedded import add_embeddings
 from dino_ops.nearest import LEAST_TO_TRAIN, unit
 from pipelines import index, index_files, index_update, search, verify
 from pipelines.commit import drop_images
 from pipelines.config import Config
+from pipelines.errors import JobError
 from pipelines.index_files import Manifest, Segment
 from pipelines.store import Store
 
@@ -146,6 +148,34 @@ def test_segments_stay_few_and_small_and_vectors_are_written_few_times(kind: Any
             assert beside <= 0.1 * whole.segments[0].vectors and beside * dimension <= 200_000_000
     assert sum(one.vectors for one in whole.segments) == 110_000
     assert base_written <= (40 if dimension == 64 else 60) and written <= 12 * 110_000 * (1 if dimension == 64 else 3)
+
+
+def test_an_index_in_a_bucket(s3: S3Server) -> None:
+    """Built, added to, taken out of, refused to the slower of two, searched and verified."""
+    options = [f"storage.options.{key}={value}" for key, value in s3.options.items()]
+    config, uri = settings(*options), f"s3://{BUCKET}/index-{os.getpid()}"
+    store = Store.create(uri, config)
+    everything = vectors(120)
+    add_embeddings(store, "r1", 0, everything[:100])
+    assert index.run(config, store=uri, name="main").count == 100
+    add_embeddings(store, "r2", 100, everything[100:])
+    drop_images(store, ["00000007"], "r3")
+    before = index_files.read_manifest(store, "main")
+    updated = index.run(config, store=uri, name="main")
+    assert (updated.added, updated.removed, updated.count, updated.segments) == (20, 1, 119, 2)
+    current = index_files.read_manifest(store, "main")
+    assert before is not None and current is not None
+    with pytest.raises(JobError, match="Another run updated the index main at the same time"):
+        index_files.publish(store, "main", current, before)
+    assert index_files.read_manifest(store, "main") == current
+    manifests = {"manifest-1.json", "manifest-2.json"}
+    assert index_files.files_present(store, "main") == before.files | current.files | manifests
+    rows = search.run(config, store=uri, name="main", image="00000107", top=3).results
+    cosine = everything @ everything[107]
+    cosine[[7, 107]] = -2
+    assert [row["image_id"] for row in rows] == [f"{at:08d}" for at in np.argsort(-cosine)[:3]]
+    checked = verify.run(config, store=uri)
+    assert not [problem for problem in checked.problems if "index" in problem] and checked.messages == []
 
 
 COMMAND = "from pipelines.cli import main; main()"
