@@ -7,7 +7,6 @@ A pair is done when its row in `pairs` is committed, for the extraction of both 
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,19 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake.exceptions import DeltaError
 
 from pipelines.config import Config
-from pipelines.errors import DinorayError, RequestError
+from pipelines.errors import RequestError
 from pipelines.interrupts import interruptible, uninterrupted
 from pipelines.match_tables import VERSIONED, MatchTables, check_settings, matches_uri
 from pipelines.pairs import Pairs, choose_pairs, embeddings_of, scores, unordered_keys
 from pipelines.progress import ProgressLine
 from pipelines.ray_session import ray_session
-from pipelines.runs import RunReport, new_run_id
+from pipelines.runs import RunReport, new_run_id, recorded
 from pipelines.schemas import PAIRS, descriptor_columns
 from pipelines.store import Store
-from pipelines.tables import explain_write_error
 
 if TYPE_CHECKING:
     from pipelines.match_worker import MatchReport
@@ -61,6 +58,9 @@ class Result:
     bytes_written: int = 0
     repaired: dict[str, int] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+
+    def took(self, seconds: float) -> None:
+        self.seconds["total"] = seconds
 
     def as_dict(self) -> dict[str, Any]:
         return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
@@ -98,8 +98,7 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
         return result
 
     report = RunReport("correspond", opened.uri, config, result.run_id, {"name": name, "pairs": asked.pairs})
-    try:
-        report.write(fingerprint=opened.fingerprint)
+    with recorded(report, result, started, fingerprint=opened.fingerprint):
         check_settings(opened.uri, name, asked, options, record=True)
         tables = MatchTables(opened.uri, name, options)
         result.repaired = {what: count for what, count in tables.repair(result.run_id).items() if count}
@@ -108,23 +107,6 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
         result.seconds["plan"] = time.monotonic() - started
         if len(pending):
             _match_pending(opened, tables, pending, images, config, result)
-        result.status = "done"
-    except KeyboardInterrupt:
-        result.status, result.exit_code = "interrupted", 130
-        result.messages.append("Interrupted: what is committed stays, and the same command continues.")
-    except (OSError, DeltaError) as error:
-        explained = explain_write_error(error, result.store)
-        result.messages.append(str(explained or error))
-        raise explained or error from None
-    except DinorayError as error:
-        result.messages.append(str(error))
-        raise
-    finally:
-        result.seconds["total"] = time.monotonic() - started
-        if result.status == "running":
-            result.status = "failed"
-        with contextlib.suppress(OSError):  # a full disk must not hide what it broke
-            report.finish(result.status, result=result.as_dict())
     return result
 
 
@@ -193,12 +175,14 @@ def _match_pending(
     from pipelines.workers import BYTES_PER_VALUE
 
     has_embeddings = "embedding" in images.column_names and not images["embedding"].null_count
-    pair_scores = scores(pending, embeddings_of(images, config.correspond.pairs) if has_embeddings else None)
+    pair_scores = scores(pending, embeddings_of(images, config.correspond.pairs)) if has_embeddings else None
     spec = store.config.model_copy(update={"correspond": config.correspond})
     files = store.patches.files().values()
     stored = sum(file.size for file in files) / sum(file.rows for file in files) / len(descriptor_columns(spec))
     values = stored / BYTES_PER_VALUE[spec.store.dtype]
     with ray_session(config.run) as resources, interruptible(), ProgressLine(len(pending), "pairs") as progress:
+        if config.model.device == "cuda" and not resources.get("GPU"):
+            raise RequestError("model.device is cuda, but the Ray cluster has no GPU: give model.device=auto or cpu.")
         device = "cuda" if config.model.device != "cpu" and resources.get("GPU") else "cpu"
         setup = MatchSetup(store.uri, tables.uri, result.run_id, spec, device)
         began = time.monotonic()

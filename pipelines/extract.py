@@ -9,7 +9,6 @@ takes no other image with it.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,17 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake.exceptions import DeltaError
 
 from pipelines import sources, storage
 from pipelines.commit import Committer, drop_images
 from pipelines.config import Config
-from pipelines.errors import DinorayError, RequestError
+from pipelines.errors import RequestError
 from pipelines.failures import failure_row
 from pipelines.interrupts import interruptible, uninterrupted
 from pipelines.progress import ProgressLine
 from pipelines.ray_session import ray_session
-from pipelines.runs import RunReport, new_run_id
+from pipelines.runs import RunReport, new_run_id, recorded
 from pipelines.shards import ShardReport
 from pipelines.store import Plan, Store, refuse_memory
 from pipelines.tables import explain_write_error
@@ -67,6 +65,9 @@ class Result:
     device: str = ""
     repaired: dict[str, int] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+
+    def took(self, seconds: float) -> None:
+        self.seconds["total"] = seconds
 
     def as_dict(self) -> dict[str, Any]:
         return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
@@ -121,8 +122,7 @@ def run(
         opened = Store.create(result.store, config)
     asked = {"input": input, "prune": prune, "retry_failed": retry_failed, "limit": limit}
     report = RunReport("extract", result.store, config, result.run_id, asked)
-    try:
-        report.write(fingerprint=opened.fingerprint)
+    with recorded(report, result, started, fingerprint=opened.fingerprint):
         result.repaired = {what: count for what, count in opened.repair(result.run_id).items() if count}
         plan = opened.plan(listing.table, retry_failed=retry_failed, limit=limit)
         _count_plan(result, plan)
@@ -134,22 +134,6 @@ def run(
             _extract_pending(opened, plan, config, result, facts or _check_model(config))
         _record_damage(opened, listing, result)
         _judge(result, config)
-    except KeyboardInterrupt:
-        result.status, result.exit_code = "interrupted", 130
-        result.messages.append("Interrupted: what is committed stays, and the same command continues.")
-    except (OSError, DeltaError) as error:
-        explained = explain_write_error(error, result.store)
-        result.messages.append(str(explained or error))
-        raise explained or error from None
-    except DinorayError as error:
-        result.messages.append(str(error))
-        raise
-    finally:
-        result.seconds["total"] = time.monotonic() - started
-        if result.status == "running":
-            result.status = "failed"
-        with contextlib.suppress(OSError):  # a full disk must not hide what it broke
-            report.finish(result.status, result=result.as_dict())
     return result
 
 
@@ -327,7 +311,6 @@ def _record_damage(store: Store, listing: sources.Listing, result: Result) -> No
 
 
 def _judge(result: Result, config: Config) -> None:
-    result.status = "done"
     tried = result.extracted + result.failed
     if result.exit_code == 0 and tried and result.failed / tried > config.run.max_failed_fraction:
         result.exit_code = 3

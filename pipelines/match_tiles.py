@@ -1,14 +1,17 @@
-"""Laying out pairs on a Ray cluster, so that descriptors are read for tiles of images and not for each pair.
+"""Laying out pairs on a Ray cluster, so that descriptors are read for many pairs and not for each.
 
-Images in the order of their files are cut into blocks of about 256 MB. The pairs of two blocks are a tile. Going
-through the tiles row by row, a block is read once into Ray's object store for each tile that needs it (the row's own
-block once for the row), only the images that have pairs there, and every task of the tile shares it. What is read
-grows with the images times the number of blocks, whatever the number of pairs.
+Images in the order of their files are cut into blocks, at the row groups of the files where that is possible, since a
+row group is what a file is read by. As many neighbouring blocks as half of Ray's object store holds are a band. The
+pairs of a band among its own images and with those of one later block are a tile. Going through the bands, the blocks
+of a band are read once and stay, and each later block that has pairs with it passes by: only the images that have
+pairs there are read, and every task of the tile shares them.
+
+What is read grows with the images, whatever the number of pairs: where all descriptors fit into one band each is read
+once, with n bands up to (n + 1) / 2 times, less where few blocks have pairs with each other.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -21,9 +24,12 @@ from pipelines.match_worker import MatchReport, MatchSetup, PairRow, load_images
 from pipelines.pairs import Pairs
 from pipelines.patch_maps import ImagePlace
 from pipelines.ray_session import explain_ray_error
+from pipelines.shards import IMAGES_PER_ROW_GROUP, ROWS_PER_ROW_GROUP
 
 BLOCK_BYTES = 256 * 2**20
-OBJECT_STORE_SHARE = 8  # a block takes at most this part of it: two are at work, others wait or are being read
+OBJECT_STORE_SHARE = 8  # a block takes at most this part of it: beside the band, some are at work or being read
+BAND_SHARE = 0.5  # of the object store
+OBJECT_STORE_BYTES = 2 * 2**30  # where Ray does not say
 PATCH_PRODUCTS_A_SECOND = 30e6  # of one CPU, binned: patches of one image times those of the other
 SELECTION_SECONDS = 0.02  # of a pair, besides
 TASK_SECONDS = (3.0, 8.0)  # least: worth a worker's start and a file; most: commits are due, kills cost little
@@ -33,39 +39,64 @@ GPU_SHARE = 0.25  # the selection runs on the CPU meanwhile
 
 @dataclass(frozen=True)
 class Tile:
-    """The pairs between two blocks of images; `pairs` are positions in the pending ones."""
+    """The pairs of a band of blocks with one later block, or among its own (block is None).
 
-    block_a: int
-    block_b: int
+    pairs: positions in the pending ones, those of the same two blocks together.
+    """
+
+    band: int
+    block: int | None
     pairs: np.ndarray
 
 
-def cut_blocks(shards: list[str], bytes_each: np.ndarray, most_bytes: float, most_images: int | None) -> np.ndarray:
-    """The block (n,) of each image: neighbours in their files stay together, blocks are of bounded size.
+def cut_blocks(shards: list[str], cells: np.ndarray, most_cells: float, most_images: int | None) -> np.ndarray:
+    """The block (n,) of each image: neighbours in their files stay together, blocks hold at most so many cells.
 
-    Images come in key order, in which a shard is a stretch: shards are taken by the first image of each.
+    Images come in key order, in which a shard is a stretch: shards are taken by the first image of each. Blocks end
+    with row groups, as writers of shards make them, unless one is larger than a block may be.
     """
     first_seen = {shard: at for at, shard in reversed(list(enumerate(shards)))}
     order = np.argsort([first_seen[shard] for shard in shards], kind="stable")
     blocks = np.zeros(len(shards), np.int64)
-    block, used, images = 0, 0.0, 0
-    for image in order:
-        if images and (used + bytes_each[image] > most_bytes or images == most_images):
-            block, used, images = block + 1, 0.0, 0
-        blocks[image] = block
-        used, images = used + bytes_each[image], images + 1
+    block, used, images = 0, 0, 0
+    for group in _row_groups(order, shards, cells):
+        fits = used + cells[group].sum() <= most_cells and (most_images is None or images + len(group) <= most_images)
+        if images and not fits:
+            block, used, images = block + 1, 0, 0
+        for image in group:
+            if images and (used + cells[image] > most_cells or images == most_images):
+                block, used, images = block + 1, 0, 0
+            blocks[image] = block
+            used, images = used + int(cells[image]), images + 1
     return blocks
 
 
-def make_tiles(pairs: Pairs, blocks: np.ndarray) -> list[Tile]:
-    """Every pair in one tile, tiles row by row."""
-    sides = np.sort(np.stack([blocks[pairs.a], blocks[pairs.b]]), axis=0)
-    order = np.lexsort((sides[1], sides[0]))
-    sides = sides[:, order]
-    changes = np.any(np.diff(sides, axis=1) != 0, axis=0) if len(order) else np.zeros(0, bool)
+def _row_groups(order: np.ndarray, shards: list[str], cells: np.ndarray) -> Iterator[list[int]]:
+    """The images of each row group, as pipelines.shards cuts them."""
+    group: list[int] = []
+    rows = 0
+    for image in order.tolist():
+        full = len(group) >= IMAGES_PER_ROW_GROUP or rows >= ROWS_PER_ROW_GROUP
+        if group and (full or shards[image] != shards[group[-1]]):
+            yield group
+            group, rows = [], 0
+        group.append(image)
+        rows += int(cells[image])
+    if group:
+        yield group
+
+
+def make_tiles(pairs: Pairs, blocks: np.ndarray, band_blocks: int) -> list[Tile]:
+    """Every pair in one tile, band after band; a band's own pairs first."""
+    low, high = np.sort(np.stack([blocks[pairs.a], blocks[pairs.b]]), axis=0)
+    band = low // band_blocks
+    block = np.where(high // band_blocks == band, -1, high)
+    order = np.lexsort((low, high, block, band))
+    keys = np.stack([band, block])[:, order]
+    changes = np.any(np.diff(keys, axis=1) != 0, axis=0) if len(order) else np.zeros(0, bool)
     starts = np.concatenate([[0], np.flatnonzero(changes) + 1, [len(order)]])
     return [
-        Tile(int(sides[0, start]), int(sides[1, start]), np.sort(order[start:end]))
+        Tile(int(keys[0, start]), None if keys[1, start] < 0 else int(keys[1, start]), order[start:end])
         for start, end in pairwise(starts)
         if end > start
     ]
@@ -74,7 +105,7 @@ def make_tiles(pairs: Pairs, blocks: np.ndarray) -> list[Tile]:
 def stream_matches(
     setup: MatchSetup,
     pairs: Pairs,
-    scores: list[float | None],
+    scores: np.ndarray | None,
     images: pa.Table,
     values: float,
     resources: dict[str, float],
@@ -92,9 +123,12 @@ def stream_matches(
     columns = {name: images[name].to_pylist() for name in ("image_id", "shard", "run_id")}
     grids = np.stack([images[name].to_numpy() for name in ("grid_height", "grid_width")], axis=1).astype(np.int64)
     cells = grids.prod(axis=1)
-    value_bytes = 2 if setup.half else 4
-    most_bytes = min(BLOCK_BYTES, resources.get("object_store_memory", math.inf) / OBJECT_STORE_SHARE)
-    blocks = cut_blocks(columns["shard"], cells * values * value_bytes, most_bytes, setup.config.correspond.tile_images)
+    cell_bytes = values * (2 if setup.half else 4) + 12  # saliency, y and x
+    object_store = _smallest_object_store()
+    most_cells = min(BLOCK_BYTES, object_store / OBJECT_STORE_SHARE) / cell_bytes
+    blocks = cut_blocks(columns["shard"], cells, most_cells, setup.config.correspond.tile_images)
+    largest_block = np.bincount(blocks, cells).max() * cell_bytes
+    band_blocks = max(1, int(object_store * BAND_SHARE / largest_block))
     seconds = cells[pairs.a] * cells[pairs.b] / PATCH_PRODUCTS_A_SECOND + SELECTION_SECONDS
 
     gpu = setup.device == "cuda"
@@ -114,16 +148,25 @@ def stream_matches(
     def pair_row(at: int) -> PairRow:
         a, b = pairs.a[at], pairs.b[at]
         ids, runs = columns["image_id"], columns["run_id"]
-        return PairRow(ids[a], ids[b], scores[at], pairs.source, runs[a], runs[b])
+        score = None if scores is None else float(scores[at])
+        return PairRow(ids[a], ids[b], score, pairs.source, runs[a], runs[b])
 
     def tasks() -> Iterator[Any]:
-        for block, tiles_of_row in groupby(make_tiles(pairs, blocks), lambda tile: tile.block_a):
-            row = list(tiles_of_row)
-            row_block = read(np.concatenate([tile.pairs for tile in row]), block)
-            for tile in row:
-                loaded = [row_block] if tile.block_b == block else [row_block, read(tile.pairs, tile.block_b)]
+        tiles_of_band = groupby(make_tiles(pairs, blocks, band_blocks), lambda tile: tile.band)
+        for band, tiles in ((band, list(some)) for band, some in tiles_of_band):
+            in_band = np.concatenate([tile.pairs for tile in tiles])
+            loaded: dict[int, Any] = {}
+            for tile in tiles:
+                passing: dict[int, Any] = {}
                 for chunk in _chunks(tile.pairs, seconds, task_seconds):
-                    yield match.remote(setup, [pair_row(at) for at in chunk], *loaded)
+                    needed = np.unique(np.concatenate([blocks[pairs.a[chunk]], blocks[pairs.b[chunk]]])).tolist()
+                    for block in needed:
+                        if block // band_blocks != band:
+                            passing[block] = passing.get(block) or read(tile.pairs, block)
+                        elif block not in loaded:
+                            loaded[block] = read(in_band, block)
+                    at_hand = loaded | passing
+                    yield match.remote(setup, [pair_row(at) for at in chunk], *(at_hand[block] for block in needed))
 
     waiting: list[Any] = []
     upcoming = tasks()
@@ -138,6 +181,14 @@ def stream_matches(
             yield ray.get(finished[0])
     except RayError as error:
         raise explain_ray_error(error, "the matching") from None
+
+
+def _smallest_object_store() -> float:
+    """Bytes of shared memory of the node that has least: blocks are copied to every node that works with them."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return min([node.get("object_store_memory", OBJECT_STORE_BYTES) for node in nodes], default=OBJECT_STORE_BYTES)
 
 
 def _images_in(pairs: Pairs, chosen: np.ndarray, blocks: np.ndarray, block: int) -> np.ndarray:

@@ -161,16 +161,14 @@ def pairs_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options
     return Pairs(a[kept], b[kept], "file", messages)
 
 
-def scores(pairs: Pairs, embeddings: np.ndarray | None) -> list[float | None]:
-    """Cosine similarity of the embeddings of each pair; None without embeddings."""
-    if embeddings is None:
-        return [None] * len(pairs)
+def scores(pairs: Pairs, embeddings: np.ndarray) -> np.ndarray:
+    """Cosine similarity of the embeddings of each pair: (n,) float32."""
     unit = _unit(embeddings)
     parts = [
         np.einsum("nd,nd->n", unit[pairs.a[at : at + SCORED]], unit[pairs.b[at : at + SCORED]])
         for at in range(0, len(pairs), SCORED)
     ]
-    return np.concatenate([np.zeros(0, np.float32), *parts]).tolist()
+    return np.concatenate([np.zeros(0, np.float32), *parts])
 
 
 def embeddings_of(images: pa.Table, asked: str) -> np.ndarray:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import platform
+import time
 import uuid
+from collections.abc import Iterator
 from importlib import metadata
-from typing import Any
+from typing import Any, Protocol
+
+from deltalake.exceptions import DeltaError
 
 from pipelines import storage
 from pipelines.config import Config
-from pipelines.errors import JobError
+from pipelines.errors import DinorayError, JobError
+from pipelines.tables import explain_write_error
 
 
 def new_run_id() -> str:
@@ -44,6 +50,51 @@ class RunReport:
     def finish(self, status: str, **more: Any) -> dict[str, Any]:
         self.write(status=status, finished_at=_now(), **more)
         return self.content
+
+
+class JobResult(Protocol):
+    """What a job tells of itself; its report holds the same."""
+
+    store: str
+    status: str
+    exit_code: int
+    messages: list[str]
+
+    def took(self, seconds: float) -> None:
+        """Note how long the whole run took."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+@contextlib.contextmanager
+def recorded(report: RunReport, result: JobResult, started: float, **first: Any) -> Iterator[None]:
+    """A job inside a report that says how it ended, whichever way it does; for jobs that continue where they stopped.
+
+    first: what the report says from its beginning. started: time.monotonic() when the run began.
+
+    An interruption ends the block and becomes the result, with exit code 130. Errors pass through, write errors in
+    words (JobError).
+    """
+    try:
+        report.write(**first)
+        yield
+        result.status = "done"
+    except KeyboardInterrupt:
+        result.status, result.exit_code = "interrupted", 130
+        result.messages.append("Interrupted: what is committed stays, and the same command continues.")
+    except (OSError, DeltaError) as error:
+        explained = explain_write_error(error, result.store)
+        result.messages.append(str(explained or error))
+        raise explained or error from None
+    except DinorayError as error:
+        result.messages.append(str(error))
+        raise
+    finally:
+        result.took(time.monotonic() - started)
+        if result.status == "running":
+            result.status = "failed"
+        with contextlib.suppress(OSError):  # a full disk must not hide what it broke
+            report.finish(result.status, result=result.as_dict())
 
 
 def read_reports(store: str, config: Config) -> list[dict[str, Any]]:

@@ -3,7 +3,9 @@ what is left after kills, changes and races."""
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -15,19 +17,22 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 from hand_made import DIMENSIONS, GRID, add_images, features, source
+from PIL import Image
 from s3_server import BUCKET, S3Server
 from small_runs import photo, settings
 from typer.testing import CliRunner
 
 from dino_ops import Extractor, find_correspondences
-from pipelines import correspond, extract, verify
+from pipelines import correspond, extract, stats, verify
 from pipelines.cli import app
 from pipelines.commit import Committer, drop_images
+from pipelines.errors import RequestError
 from pipelines.match_tables import MatchTables
 from pipelines.match_tiles import cut_blocks, make_tiles
 from pipelines.match_worker import MatchReport, MatchSetup, PairRow, load_images, match_pairs
@@ -61,12 +66,14 @@ def hand_made_store(folder: Path, ids: str) -> Store:
     return store
 
 
-def add(store: Store, run_id: str, ids: str, version: str = "v1") -> None:
+def add(
+    store: Store, run_id: str, ids: str, version: str = "v1", grid: tuple[int, int] = GRID, dimensions: int = DIMENSIONS
+) -> None:
     """Commit one shard; images of another version replace those that are there."""
     writer = ShardWriter(store.uri, store.config, run_id)
     for at, image_id in enumerate(ids):
-        noise = np.random.default_rng([ord(image_id), int(version[1])]).standard_normal((*GRID, DIMENSIONS))
-        writer.add({**source(image_id, at, version), "label": "one"}, replace(features(), descriptor=noise))
+        noise = np.random.default_rng([ord(image_id), int(version[1])]).standard_normal((*grid, dimensions))
+        writer.add({**source(image_id, at, version), "label": "one"}, replace(features(grid=grid), descriptor=noise))
     patches, images = writer.close()
     report = ShardReport("shard", writer.positions, writer.image_ids, patches, images)
     changed = set(ids) if version != "v1" else set()
@@ -74,11 +81,12 @@ def add(store: Store, run_id: str, ids: str, version: str = "v1") -> None:
     store.refresh()
 
 
-def by_hand(store: Store, name: str, pairs: list[str]) -> tuple[MatchTables, MatchReport]:
+def by_hand(store: Store, name: str, pairs: list[str], *overrides: str) -> tuple[MatchTables, MatchReport]:
     """Files of pairs such as "ab", written as a worker does and not committed."""
     tables = MatchTables(store.uri, name, {})
     correspond.check_settings(store.uri, name, settings().correspond, {}, record=True)
-    setup = MatchSetup(store.uri, tables.uri, "r9", store.config, "cpu")
+    config = store.config.model_copy(update={"correspond": settings(*overrides).correspond})
+    setup = MatchSetup(store.uri, tables.uri, "r9", config, "cpu")
     images = store.images.read(["image_id", "shard", "grid_height", "grid_width", "run_id"]).to_pylist()
     runs = {row["image_id"]: row["run_id"] for row in images}
     loaded = load_images(
@@ -163,26 +171,87 @@ def test_pairs_of_a_file(tmp_path: Path, kind: str) -> None:
         pq.write_table(pa.table({"image_a": [a for a, _ in listed], "image_b": [b for _, b in listed]}), file)
     chosen = choose_pairs(str(file), images_table(["x"] * 5), {})
     assert list(zip(chosen.a, chosen.b, strict=True)) == [(4, 1), (0, 2), (1, 2)]
-    assert len(chosen.messages) == 2 and "1 pairs of an image with itself" in chosen.messages[0]
+    assert len(chosen.messages) == 2 and "1 pair of an image with itself" in chosen.messages[0]
+
+
+HOSTILE = ['a "quoted" one.jpg', "two\nlines.jpg", "a,b;c.jpg", "Größe/猫\u200d.jpg", "'; DROP TABLE pairs --", " x "]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_ids_may_be_any_text(tmp_path: Path, kind: str) -> None:
+    """And other columns may hold anything, also what looks like numbers only at first."""
+    listed = list(combinations(HOSTILE, 2))
+    notes = ["1"] * (len(listed) - 1) + ["none"]
+    file = tmp_path / f"pairs.{kind}"
+    if kind == "csv":
+        with file.open("w", newline="", encoding="utf-8-sig") as sink:  # as spreadsheets write it
+            csv.writer(sink).writerows(
+                [("note", "image_a", "image_b"), *((n, *p) for n, p in zip(notes, listed, strict=True))]
+            )
+    elif kind == "jsonl":
+        file.write_text("\n\n".join(json.dumps({"image_a": a, "image_b": b, "n": [1]}) for a, b in listed))
+    else:
+        pq.write_table(
+            pa.table({"note": notes, "image_a": [a for a, _ in listed], "image_b": [b for _, b in listed]}), file
+        )
+    images = images_table(["x"] * len(HOSTILE)).set_column(0, "image_id", pa.array(sorted(HOSTILE), pa.string()))
+    chosen = choose_pairs(str(file), images, {})
+    ids = images["image_id"].to_pylist()
+    assert [(ids[a], ids[b]) for a, b in zip(chosen.a, chosen.b, strict=True)] == listed
+    assert chosen.messages == []
+
+
+def test_labels_with_too_many_pairs_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels: list[str | None] = ["cat"] * 300_000 + ["dog", "dog", None]
+    with pytest.raises(RequestError, match=r"makes 44,999,850,001 pairs \('cat' alone labels 300,000 images\)"):
+        choose_pairs("all", images_table(labels), {})
+    monkeypatch.setattr("pipelines.pairs.MOST_PAIRS", 4)
+    assert len(choose_pairs("all", images_table(["a", "a", "a", "b", "b", "c"]), {})) == 4
+
+
+def test_a_broken_embedding_is_nobodys_neighbour() -> None:
+    vectors = np.random.default_rng(0).standard_normal((12, 6)).astype(np.float32)
+    vectors[:, 0] += 9  # all of them similar, and to zeros not
+    vectors[4, 2] = np.nan
+    near_broken = [pair for pair in as_set(nearest_pairs(vectors, 3)) if 4 in pair]
+    assert len(near_broken) == 3, "its own three, and nobody else's"
 
 
 # tiles
 
 
-def test_tiles_hold_every_pair_once_and_blocks_are_bounded() -> None:
+@pytest.mark.parametrize("band_blocks", [1, 3, 100])
+def test_tiles_hold_every_pair_once_and_blocks_are_bounded(band_blocks: int) -> None:
     generator = np.random.default_rng(2)
     shards = [f"s{at // 7}" for at in range(40)]
     sizes = generator.integers(1, 10, 40)
-    blocks = cut_blocks(shards, sizes, most_bytes=30, most_images=6)
+    blocks = cut_blocks(shards, sizes, most_cells=30, most_images=6)
     assert blocks.tolist() == sorted(blocks)
     for block in range(blocks.max() + 1):
         assert sizes[blocks == block].sum() <= 30 and (blocks == block).sum() <= 6
     a, b = np.array(list(combinations(range(40), 2)))[generator.permutation(780)[:300]].T
-    tiles = make_tiles(Pairs(a, b, "file"), blocks)
+    tiles = make_tiles(Pairs(a, b, "file"), blocks, band_blocks)
     assert sorted(np.concatenate([tile.pairs for tile in tiles])) == list(range(300))
-    assert len({(tile.block_a, tile.block_b) for tile in tiles}) == len(tiles)
+    assert len({(tile.band, tile.block) for tile in tiles}) == len(tiles)
+    assert [tile.band for tile in tiles] == sorted(tile.band for tile in tiles)
     for tile in tiles:
-        assert {tuple(sorted((blocks[a[at]], blocks[b[at]]))) for at in tile.pairs} == {(tile.block_a, tile.block_b)}
+        for at in tile.pairs:
+            low, high = sorted((blocks[a[at]], blocks[b[at]]))
+            assert low // band_blocks == tile.band
+            assert tile.block == (None if high // band_blocks == tile.band else high)
+    assert make_tiles(Pairs(a[:0], b[:0], "file"), blocks, band_blocks) == []
+
+
+def test_blocks_end_with_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row group that two blocks share would be read for each."""
+    monkeypatch.setattr("pipelines.match_tiles.IMAGES_PER_ROW_GROUP", 4)
+    shards = ["s0"] * 10 + ["s1"] * 6  # row groups of 4, 4, 2 and 4, 2 images
+    cells = np.ones(16, np.int64)
+    assert cut_blocks(shards, cells, most_cells=7, most_images=None).tolist() == [0] * 4 + [1] * 6 + [2] * 6
+    assert cut_blocks(shards, cells, most_cells=math.inf, most_images=None).tolist() == [0] * 16
+    assert cut_blocks(shards, cells, most_cells=3, most_images=None).tolist() == (
+        [0] * 3 + [1] + [2] * 3 + [3] * 3 + [4] * 3 + [5] * 3
+    )
 
 
 # the job
@@ -235,6 +304,34 @@ def test_matches_are_those_of_the_extractors_features(extracted: tuple[Path, Pat
             assert row["saliency"] == pytest.approx((a.saliency[cell_a] + b.saliency[cell_b]) / 2, abs=1e-4)
 
 
+def test_coordinates_are_those_of_the_upright_original(tmp_path: Path) -> None:
+    """The same picture once as it is, once stored on its side with an EXIF orientation, once of twice the size."""
+    upright, exif = photo(3, 96, 72), Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise before it is shown
+    upright.save(tmp_path / "a.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=exif)
+    upright.resize((192, 144), Image.Resampling.BICUBIC).save(tmp_path / "c.png")
+    store = Store.create(str(tmp_path / "store"), settings("store.dtype=float32"))
+    extractor = Extractor("vit_tiny_patch16_224", "random", shorter_side=64, device="cpu")
+    writer = ShardWriter(store.uri, store.config, "r1")
+    for at, image_id in enumerate("abc"):
+        writer.add(source(image_id, at), extractor(tmp_path / f"{image_id}.png"))
+    patches, images = writer.close()
+    shard = ShardReport("shard", writer.positions, writer.image_ids, patches, images)
+    Committer(store, "r1", set()).commit([shard], dict.fromkeys("abc", (10, "v1")))
+    store.refresh()
+    tables, report = by_hand(store, "m", ["ab", "ac"], "correspond.keep=all", "correspond.saliency_threshold=0")
+    tables.commit([report], "r9")
+    rows = rows_of(store.uri, "m", "matches")
+    for row in rows:
+        scale = 2 if row["image_b"] == "c" else 1
+        for side, factor in (("a", 1), ("b", scale)):  # 72 pixels became 64, 96 became 85
+            assert row[f"y_{side}"] == pytest.approx((row[f"row_{side}"] * 16 + 8) * factor * 72 / 64)
+            assert row[f"x_{side}"] == pytest.approx((row[f"col_{side}"] * 16 + 8) * factor * 96 / 85)
+    itself = [row for row in rows if (row["row_a"], row["col_a"]) == (row["row_b"], row["col_b"])]
+    assert len([row for row in itself if row["image_b"] == "b"]) >= 18, "of 20 patches, but for those below 0"
+
+
 def _ids(folder: Path, label: str) -> list[str]:
     return sorted(f"{label}/{path.name}" for path in (folder / label).iterdir())
 
@@ -250,6 +347,33 @@ def test_reads_grow_with_images_and_a_second_run_adds_what_is_new(extracted: tup
     report = json.loads((store / "runs" / f"{every.run_id}.json").read_text())
     assert (report["command"], report["status"], report["result"]["matched"]) == ("correspond", "done", every.matched)
     assert {"plan", "read", "match", "write", "commit", "total"} <= report["result"]["seconds"].keys()
+
+
+@pytest.mark.usefixtures("ray")
+@pytest.mark.parametrize(
+    ("band_share", "times", "readings"), [(0.5, 1, 5), pytest.param(1e-9, 3, 15, marks=pytest.mark.slow)]
+)
+def test_what_is_read_for_pairs_all_over_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, band_share: float, times: int, readings: int
+) -> None:
+    """Every block has pairs with every other: read once where they fit into memory, else (blocks + 1) / 2 times."""
+    monkeypatch.setattr("pipelines.match_tiles.BAND_SHARE", band_share)
+    monkeypatch.setattr("pipelines.shards.IMAGES_PER_ROW_GROUP", 3)
+    monkeypatch.setattr("pipelines.match_tiles.IMAGES_PER_ROW_GROUP", 3)
+    store = Store.create(str(tmp_path / "store"), settings())
+    add(store, "r1", "abcdefghijklmno", grid=(16, 24), dimensions=96)
+    pairs = ["ab", "de", "gh", "jk", "mn", *("".join(pair) for pair in combinations("adgjm", 2))]
+    (tmp_path / "pairs.csv").write_text("image_a,image_b\n" + "".join(f"{a},{b}\n" for a, b in pairs))
+    result = run(store.uri, "m", str(tmp_path / "pairs.csv"), "correspond.tile_images=3")
+    assert pairs_of(store.uri, "m") == sorted(pairs)
+    (file,) = DeltaTable(f"{store.uri}/patches").file_uris()
+    footer = pq.ParquetFile(file).metadata
+    assert footer.num_row_groups == 5
+    groups = [footer.row_group(at) for at in range(5)]
+    held = sum(group.column(at).total_compressed_size for group in groups for at in range(group.num_columns))
+    assert result.bytes_read == pytest.approx(
+        times * held + readings * 2**16, rel=0.02
+    )  # Arrow looks for footers there
 
 
 def _descriptor_chunks(store: Path) -> list[pq.ColumnChunkMetaData]:
@@ -385,6 +509,52 @@ def test_a_killed_driver_loses_and_repeats_nothing(extracted: tuple[Path, Path])
     assert _points(store, "killed") == _points(store, "whole")
 
 
+@pytest.mark.slow
+def test_kills_at_several_moments_and_of_workers_lose_and_repeat_nothing(extracted: tuple[Path, Path]) -> None:
+    """kill -9: before there is anything, between the commits of both tables, after some, and a worker at its work."""
+    _, store = extracted
+    options = ("run.workers=1", "run.commit_seconds=0.01", "correspond.tile_images=1")
+    given = [part for one in options for part in ("--set", one)]
+    command = [DINORAY, "correspond", str(store), "often", "--pairs", f"knn:{IMAGES - 1}", *given]
+    tables = store / "matches" / "often"
+
+    def commits(table: str) -> int:
+        return len(list((tables / table / "_delta_log").glob("*.json")))
+
+    moments: list[Callable[[], bool]] = [
+        (tables / "settings.json").exists,
+        lambda: commits("matches") > commits("pairs") > 0,
+        lambda: commits("pairs") >= 6,
+    ]
+    for happened in moments:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _wait_for(happened, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    before = commits("pairs")
+    _wait_for(lambda: commits("pairs") > before, process)
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if any(task in " ".join(child.cmdline()) for task in ("match_pairs", "load_images"))
+    ]
+    for worker in workers:
+        worker.kill()
+    assert workers and process.wait(timeout=300) == 0
+    assert len(pairs_of(store, "often")) == 28
+    run(store, "undisturbed", f"knn:{IMAGES - 1}")
+    assert _points(store, "often") == _points(store, "undisturbed")
+    assert verify.run(settings(), store=str(store)).problems == []
+
+
+def _wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.0005)
+
+
 def _points(store: Path, name: str) -> set[tuple[object, ...]]:
     columns = ("image_a", "image_b", "row_a", "col_a", "row_b", "col_b", "rank")
     return {tuple(row[column] for column in columns) for row in rows_of(store, name, "matches")}
@@ -426,6 +596,22 @@ def test_verify_names_pairs_that_are_there_twice_or_lost_matches(tmp_path: Path)
     assert sorted(found) == sorted(["matches/m: a and b are a pair twice", missing])
 
 
+def test_stats_count_pairs_and_matches(tmp_path: Path) -> None:
+    store = hand_made_store(tmp_path, "abc")
+    assert stats.run(settings(), store=store.uri).matches == {}
+    tables, report = by_hand(store, "near", ["ab", "ac"])
+    tables.commit([report], "r9")
+    by_hand(store, "none", ["bc"])  # begun, nothing committed
+    found = stats.run(settings(), store=store.uri).matches
+    assert list(found) == ["near", "none"]
+    near = {name: found["near"][name] for name in ("pairs", "matches", "without_matches", "files")}
+    kept = list(report.kept.values())
+    assert near == {"pairs": 2, "matches": sum(kept), "without_matches": kept.count(0), "files": 2}
+    assert set(found["none"].values()) == {0}
+    shown = CliRunner().invoke(app, ["stats", store.uri], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0 and f"2 pairs (0 without), {sum(kept)} matches" in shown.stdout, shown.output
+
+
 @pytest.mark.usefixtures("ray")
 def test_a_store_in_a_bucket(s3: S3Server) -> None:
     options = [f"storage.options.{key}={value}" for key, value in s3.options.items()]
@@ -455,6 +641,18 @@ def test_bad_requests_are_one_sentence_each(tmp_path: Path) -> None:
     (tmp_path / "same.csv").write_text("image_a,image_b\na,a\n")
     (tmp_path / "broken.jsonl").write_text('{"image_a": "a"}\n')
     (tmp_path / "broken.parquet").write_text("no Parquet")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "header.csv").write_text("image_a,image_b\n")
+    (tmp_path / "twice.csv").write_text("image_a,image_b,image_a\na,b,c\n")
+    (tmp_path / "blank.csv").write_text("image_a,image_b\na,\n")
+    (tmp_path / "null.jsonl").write_text('{"image_a": "a", "image_b": null}\n')
+    pq.write_table(pa.table({"image_a": ["a", None], "image_b": ["b", "c"]}), tmp_path / "null.parquet")
+    assert "no column image_a (it has none)" in sentence(store.uri, "m", str(tmp_path / "empty.csv"))
+    assert "lists no two different images" in sentence(store.uri, "m", str(tmp_path / "header.csv"))
+    assert "several columns image_a" in sentence(store.uri, "m", str(tmp_path / "twice.csv"))
+    assert "does not have: ''. Extract" in sentence(store.uri, "m", str(tmp_path / "blank.csv"))
+    assert "line 1 has null for image_b" in sentence(store.uri, "m", str(tmp_path / "null.jsonl"))
+    assert "1 empty values" in sentence(store.uri, "m", str(tmp_path / "null.parquet"))
     said = sentence(store.uri, "m", str(tmp_path / "unknown.csv"))
     assert "names images that the store does not have: v, w, x and 2 more." in said
     assert "no column image_b (it has image_a, second)" in sentence(store.uri, "m", str(tmp_path / "columns.csv"))
