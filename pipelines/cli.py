@@ -268,6 +268,58 @@ def evaluate_retrieval(
     _run_job(job, cli_output.print_retrieval, config, overrides, dry_run=dry_run, as_json=as_json, reads_only=plan)
 
 
+@evaluate.command("segmentation")
+def evaluate_segmentation(
+    store: StoreArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of a co-segmentation that `dinoray cosegment` made.")],
+    masks: Annotated[
+        str, typer.Option("--masks", metavar="FOLDER", help="Annotated masks, named like the images; > 127 is inside.")
+    ],
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """The common foreground against annotated masks: Jaccard, precision and CorLoc."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.evaluate.segmentation import run
+
+        return run(settings, store=store, name=name, masks=masks)
+
+    plan = f"evaluate the foreground of parts {name} of {store} with {masks}"
+    show = cli_output.print_segmentation
+    _run_job(job, show, config, overrides, dry_run=dry_run, as_json=as_json, reads_only=plan)
+
+
+@evaluate.command("parts")
+def evaluate_parts(
+    store: StoreArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of a co-segmentation that `dinoray cosegment` made.")],
+    annotations: Annotated[
+        str,
+        typer.Option(
+            "--annotations",
+            metavar="FOLDER",
+            help="Part labels, named like the images, or key points in the layout of PF-WILLOW or SPair-71k.",
+        ),
+    ],
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Parts against part labels or key points: normalised mutual information (NMI) and adjusted Rand index (ARI)."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.evaluate.parts import run
+
+        return run(settings, store=store, name=name, annotations=annotations)
+
+    plan = f"evaluate the parts {name} of {store} with {annotations}"
+    _run_job(job, cli_output.print_parts, config, overrides, dry_run=dry_run, as_json=as_json, reads_only=plan)
+
+
 @app.command()
 def verify(
     store: StoreArgument,

@@ -156,6 +156,34 @@ def print_retrieval(result: Any) -> None:
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
 
 
+def print_segmentation(result: Any) -> None:
+    measures = ("jaccard", "precision", "corloc")
+    width = max(len(score["set"]) for score in result.scores)
+    print(f"{'':{width}}{'images':>8}" + "".join(f"{measure:>11}" for measure in measures))
+    for score in result.scores:
+        values = "".join(f"{score[measure]:11.4f}" for measure in measures)
+        print(f"{score['set']:{width}}{score['images']:8,}{values}")
+    for measure in measures:
+        print(f"{measure}: {result.conventions[measure]}.")
+    if result.resized:
+        print(f"{result.resized:,} annotated masks had another size than their image and were brought to it.")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
+
+
+def print_parts(result: Any) -> None:
+    width = max(len(score["set"]) for score in result.scores)
+    items = None
+    for score in result.scores:
+        if score["items"] != items:
+            items = score["items"]
+            print(f"{items}: {result.conventions[items]}.")
+            print(f"{'':{width}}{'images':>8}{'count':>14}{'NMI':>9}{'ARI':>9}")
+        print(f"{score['set']:{width}}{score['images']:8,}{score['count']:14,}{score['nmi']:9.4f}{score['ari']:9.4f}")
+    for what in ("nmi", "ari", "set"):
+        print(f"{what}: {result.conventions[what]}.")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
+
+
 def print_verify(result: Any) -> None:
     for problem in result.problems:
         print(problem)

@@ -1,0 +1,150 @@
+"""evaluate segmentation: the foreground of a co-segmentation against annotated masks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dino_ops.mask_refinement import resize_mask
+from dino_ops.segmentation_metrics import jaccard, localised, mask_box, pixel_precision
+from pipelines.config import Config
+from pipelines.cosegment_masks import read_png
+from pipelines.cosegment_tables import PartTables
+from pipelines.errors import RequestError
+from pipelines.evaluate.reports import write_report
+from pipelines.evaluate.truth import TruthFolder, match_names
+from pipelines.runs import RunReport, new_run_id
+from pipelines.store import Store
+from pipelines.tables import open_parquet
+
+FOREGROUND_ABOVE = 127  # in an annotated mask
+ROWS_AT_ONCE = 64
+MOST_NAMED = 3
+MEASURES = ("jaccard", "precision", "corloc")
+CONVENTIONS = {
+    "jaccard": "intersection over union of the foregrounds of an image, mean over images; 1 where both are empty",
+    "precision": "fraction of all pixels of an image labelled right, background included, mean over images",
+    "corloc": "fraction of images where the box around the largest connected component of the foreground has an "
+    "intersection over union of at least 0.5 with the box around the annotated mask",
+}
+
+
+@dataclass
+class Result:
+    """How well stored foregrounds agree with annotated ones, pixel by pixel of the original images.
+
+    scores: one row per set, and `all` for all images: set, images, jaccard, precision, corloc.
+    without_truth: images of the co-segmentation that have no annotated mask, which do not count.
+    """
+
+    run_id: str
+    store: str
+    name: str
+    masks: str
+    images: int
+    without_truth: int
+    resized: int  # annotated masks of another size than their image
+    jaccard: float  # of all images
+    precision: float
+    corloc: float
+    scores: list[dict[str, Any]]
+    conventions: dict[str, str] = field(default_factory=lambda: dict(CONVENTIONS))
+    seconds: float = 0.0
+    messages: list[str] = field(default_factory=list)
+
+    exit_code = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.__dict__
+
+
+def run(config: Config, *, store: str, name: str, masks: str) -> Result:
+    """Compare parts/NAME of a store with a folder of annotated masks, whose values above 127 are foreground.
+
+    Raises RequestError without such a co-segmentation or folder, and where no image has an annotated mask.
+    """
+    started = time.monotonic()
+    opened = Store.open(store, config)
+    tables = open_parts(opened.uri, name, config)
+    truth = TruthFolder(masks, config.storage.options)
+    image_ids = set(tables.images.read(["image_id"])["image_id"].to_pylist())
+    annotated = match_names(image_ids, truth.names)
+    if not annotated:
+        raise RequestError(
+            f"No image of {tables.uri} has a mask in {masks}: {min(image_ids)} should have one named like it, and "
+            f"there is {truth.names[0]}."
+        )
+    run_id = new_run_id()
+    report = RunReport("evaluate segmentation", opened.uri, config, run_id, {"name": name, "masks": masks})
+
+    per_set: dict[str, list[tuple[float, float, bool]]] = {}
+    resized = set()
+    for row in rows_of(tables, ["image_id", "set_id", "foreground_png"]):
+        if row["image_id"] not in annotated:
+            continue
+        true = truth.read(annotated[row["image_id"]]) > FOREGROUND_ABOVE
+        found = read_png(row["foreground_png"]) > 0
+        if found.shape != true.shape:
+            resized.add(row["image_id"])
+            true = resize_mask(true, *found.shape)
+        box = mask_box(true, around="mask")
+        boxes = np.zeros((0, 4)) if box is None else box[None]
+        per_set.setdefault(row["set_id"], []).append(
+            (jaccard(found, true), pixel_precision(found, true), localised(found, boxes))
+        )
+    groups = [*sorted(per_set.items()), ("all", [one for of_set in per_set.values() for one in of_set])]
+    scores = [
+        {"set": set_id, "images": len(values)}
+        | {measure: round(float(np.mean([value[at] for value in values])), 6) for at, measure in enumerate(MEASURES)}
+        for set_id, values in groups
+    ]
+    result = Result(
+        run_id=run_id,
+        store=opened.uri,
+        name=name,
+        masks=masks,
+        images=len(annotated),
+        without_truth=len(image_ids) - len(annotated),
+        resized=len(resized),
+        **{measure: scores[-1][measure] for measure in MEASURES},
+        scores=scores,
+        seconds=round(time.monotonic() - started, 2),
+        messages=about_missing(sorted(image_ids - annotated.keys()), masks),
+    )
+    result.messages += write_report(report, result.as_dict())
+    return result
+
+
+def open_parts(store: str, name: str, config: Config) -> PartTables:
+    """The tables of a co-segmentation. Raises RequestError where there are none, or they are empty."""
+    options = config.storage.options
+    tables = PartTables.open_existing(store, name, options)
+    if tables is None or not tables.images.files():
+        there = ", ".join(PartTables.all_in(store, options)) or "none"
+        raise RequestError(
+            f"The store has no parts {name} (it has {there}): make them with `dinoray cosegment {store} {name}`."
+        )
+    return tables
+
+
+def rows_of(tables: PartTables, columns: list[str]) -> Any:
+    """Rows of parts/NAME/images, few at a time in memory."""
+    for path in tables.images.files():
+        with open_parquet(f"{tables.images.uri}/{path}", tables.options) as parquet:
+            for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=columns):
+                yield from batch.to_pylist()
+
+
+def about_missing(image_ids: list[str], where: str) -> list[str]:
+    """What to tell about images that are not annotated."""
+    if not image_ids:
+        return []
+    more = f" and {len(image_ids) - MOST_NAMED:,} more" if len(image_ids) > MOST_NAMED else ""
+    one = len(image_ids) == 1
+    return [
+        f"{len(image_ids):,} image{'' if one else 's'} {'has' if one else 'have'} no annotation in {where} and "
+        f"{'does' if one else 'do'} not count: {', '.join(image_ids[:MOST_NAMED])}{more}."
+    ]
