@@ -96,11 +96,11 @@ def run(config: Config, *, store: str, name: str, masks: str) -> Result:
             (jaccard(found, true), pixel_precision(found, true), localised(found, boxes))
         )
     groups = [*sorted(per_set.items()), ("all", [one for of_set in per_set.values() for one in of_set])]
-    scores = [
-        {"set": set_id, "images": len(values)}
-        | {measure: round(float(np.mean([value[at] for value in values])), 6) for at, measure in enumerate(MEASURES)}
-        for set_id, values in groups
-    ]
+    scores: list[dict[str, Any]] = []
+    for set_id, values in groups:
+        means = np.mean(np.array(values, np.float64), axis=0)
+        named = {measure: round(float(mean), 6) for measure, mean in zip(MEASURES, means, strict=True)}
+        scores.append({"set": set_id, "images": len(values), **named})
     result = Result(
         run_id=run_id,
         store=opened.uri,
@@ -109,7 +109,9 @@ def run(config: Config, *, store: str, name: str, masks: str) -> Result:
         images=len(annotated),
         without_truth=len(image_ids) - len(annotated),
         resized=len(resized),
-        **{measure: scores[-1][measure] for measure in MEASURES},
+        jaccard=scores[-1]["jaccard"],
+        precision=scores[-1]["precision"],
+        corloc=scores[-1]["corloc"],
         scores=scores,
         seconds=round(time.monotonic() - started, 2),
         messages=about_missing(sorted(image_ids - annotated.keys()), masks),
