@@ -19,7 +19,7 @@ import torch
 from dino_ops.kmeans_assignment import Vectors, as_tensor, unit
 
 BATCH = 128  # candidates drawn at once
-BLOCK_VALUES = 2**22  # of the sample converted at once
+BLOCK_VALUES = 2**19, 2**25  # of the sample converted at once, on a CPU and on a GPU
 SAME = 1e-12  # squared distance in parts of the squared lengths, up to which vectors count as the same
 
 
@@ -82,27 +82,29 @@ class _Drawing:
         if sample.ndim != 2:
             raise ValueError(f"a sample has two axes (n, D), not {sample.ndim}")
         self.sample, self.spherical = sample, spherical
-        self.rows = max(1, BLOCK_VALUES // max(1, sample.shape[1]))
+        on_cpu, on_gpu = BLOCK_VALUES
+        values = on_cpu if sample.device.type == "cpu" else on_gpu
+        self.rows = max(1, values // max(1, sample.shape[1]))
         starts = range(0, len(sample), self.rows)
         # Moving a sample to its mean changes no distance and keeps the products' rounding small.
         self.middle = sample.new_zeros(sample.shape[1], dtype=torch.float64)
         if not spherical and len(sample):
             self.middle = sum((self._block(i).sum(dim=0) for i in starts), self.middle) / len(sample)
         squared = [self._block(i).square().sum(dim=1) for i in starts]
-        self.squared = torch.cat(squared) if squared else self.middle.new_zeros(0)
-        if not torch.isfinite(self.squared).all():
+        self.squared = (torch.cat(squared) if squared else self.middle.new_zeros(0)).cpu().numpy()
+        if not np.isfinite(self.squared).all():
             raise ValueError("vectors to cluster must be finite; some are nan or infinite")
         self.distances = np.zeros(0)
 
     def first(self, generator: np.random.Generator) -> list[int]:
         """A vector at random; spherical: one that has a direction."""
-        eligible = np.flatnonzero(self.squared.cpu().numpy() > 0) if self.spherical else np.arange(len(self.sample))
+        eligible = np.flatnonzero(self.squared > 0) if self.spherical else np.arange(len(self.sample))
         if not len(eligible):
             return []
-        chosen = [int(generator.choice(eligible))]
+        chosen = generator.choice(eligible, 1)
         self.distances = np.full(len(self.sample), np.inf)
         self._bring_up_to_date(chosen)
-        return chosen
+        return chosen.tolist()
 
     def batch(self, generator: np.random.Generator, most: int) -> list[int]:
         """Up to `most` further ones; none when every vector has been chosen or is the same as one that was."""
@@ -112,46 +114,46 @@ class _Drawing:
         drawn = np.searchsorted(cumulated, generator.random(BATCH) * cumulated[-1], side="right")
         drawn = np.minimum(drawn, np.flatnonzero(self.distances)[-1])  # a product may round up to the very end
         keep = generator.random(BATCH)
-        among = self._half_squared(torch.from_numpy(drawn), self.vectors_centred(drawn.tolist())).cpu().numpy()
+        vectors = self._centred(drawn)
+        among = _less_own_length(vectors, vectors).cpu().numpy() + self.squared[drawn, None] / 2
         kept: list[int] = []  # positions in the batch
         for i, row in enumerate(drawn):
-            now = min([self.distances[row], *among[i, kept]])
+            near = among[i, kept]
+            now = np.min(np.where(near <= 2 * SAME * self.squared[row], 0, near), initial=self.distances[row])
             if keep[i] * self.distances[row] < now:
                 kept.append(i)
                 if len(kept) == most:
                     break
-        chosen = drawn[kept].tolist()
+        chosen = drawn[kept]
         self._bring_up_to_date(chosen)
-        return chosen
+        return chosen.tolist()
 
     def vectors(self, rows: list[int]) -> torch.Tensor:
         """Some vectors (n, D) float64, of unit length when spherical."""
-        return self.vectors_centred(rows) + self.middle
+        return self._centred(np.array(rows, np.int64)) + self.middle
 
-    def vectors_centred(self, rows: list[int]) -> torch.Tensor:
-        return self._converted(self.sample[torch.tensor(rows, dtype=torch.int64, device=self.sample.device)])
+    def _centred(self, rows: np.ndarray) -> torch.Tensor:
+        return self._converted(self.sample[torch.from_numpy(rows).to(self.sample.device)])
 
-    def _bring_up_to_date(self, chosen: list[int]) -> None:
-        vectors = self.vectors_centred(chosen)
+    def _bring_up_to_date(self, chosen: np.ndarray) -> None:
+        vectors = self._centred(chosen)
         for start in range(0, len(self.sample), self.rows):
-            block = torch.arange(start, min(start + self.rows, len(self.sample)), device=self.sample.device)
-            nearest = self._half_squared(block, vectors).amin(dim=1).cpu().numpy()
-            held = self.distances[start : start + self.rows]
-            np.minimum(held, nearest, out=held)
+            rows = slice(start, start + self.rows)
+            nearest = _less_own_length(self._block(start), vectors).amin(dim=1).cpu().numpy()
+            self.distances[rows] = np.minimum(self.distances[rows], nearest + self.squared[rows] / 2)
+        # What remains between equal vectors is rounding.
+        self.distances[self.distances <= 2 * SAME * self.squared] = 0
         self.distances[chosen] = 0
         if self.spherical:
-            self.distances[self.squared.cpu().numpy() == 0] = 0
-
-    def _half_squared(self, rows: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-        """Half the squared distances of rows of the sample from vectors (m, D): (n, m) float64."""
-        index = rows.to(self.sample.device)
-        block = self._converted(self.sample[index])
-        lengths = self.squared[index][:, None] + vectors.square().sum(dim=1)
-        half = lengths / 2 - block @ vectors.T
-        return torch.where(half <= SAME * lengths, 0.0, half)
+            self.distances[self.squared == 0] = 0
 
     def _block(self, start: int) -> torch.Tensor:
         return self._converted(self.sample[start : start + self.rows])
 
     def _converted(self, block: torch.Tensor) -> torch.Tensor:
         return unit(block.double()) if self.spherical else block.double() - self.middle
+
+
+def _less_own_length(block: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Half the squared distances of a block (n, D) from vectors (m, D), without half the block's squared lengths."""
+    return torch.addmm(vectors.square().sum(dim=1) / 2, block, vectors.T, alpha=-1)
