@@ -137,6 +137,7 @@ def stream_matches(
     slots = [resources.get("CPU", 1.0) / cpus_each] + ([resources["GPU"] / gpus_each] if gpu else [])
     workers = run.workers or max(1, int(min(slots)))
     task_seconds = float(np.clip(seconds.sum() / (workers * TASKS_A_WORKER), *TASK_SECONDS))
+    task_seconds = min(task_seconds, run.commit_seconds / 2)  # what a kill loses is not committed yet, nor finished
     load = ray.remote(load_images).options(num_cpus=cpus_each)
     match = ray.remote(match_pairs).options(num_cpus=cpus_each, num_gpus=gpus_each)
 
