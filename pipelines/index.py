@@ -5,6 +5,7 @@ what changed since the index -> take out what changed or is gone -> add what cha
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,7 +91,8 @@ def run(config: Config, *, store: str, name: str, dry_run: bool = False) -> Resu
     except BaseException as error:
         if (current := read_manifest(opened, name)) is None or current.run_id != result.run_id:
             remove_files(opened, name, files)
-        report.finish("failed" if isinstance(error, Exception) else "interrupted")
+        with contextlib.suppress(OSError):  # a full disk must not hide what it broke
+            report.finish("failed" if isinstance(error, Exception) else "interrupted")
         explained = explain_write_error(error, opened.uri) if isinstance(error, Exception) else None
         if explained is None:
             raise

@@ -58,6 +58,7 @@ CELLS = pa.schema(
 DEAD = pa.schema([("first_id", pa.int64()), ("vectors", pa.int64())])
 
 _MANIFEST = re.compile(r"manifest-(\d+)\.json")
+_OURS = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}-\w+\.(faiss|parquet)|manifest-\d+\.json(\.\d+\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,7 @@ def manifest_file(number: int) -> str:
 
 def is_ours(file: str) -> bool:
     """Whether a file is one that a run writes, whole or half."""
-    return file.endswith((".faiss", ".parquet", ".partial")) or _MANIFEST.fullmatch(file) is not None
+    return _OURS.fullmatch(file) is not None
 
 
 def remove_files(store: Store, name: str, files: set[str]) -> None:
@@ -313,14 +314,20 @@ def _at_once(read: Any, items: Sequence[Any]) -> list[Any]:
 
 @contextmanager
 def _explained(store: Store, name: str) -> Iterator[None]:
-    """Raises JobError for a file that is gone."""
+    """Raises JobError for a file that is gone or damaged."""
+    uri = index_uri(store.uri, name)
     try:
         yield
     except FileNotFoundError as error:
-        uri = index_uri(store.uri, name)
         raise JobError(
             f"{error.filename or uri} is gone: the index {name} was updated at this moment or is damaged; "
             f"run the same command again, or remove {uri} and run `dinoray index` again."
+        ) from None
+    except (RuntimeError, pa.ArrowException) as error:  # RuntimeError is what FAISS raises
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise JobError(
+            f"A file of the index {name} cannot be read ({said}): `dinoray verify {store.uri}` says which; remove "
+            f"{uri} and run `dinoray index` again."
         ) from None
 
 

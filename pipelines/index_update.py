@@ -77,7 +77,7 @@ def build(
     if first is None:
         raise RequestError(f"The store {store.uri} has no {asked.descriptor} of any image: there is nothing to index.")
     dimension = first.vectors.shape[1]
-    choice = _choose(asked, count, dimension)
+    choice = _choose(asked, count, dimension, before)
     sample = _sample(store, asked, images, count) if choice.kind == "ivfpq" else None
     growing = _GrowingPart(NearestIndex.create(choice.kind, dimension, count, sample), asked, next_id=0)
     growing.put_in(store, images)
@@ -238,10 +238,15 @@ def _count_vectors(store: Store, asked: IndexSettings, images: pa.Table) -> int:
     return sum(file.rows for path, file in store.patches.files().items() if path in shards)
 
 
-def _choose(asked: IndexSettings, count: int, dimension: int) -> Choice:
-    """Raises RequestError for a kind that does not go with the count or the memory."""
+def _choose(asked: IndexSettings, count: int, dimension: int, before: Manifest | None) -> Choice:
+    """The kind of a new index; one that is built anew keeps its own while that fits.
+
+    Raises RequestError for a kind that does not go with the count or the memory.
+    """
     budget = memory_budget(asked)
     if asked.kind == "auto":
+        if before and (size := estimate_bytes(before.kind, count, dimension)) <= budget:
+            return Choice(before.kind, before.why, size)
         try:
             return choose_kind(count, dimension, budget)
         except MemoryError as error:

@@ -186,6 +186,29 @@ def test_a_graph_with_many_removed_images_is_built_anew(make: Callable[..., Stor
     assert len(found(store, "010", top=50)) == 13
 
 
+def test_a_graph_that_is_built_anew_stays_a_graph(make: Callable[..., Store]) -> None:
+    store = make()
+    index.run(asked("kind=hnsw"), store=store.uri, name="main")
+    drop_images(store, names(6), "r3")
+    again = index.run(asked(), store=store.uri, name="main")
+    assert again.rebuilt and (again.kind, again.why) == ("hnsw", "index.kind asked for it")
+
+
+@pytest.mark.parametrize("piece", ["vectors", "images"])
+def test_a_damaged_file_is_a_sentence(piece: str, make: Callable[..., Store]) -> None:
+    store = make()
+    index.run(asked(), store=store.uri, name="main")
+    manifest = index_files.read_manifest(store, "main")
+    assert manifest is not None
+    file = Path(store.uri) / "index" / "main" / manifest.segments[0].files[piece]
+    file.write_bytes(file.read_bytes()[:-30])
+    result = dinoray("search", store.uri, "main", "001")
+    assert result.exit_code == 1 and "A file of the index main cannot be read" in result.stderr
+    file.unlink()
+    result = dinoray("search", store.uri, "main", "001")
+    assert result.exit_code == 1 and "is gone: the index main was updated at this moment or is damaged" in result.stderr
+
+
 def test_another_kind_builds_the_index_anew(make: Callable[..., Store]) -> None:
     store = make()
     first = index.run(asked(), store=store.uri, name="main")
@@ -226,14 +249,14 @@ def test_a_run_that_dies_between_files_leaves_the_old_index(
 def test_the_next_update_removes_what_killed_runs_left(make: Callable[..., Store]) -> None:
     store = make()
     index.run(asked(), store=store.uri, name="main")
-    for name in ("29990101T000000Z-abcdef-images.parquet", "20200101T000000Z-abcdef-vectors.faiss", "x.1.partial"):
+    left = ("29990101T000000Z-abcdef-images.parquet", "20200101T000000Z-abcdef-vectors.faiss")
+    for name in (*left, "manifest-2.json.77.partial", "notes.parquet"):
         (Path(store.uri) / "index" / "main" / name).write_bytes(b"half")
-    (Path(store.uri) / "index" / "main" / "notes.txt").write_text("not ours")
     add(store, "r3", *names(5, 20))
     index.run(asked(), store=store.uri, name="main")
     manifest = index_files.read_manifest(store, "main")
     assert manifest is not None and len(manifest.files) == 4  # vectors and images of the base and of a segment
-    assert files(store) == manifest.files | {"manifest-1.json", "manifest-2.json", "notes.txt"}
+    assert files(store) == manifest.files | {"manifest-1.json", "manifest-2.json", "notes.parquet"}
 
 
 def test_two_updates_at_once_do_not_mix(make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
