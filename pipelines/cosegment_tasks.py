@@ -16,7 +16,7 @@ from pipelines.cosegment_worker import FittedSet, SegmentSetup, SetWork, fit_set
 from pipelines.ray_session import explain_ray_error
 
 TASKS_A_WORKER = 3  # at least, where there are images enough, so that workers finish together
-BATCH_REFINED, BATCH_PLAIN = (8, 32), (64, 512)  # images of a task, least and most: refining one takes half a second
+BATCH_REFINED, BATCH_PLAIN = (4, 16), (64, 512)  # images of a task, least and most: refining one takes a second
 SETS_A_TASK = 8  # at most: fitting one takes a second or more
 MEMORY_SHARE = 0.25  # of what Ray has, for the descriptors and pictures that all tasks hold
 LEAST_MEMORY, MOST_MEMORY = 64 * 2**20, 4 * 2**30  # of a task, bytes
