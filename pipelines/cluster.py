@@ -32,13 +32,13 @@ from pipelines.cluster_vectors import (
 )
 from pipelines.config import ClusterSettings, Config, make_config
 from pipelines.cpus import available_cpus
-from pipelines.errors import DinorayError, RequestError
+from pipelines.errors import RequestError
 from pipelines.interrupts import interruptible, uninterrupted
 from pipelines.progress import StatusLine
 from pipelines.ray_session import explain_ray_error, ray_session
-from pipelines.runs import RunReport, new_run_id
+from pipelines.runs import RunReport, new_run_id, recorded
 from pipelines.store import Store
-from pipelines.tables import CommitConflict, explain_write_error
+from pipelines.tables import CommitConflict
 
 if TYPE_CHECKING:
     from pipelines.cluster_training import Workers
@@ -80,6 +80,9 @@ class Result:
     pass_seconds: float | None = None  # of one pass over the vectors to train on: the median
     seconds: dict[str, float] = field(default_factory=dict)  # plan, start, train, assign, commit
     messages: list[str] = field(default_factory=list)
+
+    def took(self, seconds: float) -> None:
+        self.seconds["total"] = seconds
 
     def as_dict(self) -> dict[str, Any]:
         return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
@@ -127,30 +130,13 @@ def run(
         return result
 
     report = RunReport("cluster", opened.uri, config, result.run_id, {"name": name, "update": update})
-    try:
-        report.write(fingerprint=opened.fingerprint)
+    with recorded(report, result, started, fingerprint=opened.fingerprint):
         result.seconds["plan"] = time.monotonic() - started
         if result.what == "update":
             assert tables is not None and model is not None
             _update(job, tables, model)
         else:
             _train(job, model)
-    except KeyboardInterrupt:
-        result.status, result.exit_code = "interrupted", 130
-        result.messages.append("Interrupted: the same command continues from the last iteration.")
-    except OSError as error:
-        explained = explain_write_error(error, result.store)
-        result.messages.append(str(explained or error))
-        raise explained or error from None
-    except DinorayError as error:
-        result.messages.append(str(error))
-        raise
-    finally:
-        result.seconds["total"] = time.monotonic() - started
-        if result.status == "running":
-            result.status = "failed"
-        with contextlib.suppress(OSError):  # a full disk must not hide what it broke
-            report.finish(result.status, result=result.as_dict())
     return result
 
 
@@ -260,7 +246,6 @@ def _train(job: _Job, before: Model | None) -> None:
         tables.remove_leftovers()
     result.seconds["commit"] = time.monotonic() - began
     _describe(result, model, total)
-    result.status = "done"
 
 
 def _update(job: _Job, tables: ClusterTables, model: Model) -> None:
@@ -283,7 +268,7 @@ def _update_once(job: _Job, tables: ClusterTables, model: Model, counting: Count
     result.added, result.removed = len(fresh), len(gone)
     if not len(fresh) and not len(gone):
         _describe(result, model, tables.stored_statistics())
-        result.status = "unchanged" if result.status == "running" else result.status
+        result.status = "unchanged"
         return
     written = []
     if len(fresh):
@@ -305,7 +290,6 @@ def _update_once(job: _Job, tables: ClusterTables, model: Model, counting: Count
     result.seconds["commit"] = time.monotonic() - began
     _describe(result, model, total)
     _say_drift(result, model)
-    result.status = "done"
 
 
 def _changes(images: pa.Table, covered: pa.Table) -> tuple[pa.Table, pa.ChunkedArray]:

@@ -70,7 +70,7 @@ class JobResult(Protocol):
 def recorded(report: RunReport, result: JobResult, started: float, **first: Any) -> Iterator[None]:
     """A job inside a report that says how it ended, whichever way it does; for jobs that continue where they stopped.
 
-    first: what the report says from its beginning. started: time.monotonic() when the run began.
+    first: what the report says from its beginning. The block may set a status of its own. started: time.monotonic() when the run began.
 
     An interruption ends the block and becomes the result, with exit code 130. Errors pass through, write errors in
     words (JobError).
@@ -78,7 +78,8 @@ def recorded(report: RunReport, result: JobResult, started: float, **first: Any)
     try:
         report.write(**first)
         yield
-        result.status = "done"
+        if result.status == "running":
+            result.status = "done"
     except KeyboardInterrupt:
         result.status, result.exit_code = "interrupted", 130
         result.messages.append("Interrupted: what is committed stays, and the same command continues.")
