@@ -70,7 +70,8 @@ class JobResult(Protocol):
 def recorded(report: RunReport, result: JobResult, started: float, **first: Any) -> Iterator[None]:
     """A job inside a report that says how it ended, whichever way it does; for jobs that continue where they stopped.
 
-    first: what the report says from its beginning. The block may set a status of its own. started: time.monotonic() when the run began.
+    first: what the report says from its beginning. started: time.monotonic() when the run began. The block
+    may set a status of its own.
 
     An interruption ends the block and becomes the result, with exit code 130. Errors pass through, write errors in
     words (JobError).
