@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dino_ops.kmeans_assignment import Vectors, as_tensor, unit
+from dino_ops.kmeans_assignment import Vectors, as_tensor, float64, unit
 
 BATCH = 128  # candidates drawn at once
 BLOCK_VALUES = 2**19, 2**25  # of the sample converted at once, on a CPU and on a GPU
@@ -151,7 +151,7 @@ class _Drawing:
         return self._converted(self.sample[start : start + self.rows])
 
     def _converted(self, block: torch.Tensor) -> torch.Tensor:
-        return unit(block.double()) if self.spherical else block.double() - self.middle
+        return unit(float64(block)) if self.spherical else float64(block) - self.middle
 
 
 def _less_own_length(block: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
