@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
 from dino_ops.elbow import FaissKMeans, KMeansFunction, cluster_by_elbow, nearest_centroids, unit_rows
+
+Voting = Literal["published", "relative"]
 
 DEFAULT_KMEANS = FaissKMeans()
 
@@ -23,7 +26,7 @@ class ForegroundModel:
     """Clusters of the patches of a set of images, and which of them are foreground.
 
     centroids: (k, D) float32, of descriptors of unit length. votes: (k,) int64, images in which the cluster is
-    salient; salient: (k,) bool, whether they are enough. voters: images that could vote.
+    salient; salient: (k,) bool, whether they are enough. voters: images that could vote, whichever clusters they have.
     objectives: (k,) float64, the mean squared distance with 1 to k clusters.
     notes: what was unusual, in words; a model without patches or without salient clusters has no foreground.
     """
@@ -67,6 +70,7 @@ def fit_foreground(
     votes_percentage: float = 75,
     saliency_threshold: float = 0.065,
     sample_interval: int = 100,
+    voting: Voting = "published",
     kmeans: KMeansFunction = DEFAULT_KMEANS,
 ) -> ForegroundModel:
     """Cluster the patches of a set of images and let the images vote for the clusters that are foreground.
@@ -76,13 +80,17 @@ def fit_foreground(
     saliency: for each of them (grid height, grid width), 0..1, or None for one that joins the clustering without a
     vote, such as a crop. Images that are outliers (see `inliers`) are left out of both.
 
-    elbow: see `cluster_by_elbow`. An image votes for a cluster when the mean saliency of its patches there is above
-    saliency_threshold; a cluster needs the votes of votes_percentage of the voting images. sample_interval: k-means
-    sees every so many-th patch of each image, from the first. kmeans: by default the published code's.
+    elbow: see `cluster_by_elbow`. sample_interval: k-means sees every so many-th patch of each image, from the first.
+    kmeans: by default the published code's. voting: "published", an image votes for a cluster when the mean saliency
+    of its patches there is above saliency_threshold, and a cluster needs the votes of votes_percentage of the voting
+    images. "relative" needs neither setting: an image votes when that mean is above the image's own, and a cluster
+    needs half of the images that have it. What is found then depends much less on the sample and the seed.
 
     Raises ValueError for maps that do not fit together and for settings out of range.
     """
     check_settings(elbow=elbow, votes_percentage=votes_percentage, sample_interval=sample_interval)
+    if voting not in get_args(Voting):
+        raise ValueError(f"voting is published or relative, not {voting!r}")
     _check_maps(descriptors, saliency)
     voters = sum(one is not None for one in saliency)
     training = sample_rows(descriptors, sample_interval)
@@ -91,19 +99,25 @@ def fit_foreground(
 
     found = cluster_by_elbow(training, descriptors, elbow, kmeans)
     k = len(found.centroids)
-    votes = np.zeros(k, np.int64)
+    votes, images = np.zeros(k, np.int64), np.zeros(k, np.int64)
     for descriptor, image_saliency in zip(descriptors, saliency, strict=True):
         if image_saliency is not None:
             labels, _ = nearest_centroids(unit_rows(descriptor), found.centroids)
-            votes += mean_saliency(labels, image_saliency, k) > saliency_threshold
-    salient = (votes >= math.ceil(voters * votes_percentage / 100)) & (voters > 0)
+            means = mean_saliency(labels, image_saliency, k)
+            votes += means > (saliency_threshold if voting == "published" else _own_mean(image_saliency))
+            images += np.isfinite(means)
+    if voting == "published":
+        needed = np.full(k, math.ceil(voters * votes_percentage / 100))
+    else:
+        needed = np.maximum((images + 1) // 2, 1)
+    salient = (votes >= needed) & (voters > 0)
     return ForegroundModel(
         centroids=found.centroids,
         votes=votes,
         salient=salient,
         voters=voters,
         objectives=found.objectives,
-        notes=tuple(filter(None, [found.note, _about_votes(votes, salient, voters, votes_percentage)])),
+        notes=tuple(filter(None, [found.note, _about_votes(votes, needed, salient, voters)])),
     )
 
 
@@ -192,6 +206,11 @@ def _check_maps(descriptors: Sequence[np.ndarray], saliency: Sequence[np.ndarray
         raise ValueError(f"descriptors of one set have one length, not {sorted(channels)}")
 
 
+def _own_mean(saliency: np.ndarray) -> float:
+    """An image's mean saliency, and a little more: a cluster that is all of the image is not above it by rounding."""
+    return float(np.mean(saliency, dtype=np.float64)) + 1e-9
+
+
 def _nothing(dimension: int, voters: int, note: str) -> ForegroundModel:
     return ForegroundModel(
         centroids=np.zeros((0, dimension), np.float32),
@@ -203,14 +222,14 @@ def _nothing(dimension: int, voters: int, note: str) -> ForegroundModel:
     )
 
 
-def _about_votes(votes: np.ndarray, salient: np.ndarray, voters: int, percentage: float) -> str:
-    needed = math.ceil(voters * percentage / 100)
+def _about_votes(votes: np.ndarray, needed: np.ndarray, salient: np.ndarray, voters: int) -> str:
     if voters == 0:
         return "no image can vote, so there is no foreground"
     if not salient.any():
+        best = int(np.argmax(votes - needed))
         return (
-            f"no salient cluster: the best of {len(votes)} has the votes of {votes.max()} of {voters} images, "
-            f"{needed} are needed, so there is no foreground"
+            f"no salient cluster: the best of {len(votes)} has the votes of {votes[best]} of {voters} images, "
+            f"{needed[best]} are needed, so there is no foreground"
         )
     if salient.all():
         return f"every one of the {len(votes)} clusters is salient, so there is no background"

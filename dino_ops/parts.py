@@ -145,7 +145,6 @@ def smooth_parts(model: PartModel, descriptor: np.ndarray, rgb: np.ndarray, crf:
     if len(model.centroids) == 0:
         return np.full((height, width), BACKGROUND, np.int32)
     energies = part_distances(model, descriptor)
-    energies -= energies.max(axis=0)
     rows, columns = _nearest(energies.shape[1], height), _nearest(energies.shape[2], width)
     return _background_last(crf_labels(energies[:, rows[:, None], columns], rgb, backend=crf), model)
 

@@ -164,6 +164,24 @@ def test_votes_needed_are_rounded_up() -> None:
     assert not foreground_patches(fit_foreground(*scenes(4)[:2], sample_interval=3), descriptors[1]).any()
 
 
+def test_relative_votes() -> None:
+    """Saliency that is high everywhere, or low everywhere, is no obstacle; nor is an object that few images have."""
+    descriptors, saliency, objects = scenes(6)
+    other, _, _ = scenes(6)
+    for number in range(4):
+        descriptors[number] = other[number][:1].repeat(12, axis=0)  # one kind of background
+        saliency[number] = np.full((12, 12), 0.01)
+    for scale, shift in ((1, 0), (0.05, 0), (0.5, 0.4)):
+        maps = [scale * one + shift for one in saliency]
+        model = fit_foreground(descriptors, maps, sample_interval=3, voting="relative")
+        for descriptor, truth in list(zip(descriptors, objects, strict=True))[4:]:
+            np.testing.assert_array_equal(foreground_patches(model, descriptor), truth)
+        assert not any(foreground_patches(model, descriptor).any() for descriptor in descriptors[:4])
+        assert not fit_foreground(descriptors, maps, sample_interval=3).salient.any() or shift
+    flat = fit_foreground(descriptors, [np.full((12, 12), 0.3)] * 6, sample_interval=3, voting="relative")
+    assert "no salient cluster" in flat.notes[0]
+
+
 def test_the_elbow_uses_the_k_that_stops_it() -> None:
     descriptors, saliency, _ = scenes(5)
     model = fit_foreground(descriptors, saliency, sample_interval=3)
@@ -244,6 +262,7 @@ def test_requests_that_do_not_fit(noise_map: NoiseMap) -> None:
         ({"elbow": 1.5}, "elbow"),
         ({"votes_percentage": 0}, "votes_percentage"),
         ({"sample_interval": 0}, "sample_interval"),
+        ({"voting": "loud"}, "published or relative, not 'loud'"),
     ]:
         with pytest.raises(ValueError, match=said):
             fit_foreground(**({"descriptors": [one], "saliency": [ones]} | change))

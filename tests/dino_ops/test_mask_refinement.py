@@ -45,13 +45,11 @@ def test_edges_move_to_those_of_the_image() -> None:
     assert (refined.mask != truth).sum() < 20
 
 
-def test_the_same_whatever_ran_before() -> None:
-    generator = np.random.default_rng(1)
-    rgb, rough = generator.integers(0, 255, (60, 60, 3), dtype=np.uint8), disc(15, 4)
+def test_the_same_whatever_ran_before(photo: Image.Image) -> None:
+    rgb, rough = np.array(photo)[::2, ::2], disc(15, 6)
     first = grabcut(rough, rgb).mask
-    for seed in range(5):
+    for seed in range(1, 4):
         cv2.setRNGSeed(seed)
-        cv2.randu(np.zeros((50, 50), np.uint8), 0, 255)
         np.testing.assert_array_equal(grabcut(rough, rgb).mask, first)
 
 
