@@ -1,6 +1,6 @@
 """k-means in one process: assignment against bare matrix products, an iteration and its result against faiss.
 
-make bench        (this part: about two minutes on two cores)
+make bench        (this part: about a minute on two idle cores)
 
 Work on 1,000,000 vectors is measured on equal pieces of them, ours and theirs in turn, and the least time of each
 piece's rounds counts: other programs on the machine then disturb both alike, and little. A pass costs the same for
