@@ -263,6 +263,11 @@ class CosegmentSettings(Section):
     saliency_threshold: float = Field(
         0.065, ge=0, le=1, description="A cluster is salient in an image when its mean saliency there is above this."
     )
+    voting: Literal["published", "relative"] = Field(
+        "published",
+        description="`relative`: an image votes for a cluster that is more salient than the image's mean, and half of "
+        "the images that have it suffice; votes_percentage and saliency_threshold then play no part.",
+    )
     sample_interval: int = Field(100, ge=1, description="Clusters are fitted on every n-th patch of an image.")
     num_parts: int = Field(4, ge=1, description="Parts of the foreground.")
     three_stages: bool = Field(False, description="Keep only parts that every image has, then find parts again.")

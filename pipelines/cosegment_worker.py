@@ -193,6 +193,7 @@ def _fit(setup: SegmentSetup, images: Sequence[SetImage], descriptors: SpilledAr
             votes_percentage=asked.votes_percentage,
             saliency_threshold=asked.saliency_threshold,
             sample_interval=asked.sample_interval,
+            voting=asked.voting,
             kmeans=kmeans,
         )
         if parts_are_foreground(asked):

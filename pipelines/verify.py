@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import cluster_checks, storage
+from pipelines import cluster_checks, cosegment_tables, storage
 from pipelines.cluster_tables import ClusterTables
 from pipelines.config import Config
+from pipelines.cosegment_tables import PartTables
 from pipelines.index_check import check_index
 from pipelines.index_files import index_names
 from pipelines.match_tables import MatchTables, disagreements
@@ -61,6 +62,9 @@ def run(config: Config, *, store: str) -> Result:
     clusters = ClusterTables.all_in(opened.uri, config.storage.options)
     for name, two in clusters.items():
         tables |= {f"clusters/{name}/centroids": two.centroids, f"clusters/{name}/assignments": two.assignments}
+    parts = PartTables.all_in(opened.uri, config.storage.options)
+    for name, pair in parts.items():
+        tables |= {f"parts/{name}/images": pair.images, f"parts/{name}/patches": pair.patches}
     readable = {}
     for name, table in tables.items():
         files = table.files()
@@ -119,6 +123,8 @@ def run(config: Config, *, store: str) -> Result:
         _some(problems, (f"matches/{name}: {problem}" for problem in disagreements(both)))
     for name, two in clusters.items():
         _some(problems, (f"clusters/{name}: {problem}" for problem in cluster_checks.disagreements(two)))
+    for name, pair in parts.items():
+        _some(problems, (f"parts/{name}: {problem}" for problem in cosegment_tables.disagreements(pair)))
     for name in index_names(opened):
         found = check_index(opened, name, images)
         _some(problems, (f"index/{name}: {problem}" for problem in found.problems))
