@@ -43,7 +43,6 @@ bench: install  ## Speed, memory and size as ratios; appends to benchmarks/resul
 	$(BIN)/python -m benchmarks.index
 	$(BIN)/python -m benchmarks.correspond
 	$(BIN)/python -m benchmarks.kmeans
-	$(BIN)/python -m benchmarks.kmeans
 	$(BIN)/python -m benchmarks.cluster
 
 soak: install  ## Kill runs at random moments, again and again (SOAK_ROUNDS=20)
