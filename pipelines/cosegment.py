@@ -171,7 +171,7 @@ def _images(store: Store, *, with_embeddings: bool) -> pa.Table:
     columns = ["image_id", "label", "uri", "source_size", "source_version", "width", "height", "model_width"]
     columns += ["model_height", "grid_width", "grid_height", "shard", "run_id"]
     table = store.images.read([*columns, "embedding"] if with_embeddings else columns)
-    return table.sort_by("image_id").combine_chunks()
+    return table.filter(pc.is_valid(table["shard"])).sort_by("image_id").combine_chunks()
 
 
 def _plan(
@@ -286,34 +286,38 @@ class SetImages:
 
     def __init__(self, images: pa.Table, pending: list[PendingSet], config: Config) -> None:
         self._images = images.select([name for name in images.column_names if name != "embedding"])
-        self._sources: dict[str, dict[str, Any]] = {}
-        if config.cosegment.refine or config.cosegment.crop_augmentations:
+        self._sources: pa.Table | None = None  # where the bytes of each image are, rows of nulls where not known
+        if pending and (config.cosegment.refine or config.cosegment.crop_augmentations):
             needed = np.unique(np.concatenate([one.members for one in pending]))
-            uris = images["uri"].take(pa.array(needed)).to_pylist()
-            self._sources = {row["uri"]: row for row in locate(uris, config.storage.options).to_pylist()}
+            found = locate(images["uri"].take(pa.array(needed)).to_pylist(), config.storage.options).combine_chunks()
+            self._sources = found.take(pc.index_in(images["uri"], value_set=found["uri"]))
 
     def at(self, positions: np.ndarray, outliers: np.ndarray) -> list[SetImage]:
         """Images at some positions; outliers: positions of those that are."""
         rows = self._images.take(pa.array(positions)).to_pylist()
+        sources: list[dict[str, Any]] = [{"uri": None}] * len(rows)
+        if self._sources is not None:
+            sources = self._sources.take(pa.array(positions)).to_pylist()
         inlier = ~np.isin(positions, outliers)
-        return [self._describe(row, bool(one)) for row, one in zip(rows, inlier, strict=True)]
+        return [_describe(row, source, bool(one)) for row, source, one in zip(rows, sources, inlier, strict=True)]
 
-    def _describe(self, row: dict[str, Any], inlier: bool) -> SetImage:
-        source = self._sources.get(row["uri"])
-        if source and source["container"] is None:
-            source = source | {"source_size": row["source_size"]}  # another size is another picture
-        elif source and source["source_version"] != row["source_version"]:
-            source = source | {"error": f"{source['container']} has changed since it was extracted"}
-        return SetImage(
-            place=ImagePlace(row["image_id"], row["shard"], (row["grid_height"], row["grid_width"])),
-            run_id=row["run_id"],
-            width=row["width"],
-            height=row["height"],
-            model_width=row["model_width"],
-            model_height=row["model_height"],
-            inlier=inlier,
-            source=source,
-        )
+
+def _describe(row: dict[str, Any], source: dict[str, Any], inlier: bool) -> SetImage:
+    """row: of images. source: as `locate` found it."""
+    if source["uri"] and source["container"] is None:
+        source["source_size"] = row["source_size"]  # another size is another picture
+    elif source["uri"] and source["source_version"] != row["source_version"]:
+        source["error"] = f"{source['container']} has changed since it was extracted"
+    return SetImage(
+        place=ImagePlace(row["image_id"], row["shard"], (row["grid_height"], row["grid_width"])),
+        run_id=row["run_id"],
+        width=row["width"],
+        height=row["height"],
+        model_width=row["model_width"],
+        model_height=row["model_height"],
+        inlier=inlier,
+        source=source if source["uri"] else None,
+    )
 
 
 class Commits:

@@ -36,7 +36,7 @@ from pipelines.tables import explain_write_error, open_parquet
 
 WRITES_AT_ONCE = 16
 ROWS_AT_ONCE = 64
-LONGEST_PART = 120  # characters of a file or folder's name; file systems allow 255 bytes
+LONGEST_PART = 200  # bytes of a file or folder's name; file systems allow 255
 LONGEST_SIDE = 1024  # pixels of an overlay
 OPACITY = 0.5
 OUTLINE = (255, 255, 255)
@@ -100,7 +100,7 @@ def _contents(
     for row in rows:
         name = names[row["image_id"]]
         if export.by_set:
-            name = f"{_safe(row['set_id'].replace('/', '_'))}/{name}"
+            name = f"{_set_folder(row['set_id'])}/{name}"
         if export.masks:
             yield storage.join(export.masks, "foreground", f"{name}.png"), row["foreground_png"]
             yield storage.join(export.masks, "parts", f"{name}.png"), row["mask_png"]
@@ -166,9 +166,15 @@ def _stem(image_id: str) -> str:
 def _safe(name: str) -> str:
     """A relative path that stays below its folder; one that had to be changed is marked with a hash of what it was."""
     parts = [_UNSAFE.sub("_", part).strip(" ") for part in name.split("/")]
-    parts = [part[:LONGEST_PART] for part in parts if part not in ("", ".", "..")]
+    parts = [part.encode()[:LONGEST_PART].decode(errors="ignore") for part in parts if part not in ("", ".", "..")]
     safe = "/".join(parts) or "image"
     return safe if safe == name else _marked(safe, name)
+
+
+def _set_folder(set_id: str) -> str:
+    """One folder for a set, whatever its id."""
+    flat = set_id.replace("/", "_")
+    return _safe(flat) if flat == set_id else _marked(_safe(flat), set_id)
 
 
 def _marked(safe: str, name: str) -> str:

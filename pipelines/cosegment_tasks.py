@@ -55,14 +55,22 @@ def batch_size(asked: CosegmentSettings, pending: int, workers: int) -> int:
     return int(np.clip(pending // (workers * TASKS_A_WORKER), least, most))
 
 
-def cut_sets(sets: Sequence[PendingSet], batch: int) -> Iterator[list[PendingSet]]:
-    """What each task begins with: small sets together, as many as a batch has images, or one large one."""
+def is_shared(one: PendingSet, batch: int, fit_images: int) -> bool:
+    """Whether a set is fitted by a task of its own and then segmented by several."""
+    return one.begun or len(one.left) > batch or len(one.members) > fit_images
+
+
+def cut_sets(sets: Sequence[PendingSet], batch: int, fit_images: int) -> Iterator[list[PendingSet]]:
+    """What each task begins with: one shared set, those first; or small sets together, as many as fill a batch."""
+    small = []
+    for one in sets:
+        if is_shared(one, batch, fit_images):
+            yield [one]
+        else:
+            small.append(one)
     group: list[PendingSet] = []
     held = 0
-    for one in sets:
-        if one.begun or len(one.left) > batch:
-            yield [one]
-            continue
+    for one in small:
         if group and (held + len(one.left) > batch or len(group) == SETS_A_TASK):
             yield group
             group, held = [], 0
@@ -107,7 +115,7 @@ def stream_reports(
         )
         return SetWork(one.set_id, one.version, describe(chosen, one.outliers), describe(images, one.outliers))
 
-    begin = cut_sets(sets, batch)
+    begin = cut_sets(sets, batch, asked.fit_images)
     shared: deque[tuple[PendingSet, np.ndarray, Any]] = deque()  # batches of sets that are fitted
     fitting: dict[Any, PendingSet] = {}
     waiting: list[Any] = []
@@ -120,7 +128,7 @@ def stream_reports(
         group = next(begin, None)
         if group is None:
             return None
-        if len(group) == 1 and (group[0].begun or len(group[0].left) > batch):
+        if is_shared(group[0], batch, asked.fit_images):
             task = fit.remote(setup, work(group[0], group[0].left[:0], fit_on=True))
             fitting[task] = group[0]
             return task

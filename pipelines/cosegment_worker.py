@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ from pipelines.cosegment_masks import (
 from pipelines.cosegment_pictures import Cropper, Picture, read_pictures
 from pipelines.cosegment_spill import SpilledArrays
 from pipelines.cosegment_tables import SegmentReport, keys_of
+from pipelines.errors import JobError
 from pipelines.patch_maps import PatchMap, read_patch_maps
 from pipelines.schemas import PARTS_IMAGES, PARTS_PATCHES
 from pipelines.shards import ROWS_PER_ROW_GROUP, new_file_name
@@ -339,16 +341,19 @@ def model_bytes(model: SetModel) -> bytes:
 
 
 def read_model(uri: str, options: storage.Options) -> SetModel | None:
-    """The model at `uri`, or None when there is none."""
+    """The model at `uri`, or None when there is none. Raises JobError for one that is damaged."""
     fs, path = storage.filesystem(uri, options)
     try:
         data = fs.cat_file(path)
     except FileNotFoundError:
         return None
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        of = {
-            kind: {name.removeprefix(kind): arrays[name] for name in arrays.files if name.startswith(kind)}
-            for kind in ("foreground_", "parts_")
-        }
-    parts = PartModel.from_arrays(of["parts_"]) if of["parts_"] else None
-    return SetModel(ForegroundModel.from_arrays(of["foreground_"]), parts)
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            of = {
+                kind: {name.removeprefix(kind): arrays[name] for name in arrays.files if name.startswith(kind)}
+                for kind in ("foreground_", "parts_")
+            }
+        parts = PartModel.from_arrays(of["parts_"]) if of["parts_"] else None
+        return SetModel(ForegroundModel.from_arrays(of["foreground_"]), parts)
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError):
+        raise JobError(f"{uri} is damaged: remove it and run the same command again.") from None

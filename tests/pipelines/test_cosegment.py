@@ -291,7 +291,7 @@ def test_sets_by_cluster(store: Store, scenes: dict[str, Scene]) -> None:
 
 
 @pytest.mark.usefixtures("small_batches")
-def test_a_large_set_is_fitted_on_a_sample_and_shared_out(tmp_path: Path) -> None:
+def test_a_large_set_is_fitted_on_a_sample_and_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = animals(11)
     store = new_store(tmp_path / "store")
     add_scenes(store, 1, scenes)
@@ -303,6 +303,10 @@ def test_a_large_set_is_fitted_on_a_sample_and_shared_out(tmp_path: Path) -> Non
         check_parts(parts, scenes[image_id].kinds)
         assert rows(store)[set_id, image_id]["note"] is None
     assert len(list(Path(store.uri, "parts", "animals", "models").iterdir())) == 2
+    monkeypatch.setattr(cosegment_tasks, "BATCH_PLAIN", (100, 100))  # all at once, and yet fitted on few
+    run(store, "few", "cosegment.fit_images=5")
+    for key, row in rows(store, "few").items():
+        np.testing.assert_array_equal(mask(row), mask(rows(store)[key]))
     run(store, "whole")  # fitted on all: the scenes are clear enough for the same masks
     for key, row in rows(store, "whole").items():
         np.testing.assert_array_equal(mask(row, "foreground_png"), mask(rows(store)[key], "foreground_png"))
@@ -410,6 +414,12 @@ def test_outliers_have_empty_masks_and_do_not_vote(tmp_path: Path) -> None:
             assert not mask(row).any() and (patch_parts(store, "without")["set", image_id] == -1).all()
         else:
             assert row["note"] is None and mask(row).any()
+
+
+def test_a_set_of_outliers_only(store: Store) -> None:
+    result = run(store, "animals", "cosegment.remove_outliers=true", "cosegment.outliers_threshold=1")
+    assert result.segmented == result.without_foreground == 10
+    assert all("there are no patches to cluster" in row["note"] for row in rows(store).values())
 
 
 def test_a_set_that_cannot_be_fitted_does_not_stop_the_others(tmp_path: Path) -> None:
