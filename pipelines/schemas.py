@@ -168,13 +168,15 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
     """pyarrow's writer settings for a table of ours (choices measured by `make bench`).
 
     Dictionaries on strings and on int8 values, which Parquet would store as four bytes (on floats they slow reads
-    threefold), statistics on scalars only (a list's are useless and cost time), bytes of floats split so that zstd
-    finds the zeros of half-precision values.
+    threefold), statistics on scalars only (those of lists and pictures are useless and cost time), bytes of floats
+    split so that zstd finds the zeros of half-precision values.
     """
     lists = [field for field in schema if pa.types.is_list(field.type)]
     strings = [field.name for field in schema if pa.types.is_string(field.type)]
     small_integers = [f"{f.name}.list.element" for f in lists if pa.types.is_int8(f.type.value_type)]
-    scalars = [field.name for field in schema if not pa.types.is_list(field.type)]
+    scalars = [
+        field.name for field in schema if not pa.types.is_list(field.type) and not pa.types.is_binary(field.type)
+    ]
     return {
         "compression": "zstd",
         "compression_level": 1,

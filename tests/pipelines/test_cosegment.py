@@ -163,7 +163,8 @@ def test_a_set_whose_members_changed_is_done_anew_and_no_other(store: Store, sce
     birds = {key: row for key, row in after.items() if key[0] == "bird"}
     add_scenes(store, 5, {"dog/04.jpg": scenes["dog/04.jpg"]})
     assert run(store).segmented == 5
-    assert all(rows(store)[key] | {"shard": ""} == row | {"shard": ""} for key, row in birds.items())
+    last = rows(store)
+    assert all(last[key] | {"shard": ""} == row | {"shard": ""} for key, row in birds.items())
 
 
 def test_a_label_that_is_gone_takes_its_rows_along(store: Store) -> None:
@@ -299,17 +300,18 @@ def test_a_large_set_is_fitted_on_a_sample_and_shared_out(tmp_path: Path, monkey
     assert result.segmented == 22
     files = PartTables(store.uri, "animals", {}).images.files()
     assert sorted(file.rows for file in files.values()) == [3, 3, 4, 4, 4, 4]
-    for (set_id, image_id), parts in patch_parts(store).items():
-        check_parts(parts, scenes[image_id].kinds)
-        assert rows(store)[set_id, image_id]["note"] is None
+    found = rows(store)
+    for key, parts in patch_parts(store).items():
+        check_parts(parts, scenes[key[1]].kinds)
+        assert found[key]["note"] is None
     assert len(list(Path(store.uri, "parts", "animals", "models").iterdir())) == 2
     monkeypatch.setattr(cosegment_tasks, "BATCH_PLAIN", (100, 100))  # all at once, and yet fitted on few
     run(store, "few", "cosegment.fit_images=5")
     for key, row in rows(store, "few").items():
-        np.testing.assert_array_equal(mask(row), mask(rows(store)[key]))
+        np.testing.assert_array_equal(mask(row), mask(found[key]))
     run(store, "whole")  # fitted on all: the scenes are clear enough for the same masks
     for key, row in rows(store, "whole").items():
-        np.testing.assert_array_equal(mask(row, "foreground_png"), mask(rows(store)[key], "foreground_png"))
+        np.testing.assert_array_equal(mask(row, "foreground_png"), mask(found[key], "foreground_png"))
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -440,8 +442,9 @@ def test_memory_that_holds_no_image_changes_nothing(store: Store, monkeypatch: p
     monkeypatch.setattr(cosegment_tasks, "MEMORY_SHARE", 0)
     monkeypatch.setattr("pipelines.cosegment_worker.BLOCK_PATCHES", 1)
     run(store, "spilled")
+    in_memory = rows(store)
     for key, row in rows(store, "spilled").items():
-        same = rows(store)[key]
+        same = in_memory[key]
         assert all(row[name] == same[name] for name in ("mask_png", "foreground_png", "note", "set_version"))
 
 
