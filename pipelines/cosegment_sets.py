@@ -5,29 +5,24 @@ An image is its position in a table of images.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import posixpath
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.cluster_tables import ClusterTables
 from pipelines.errors import RequestError
+from pipelines.id_files import IdFile, is_id_file, names_shown, read_id_file
 
 FORMS = "label, directory, cluster:NAME, or a .csv, .jsonl or .parquet file with columns image_id and set_id"
-COLUMNS = ["image_id", "set_id"]
+FILE = IdFile("sets", "cosegment.sets", FORMS, {"image_id": "an image_id", "set_id": "a set_id"})
 CLUSTER = "cluster:"
 TOP = "."  # the set_id of images that lie in no folder
-MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ def source_of(asked: str) -> str:
     """label, directory, cluster:NAME, or file. Raises RequestError for what is none of them."""
     if asked in ("label", "directory") or (asked.startswith(CLUSTER) and len(asked) > len(CLUSTER)):
         return asked
-    if asked.lower().endswith((".csv", ".jsonl", ".ndjson", ".parquet")):
+    if is_id_file(asked):
         return "file"
     raise RequestError(f"cosegment.sets is {asked}, but it must be {FORMS}.")
 
@@ -143,22 +138,15 @@ def sets_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options)
     Raises RequestError when it cannot be read, lacks a column or a value, lists nothing, or names images that are not
     there.
     """
-    table = _read(uri, options)
-    if missing := [name for name in COLUMNS if table.column_names.count(name) != 1]:
-        raise RequestError(
-            f"The sets file {uri} has no column {' and no column '.join(missing)} (it has "
-            f"{', '.join(table.column_names) or 'none'}): name the columns image_id and set_id."
-        )
-    ids, set_ids = (table[name].cast(pa.string()) for name in COLUMNS)
+    ids, set_ids = read_id_file(uri, FILE, options)
     if not len(ids):
         raise RequestError(f"The sets file {uri} lists no images.")
-    for name, column in zip(COLUMNS, (ids, set_ids), strict=True):
-        if empty := pc.sum(pc.fill_null(pc.equal(column, ""), True)).as_py():
-            raise RequestError(f"The sets file {uri} has {empty:,} rows without {name}: fill it in everywhere.")
+    if empty := pc.sum(pc.equal(set_ids, "")).as_py():
+        raise RequestError(f"The sets file {uri} has {empty:,} empty values where a set_id should be.")
     at = pc.index_in(ids, value_set=image_ids.combine_chunks())
     if at.null_count:
         unknown = sorted(pc.unique(ids.filter(pc.is_null(at))).to_pylist())
-        raise RequestError(f"The sets file {uri} names images that the store does not have: {_first(unknown)}.")
+        raise RequestError(f"The sets file {uri} names images that the store does not have: {names_shown(unknown)}.")
     positions = at.to_numpy().astype(np.int64)
     members = {set_id: np.unique(positions[rows]) for set_id, rows in _groups(set_ids).items()}
     found = ImageSets(members, "file")
@@ -189,56 +177,5 @@ def _groups(values: pa.ChunkedArray) -> dict[str, np.ndarray]:
     return dict(sorted(groups.items()))
 
 
-def _read(uri: str, options: storage.Options) -> pa.Table:
-    name = uri.lower()
-    fs, path = storage.filesystem(storage.normalise(uri), options)
-    try:
-        with fs.open(path, "rb") as file:
-            if name.endswith(".parquet"):
-                with pq.ParquetFile(file) as parquet:
-                    names = [column for column in parquet.schema_arrow.names if column in COLUMNS]
-                    return parquet.read(names) if names == [*dict.fromkeys(names)] else parquet.read()
-            return _csv(file) if name.endswith(".csv") else _json_lines(file)
-    except FileNotFoundError:
-        raise RequestError(f"The sets file {uri} does not exist: cosegment.sets must be {FORMS}.") from None
-    except (OSError, ValueError, csv.Error) as error:  # Arrow's and Unicode's errors are ValueErrors
-        raise RequestError(f"The sets file {uri} cannot be read: {_first_line(error)}.") from None
-
-
-def _csv(file: Any) -> pa.Table:
-    """Columns as text; an id may hold anything that is quoted, a line break too."""
-    return pyarrow.csv.read_csv(
-        file,
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(COLUMNS, pa.string())),
-    )
-
-
-def _json_lines(file: Iterable[bytes]) -> pa.Table:
-    """The two columns as text; Arrow's own reader turns ids that look like dates into dates."""
-    columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        row: Any = json.loads(line)
-        if not isinstance(row, dict) or not row.keys() >= columns.keys():
-            raise ValueError(f"line {number} is not an object with image_id and set_id")
-        for name, values in columns.items():
-            if not isinstance(row[name], str | int):
-                raise ValueError(f"line {number} has {json.dumps(row[name])} for {name} instead of text")
-            values.append(str(row[name]))
-    return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
-
-
 def _images(count: int) -> str:
     return f"{count:,} image{'' if count == 1 else 's'}"
-
-
-def _first(names: list[str]) -> str:
-    more = len(names) - MOST_NAMED
-    shown = [name if name.isprintable() else repr(name) for name in names[:MOST_NAMED]]
-    return ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

@@ -5,27 +5,21 @@ An image is its position in a table of images; pairs are two arrays of positions
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.errors import RequestError
+from pipelines.id_files import IdFile, names_shown, read_id_file
 
 FORMS = "knn:K (such as knn:10), all, or a .csv, .jsonl or .parquet file with columns image_a and image_b"
-COLUMNS = ["image_a", "image_b"]
+FILE = IdFile("pairs", "correspond.pairs", FORMS, dict.fromkeys(("image_a", "image_b"), "an image_id"))
 SIMILARITIES = 32_000_000  # held at once while neighbours are looked for
 SCORED = 65_536  # pairs whose embeddings are compared at once
-MOST_NAMED = 3
 MOST_PAIRS = 20_000_000  # that `all` may make: the driver holds them in memory, some 100 bytes each
 
 
@@ -125,16 +119,7 @@ def pairs_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options
 
     Raises RequestError when it cannot be read, lacks a column, or names images that are not there.
     """
-    table = _read(uri, options)
-    for name in COLUMNS:
-        if (times := table.column_names.count(name)) != 1:
-            raise RequestError(
-                f"The pairs file {uri} has {'no column' if not times else 'several columns'} {name} (it has "
-                f"{', '.join(table.column_names) or 'none'}): name the columns image_a and image_b."
-            )
-    ids = [table[name].cast(pa.string()) for name in COLUMNS]
-    if missing := sum(column.null_count for column in ids):
-        raise RequestError(f"The pairs file {uri} has {missing:,} empty values where an image_id should be.")
+    ids = read_id_file(uri, FILE, options)
     known = image_ids.combine_chunks()
     places = [pc.index_in(column, value_set=known) for column in ids]
     unknown = sorted({
@@ -144,7 +129,7 @@ def pairs_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options
     })  # fmt: skip
     if unknown:
         raise RequestError(
-            f"The pairs file {uri} names images that the store does not have: {_first(unknown)}. Extract them, or "
+            f"The pairs file {uri} names images that the store does not have: {names_shown(unknown)}. Extract them, or "
             "take their rows out."
         )
     a, b = (place.to_numpy().astype(np.int64) for place in places)
@@ -194,62 +179,6 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return finite / np.maximum(np.linalg.norm(finite, axis=1, keepdims=True), 1e-12)
 
 
-def _read(uri: str, options: storage.Options) -> pa.Table:
-    name = uri.lower()
-    if not name.endswith((".csv", ".jsonl", ".ndjson", ".parquet")):
-        raise RequestError(f"correspond.pairs is {uri}, but it must be {FORMS}.")
-    fs, path = storage.filesystem(storage.normalise(uri), options)
-    try:
-        with storage.reaching(uri), fs.open(path, "rb") as file:
-            if name.endswith(".parquet"):
-                return _parquet(file)
-            return _csv(file) if name.endswith(".csv") else _json_lines(file)
-    except FileNotFoundError:
-        raise RequestError(f"The pairs file {uri} does not exist: correspond.pairs must be {FORMS}.") from None
-    except (OSError, ValueError, csv.Error) as error:  # Arrow's and Unicode's errors are ValueErrors
-        raise RequestError(f"The pairs file {uri} cannot be read: {str(error).splitlines()[0].rstrip('.')}.") from None
-
-
-def _parquet(file: Any) -> pa.Table:
-    """The two columns; all there are, without rows, when one is missing."""
-    with pq.ParquetFile(file) as parquet:
-        names = parquet.schema_arrow.names
-        if sorted(name for name in names if name in COLUMNS) == COLUMNS:
-            return parquet.read(COLUMNS)
-        return parquet.schema_arrow.empty_table()
-
-
-def _csv(file: Any) -> pa.Table:
-    """The two columns as text; an id may hold anything that is quoted, a line break too."""
-    header = next(csv.reader([file.readline().decode("utf-8-sig")]), [])
-    if sorted(name for name in header if name in COLUMNS) != COLUMNS:
-        return pa.Table.from_arrays([pa.array([], pa.string()) for _ in header], names=header)
-    file.seek(0)
-    return pyarrow.csv.read_csv(
-        file,
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(COLUMNS, pa.string()), include_columns=COLUMNS
-        ),
-    )
-
-
-def _json_lines(file: Iterable[bytes]) -> pa.Table:
-    """The two columns as text; Arrow's own reader turns ids that look like dates into dates."""
-    columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        row: Any = json.loads(line)
-        if not isinstance(row, dict) or not row.keys() >= columns.keys():
-            raise ValueError(f"line {number} is not an object with image_a and image_b")
-        for name, values in columns.items():
-            if not isinstance(row[name], str | int):
-                raise ValueError(f"line {number} has {json.dumps(row[name])} for {name}, which should be an image_id")
-            values.append(str(row[name]))
-    return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
-
-
 def _no_pairs(asked: str, images: pa.Table) -> str:
     if asked == "all":
         without = images["label"].null_count
@@ -262,10 +191,3 @@ def _no_pairs(asked: str, images: pa.Table) -> str:
 
 def _images(count: int) -> str:
     return f"{count:,} image{'' if count == 1 else 's'}"
-
-
-def _first(names: list[str]) -> str:
-    """The first names; one that would be misread (empty, spaces around it, line breaks) in quotes."""
-    more = len(names) - MOST_NAMED
-    shown = [name if name and name.isprintable() and name == name.strip() else repr(name) for name in names]
-    return ", ".join(shown[:MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")
