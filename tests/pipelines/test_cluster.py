@@ -353,7 +353,10 @@ def test_more_clusters_than_patches(tmp_path: Path, here: None) -> None:
     store = small(tmp_path, [patches_around(centres(), 1, (2, 3))])
     result = run(store, "words", "cluster.k=50")
     assert (result.k, result.vectors, result.empty) == (6, 6, 0)
-    assert any("50 clusters were asked for, and 6 were made: there are no more distinct" in message for message in result.messages)
+    assert any(
+        "50 clusters were asked for, and 6 were made: there are no more distinct" in message
+        for message in result.messages
+    )
     check_tables(store)
 
 
