@@ -18,7 +18,7 @@ from PIL import Image
 from set_scenes import GRID, PATCH, Scene, add_scenes, scene
 from small_runs import settings
 
-from pipelines import cosegment, cosegment_tasks, cosegment_worker
+from pipelines import cosegment, cosegment_tasks, cosegment_worker, verify
 from pipelines.cluster_model import Level, Model, Progress, model_uri, write_model
 from pipelines.cluster_statistics import Statistics
 from pipelines.cluster_tables import ClusterTables
@@ -466,3 +466,24 @@ def test_the_sample_is_spread_and_seeded() -> None:
     np.testing.assert_array_equal(chosen, cosegment_tasks.fit_sample(members, 100, seed=1))
     assert (chosen != cosegment_tasks.fit_sample(members, 100, seed=2)).any()
     np.testing.assert_array_equal(cosegment_tasks.fit_sample(members, 1000, seed=1), members)
+
+
+def test_verify_finds_what_does_not_fit_together(store: Store) -> None:
+    run(store)
+    assert verify.run(settings(), store=store.uri).problems == []
+    tables = PartTables(store.uri, "animals", {})
+    (path,) = tables.patches.files()
+    patches = tables.patches.read_file(path)
+    less = tables.patches.write_file(path.replace("part-", "part-x"), patches.slice(1, len(patches) - GRID**2 - 1))
+    rows = tables.images.read_file(path)
+    shards = pa.array([less.path] * len(rows), pa.string())
+    renamed = rows.set_column(rows.schema.get_field_index("shard"), "shard", shards)
+    twice = pa.concat_tables([renamed, renamed.slice(3, 1)]).sort_by("image_id")
+    tables.patches.commit([less], [path], "broken")
+    tables.images.commit([tables.images.write_file(less.path, twice)], [path], "broken")
+    problems = verify.run(settings(), store=store.uri).problems
+    assert [one.removeprefix("parts/animals: ") for one in problems] == [
+        "cat/03.jpg of set cat is there twice",
+        "cat/00.jpg of set cat has 143 patches for a grid of 12 x 12",
+        f"dog/04.jpg of set dog has no patches in {less.path}",
+    ]
