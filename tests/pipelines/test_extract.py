@@ -103,7 +103,10 @@ def test_tables_hold_what_the_extractor_computes(photos: Callable[..., Path], tm
         np.testing.assert_allclose(own["saliency"].to_numpy().reshape(grid), expected.saliency, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance", "most_bytes"), [("float16", 1e-3, 2.5), ("int8", 8e-3, 1.02)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "most_bytes"),
+    [pytest.param("float16", 1e-3, 2.5, marks=pytest.mark.slow), ("int8", 8e-3, 1.02)],
+)
 def test_smaller_dtypes_stay_close_and_small(
     photos: Callable[..., Path], tmp_path: Path, dtype: str, tolerance: float, most_bytes: float
 ) -> None:

@@ -109,6 +109,7 @@ def test_a_driver_killed_at_several_moments_loses_and_repeats_nothing(
     assert_same(store, expected)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_its_images_are_done(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
     source, expected = undisturbed
     store = tmp_path / "store"
