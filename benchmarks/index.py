@@ -27,7 +27,7 @@ WORK = Path(__file__).with_name("work")
 COUNT, ADDED, QUERIES, TOP = 100_000, 1_000, 500, 10
 PHOTOS = 40
 UPDATES = 11  # the last brings a graph's segments above a tenth of it, and they are merged into it
-DIMENSIONS = (64, 384)  # ViT-S has 384
+DIMENSIONS = (64, 192, 384)  # ViT-Ti has 192, ViT-S 384
 KINDS: tuple[Kind, ...] = ("flat", "hnsw", "ivfpq")
 WEIGHTS = TEST_DATA / "weights" / "deit_tiny_patch16_224_state_dict.pth"
 
