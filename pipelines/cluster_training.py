@@ -136,10 +136,10 @@ def train(
                 offsets=level.offsets,
             )
             objective = float(total.inertia.sum() / max(total.sizes.sum(), 1))
-            before = about.objectives[-1] if about.iteration else np.inf
+            gained = about.objectives[-1] - objective if about.iteration else np.inf
             with uninterrupted():
                 model.levels[number] = Level(moved.centroids, level.offsets)
-                about.converged = not moved.reseeded and before - objective <= asked.tolerance * abs(before)
+                about.converged = not moved.reseeded and gained <= asked.tolerance * objective
                 about.objectives.append(objective)
                 about.iteration += 1
             took = time.monotonic() - started
