@@ -211,6 +211,14 @@ def print_stats(result: Any) -> None:
         megabytes = f"{found['bytes'] / 1e6:,.1f}"
         rows = f"{found['pairs']:,} pairs ({found['without_matches']:,} without), {found['matches']:,} matches"
         table.add_row(f"matches/{name}", rows, f"{found['files']:,}", megabytes)
+    for name, found in result.clusters.items():
+        rows = f"{found['clusters']:,} clusters, {found['assignments']:,} assignments"
+        table.add_row(f"clusters/{name}", rows, f"{found['files']:,}", f"{found['bytes'] / 1e6:,.1f}")
+    for name, found in result.parts.items():
+        rows = (
+            f"{found['images']:,} images in {found['sets']:,} sets ({found['without_foreground']:,} without foreground)"
+        )
+        table.add_row(f"parts/{name}", rows, f"{found['files']:,}", f"{found['bytes'] / 1e6:,.1f}")
     console.print(table)
     model = result.spec["model"]
     features = result.spec["features"]

@@ -21,24 +21,20 @@ from pipelines import storage
 from pipelines.cluster_model import Model, checkpoint_uri, model_uri, read_model
 from pipelines.cluster_statistics import Counting, Statistics
 from pipelines.commit import retry_on_conflict
-from pipelines.errors import JobError, RequestError
+from pipelines.errors import JobError
+from pipelines.named_results import result_names, result_uri
 from pipelines.schemas import ASSIGNMENTS, CENTROIDS, vector
 from pipelines.shards import new_file_name, rewrite_without
 from pipelines.tables import READS_AT_ONCE, DataFile, Table, open_parquet
 
 LEFTOVER_DAYS = 1  # after which the model of a training that was replaced, or killed at its end, goes
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _FILE = re.compile(r"part-(?P<run_id>.+)-[0-9a-f]{12}\.parquet")
 
 
 def clusters_uri(store: str, name: str) -> str:
     """Raises RequestError for a name that cannot be a folder's."""
-    if not _NAME.fullmatch(name):
-        raise RequestError(
-            f"NAME is {name!r}, but it names a folder: give letters, digits, `_`, `-` and `.`, such as parts-100."
-        )
-    return storage.join(store, "clusters", name)
+    return result_uri(store, "clusters", name)
 
 
 class ClusterTables:
@@ -60,12 +56,8 @@ class ClusterTables:
     @classmethod
     def all_in(cls, store: str, options: storage.Options) -> dict[str, ClusterTables]:
         """Every clustering of a store, by NAME."""
-        fs, path = storage.filesystem(storage.join(store, "clusters"), options)
-        try:
-            names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        found = {name: cls.open_existing(store, name, options) for name in names if _NAME.fullmatch(name)}
+        names = result_names(store, "clusters", options)
+        found = {name: cls.open_existing(store, name, options) for name in names}
         return {name: tables for name, tables in found.items() if tables is not None}
 
     def model(self) -> Model | None:

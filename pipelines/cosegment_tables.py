@@ -8,7 +8,6 @@ file that no image names: `repair` removes them.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from pipelines.commit import FileChange, apply_remaining, commit_in_order
 from pipelines.config import CosegmentSettings
 from pipelines.cosegment_sets import source_of
 from pipelines.errors import RequestError
+from pipelines.named_results import result_names, result_uri
 from pipelines.schemas import PARTS_IMAGES, PARTS_PATCHES
 from pipelines.shards import rewrite
 from pipelines.store import ORPHAN_GRACE_SECONDS, describe_file
@@ -30,7 +30,6 @@ from pipelines.tables import CommitConflict, DataFile, Table
 KEY = ["set_id", "image_id"]
 VERSIONED = [*KEY, "set_version"]
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _NOTHING = pa.array([], pa.string())
 
 
@@ -69,12 +68,8 @@ class PartTables:
     @classmethod
     def all_in(cls, store: str, options: storage.Options) -> dict[str, PartTables]:
         """The tables of every name in a store."""
-        fs, path = storage.filesystem(storage.join(store, "parts"), options)
-        try:
-            names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        found = {name: cls.open_existing(store, name, options) for name in names if _NAME.fullmatch(name)}
+        names = result_names(store, "parts", options)
+        found = {name: cls.open_existing(store, name, options) for name in names}
         return {name: tables for name, tables in found.items() if tables}
 
     def refresh(self) -> None:
@@ -226,11 +221,7 @@ def disagreements(tables: PartTables) -> Iterator[str]:
 
 def parts_uri(store: str, name: str) -> str:
     """Raises RequestError for a name that cannot be a folder's."""
-    if not _NAME.fullmatch(name):
-        raise RequestError(
-            f"NAME is {name!r}, but it names a folder: give letters, digits, `_`, `-` and `.`, such as animals-4."
-        )
-    return storage.join(store, "parts", name)
+    return result_uri(store, "parts", name)
 
 
 def check_settings(store: str, name: str, asked: CosegmentSettings, options: storage.Options, *, record: bool) -> None:

@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from dino_ops.nearest import Kind, NearestIndex, estimate_bytes
 from pipelines import storage
 from pipelines.errors import JobError, RequestError
+from pipelines.named_results import result_names, result_uri
 from pipelines.store import Store
 from pipelines.tables import open_parquet
 
@@ -123,19 +124,13 @@ class Part:
 
 
 def index_uri(store: str, name: str) -> str:
-    """Raises RequestError for a name that is no folder's."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise RequestError(f"NAME {name!r} is not a name: give letters, digits, '.', '_' and '-'.")
-    return storage.join(store, "index", name)
+    """Raises RequestError for a name that cannot be a folder's."""
+    return result_uri(store, "index", name)
 
 
 def index_names(store: Store) -> list[str]:
     """Names of the indices of a store."""
-    fs, path = storage.filesystem(storage.join(store.uri, "index"), store.config.storage.options)
-    try:
-        names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
-    except FileNotFoundError:
-        return []
+    names = result_names(store.uri, "index", store.config.storage.options)
     return [name for name in names if _latest(files_present(store, name))]
 
 

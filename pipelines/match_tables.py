@@ -7,7 +7,6 @@ between the two commits is matches of a file that no pair names: `repair` remove
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from pipelines.commit import FileChange, apply_remaining, commit_in_order
 from pipelines.config import CorrespondSettings
 from pipelines.errors import RequestError
 from pipelines.match_worker import MatchReport
+from pipelines.named_results import result_names, result_uri
 from pipelines.schemas import MATCHES, PAIRS
 from pipelines.shards import rewrite
 from pipelines.store import ORPHAN_GRACE_SECONDS, describe_file
@@ -31,7 +31,6 @@ PairKey = tuple[str, str]  # image ids, ascending
 
 VERSIONED = ["image_a", "image_b", "run_id_a", "run_id_b"]  # a pair and the extraction of both images
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _NOT_IDENTITY = {"pairs", "tile_images"}  # what is matched and in which order, not how
 
 
@@ -59,12 +58,8 @@ class MatchTables:
     @classmethod
     def all_in(cls, store: str, options: storage.Options) -> dict[str, MatchTables]:
         """The tables of every name in a store."""
-        fs, path = storage.filesystem(storage.join(store, "matches"), options)
-        try:
-            names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
-        except FileNotFoundError:
-            return {}
-        found = {name: cls.open_existing(store, name, options) for name in names if _NAME.fullmatch(name)}
+        names = result_names(store, "matches", options)
+        found = {name: cls.open_existing(store, name, options) for name in names}
         return {name: tables for name, tables in found.items() if tables}
 
     def refresh(self) -> None:
@@ -212,11 +207,7 @@ def is_in(rows: pa.Table, keys: set[PairKey]) -> pa.Array:
 
 def matches_uri(store: str, name: str) -> str:
     """Raises RequestError for a name that cannot be a folder's."""
-    if not _NAME.fullmatch(name):
-        raise RequestError(
-            f"NAME is {name!r}, but it names a folder: give letters, digits, `_`, `-` and `.`, such as cats-knn."
-        )
-    return storage.join(store, "matches", name)
+    return result_uri(store, "matches", name)
 
 
 def check_settings(store: str, name: str, asked: CorrespondSettings, options: storage.Options, *, record: bool) -> None:

@@ -8,10 +8,13 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from pipelines.cluster_tables import ClusterTables
 from pipelines.config import Config
+from pipelines.cosegment_tables import PartTables
 from pipelines.match_tables import MatchTables
 from pipelines.runs import read_reports
 from pipelines.store import Store
+from pipelines.tables import Table
 
 
 @dataclass
@@ -30,6 +33,8 @@ class Result:
     bytes_per_image: float | None = None
     failures_by_reason: dict[str, int] = field(default_factory=dict)
     matches: dict[str, dict[str, int]] = field(default_factory=dict)  # NAME -> see _count_matches
+    clusters: dict[str, dict[str, int]] = field(default_factory=dict)  # NAME -> see _count_clusters
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)  # NAME -> see _count_parts
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     exit_code = 0
@@ -39,7 +44,7 @@ class Result:
 
 
 def run(config: Config, *, store: str) -> Result:
-    """Look at a store. Reads the logs, the failures, a column of images and of pairs; no patches."""
+    """Look at a store. Reads the logs, the failures, a column or two of images, pairs and parts; no patches."""
     opened = Store.open(store, config)
     result = Result(opened.uri, opened.spec, opened.fingerprint)
     for name, table in (("images", opened.images), ("patches", opened.patches), ("failures", opened.failures)):
@@ -52,8 +57,11 @@ def run(config: Config, *, store: str) -> Result:
     result.labels = len(set(opened.images.read(["label"])["label"].to_pylist()) - {None})
     failed = opened.failures.read(["stage", "error"]).to_pylist()
     result.failures_by_reason = dict(Counter(f"{row['stage']}: {row['error']}" for row in failed).most_common())
-    names = MatchTables.all_in(opened.uri, opened.config.storage.options)
-    result.matches = {name: _count_matches(tables) for name, tables in names.items()}
+    options = opened.config.storage.options
+    matches, clusters = MatchTables.all_in(opened.uri, options), ClusterTables.all_in(opened.uri, options)
+    result.matches = {name: _count_matches(tables) for name, tables in matches.items()}
+    result.clusters = {name: _count_clusters(tables) for name, tables in clusters.items()}
+    result.parts = {name: _count_parts(two) for name, two in PartTables.all_in(opened.uri, options).items()}
     for report in read_reports(opened.uri, opened.config):
         done = report.get("result", {})
         shown = {key: report.get(key) for key in ("run_id", "command", "status", "started_at", "finished_at")}
@@ -65,11 +73,29 @@ def run(config: Config, *, store: str) -> Result:
 def _count_matches(tables: MatchTables) -> dict[str, int]:
     """Of matches/NAME: pairs, matches (rows that were kept), pairs without any, files and bytes of both tables."""
     kept = tables.pairs.read(["kept"])["kept"]
-    files = [*tables.pairs.files().values(), *tables.matches.files().values()]
-    return {
-        "pairs": len(kept),
-        "matches": pc.sum(kept).as_py() or 0,
-        "without_matches": pc.sum(pc.equal(kept, 0)).as_py() or 0,
-        "files": len(files),
-        "bytes": sum(file.size for file in files),
-    }
+    counts = {"pairs": len(kept), "matches": pc.sum(kept).as_py() or 0}
+    counts["without_matches"] = pc.sum(pc.equal(kept, 0)).as_py() or 0
+    return counts | _sizes(tables.pairs, tables.matches)
+
+
+def _count_clusters(tables: ClusterTables) -> dict[str, int]:
+    """Of clusters/NAME: clusters, assignments, files and bytes of both tables."""
+    counts = {"clusters": _rows(tables.centroids), "assignments": _rows(tables.assignments)}
+    return counts | _sizes(tables.centroids, tables.assignments)
+
+
+def _count_parts(tables: PartTables) -> dict[str, int]:
+    """Of parts/NAME: sets, images (of all sets), those without any foreground, files and bytes of both tables."""
+    rows = tables.images.read(["set_id", "foreground_fraction"])
+    empty = pc.sum(pc.equal(rows["foreground_fraction"], 0)).as_py() or 0
+    counts = {"sets": len(pc.unique(rows["set_id"])), "images": len(rows), "without_foreground": empty}
+    return counts | _sizes(tables.images, tables.patches)
+
+
+def _rows(table: Table) -> int:
+    return sum(file.rows for file in table.files().values())
+
+
+def _sizes(*tables: Table) -> dict[str, int]:
+    files = [file for table in tables for file in table.files().values()]
+    return {"files": len(files), "bytes": sum(file.size for file in files)}

@@ -458,6 +458,8 @@ def test_the_command_says_what_was_done(store: Store, here: None) -> None:
     add(store, 3, range(40, 42))
     updated = json.loads(cli("--update", "--json").stdout)
     assert (updated["added"], updated["k"], updated["vectors"]) == (2, 5, 2016)
+    listed = CliRunner().invoke(app, ["stats", store.uri], env={"COLUMNS": "200"})
+    assert "clusters/words" in listed.stdout and "5 clusters, 2,016 assignments" in listed.stdout
     refused = cli("--update", "--k", "6")
     assert refused.exit_code == 2
     assert refused.stderr == (
@@ -466,6 +468,16 @@ def test_the_command_says_what_was_done(store: Store, here: None) -> None:
     )
     chosen = json.loads(cli("--elbow", "--k", "9", "--json").stdout)
     assert 1 < chosen["k"] <= 9
+
+
+def test_the_readmes_query_runs_as_shown(store: Store, tmp_path: Path, here: None) -> None:
+    run(store)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "store").symlink_to(store.uri)
+    section = (Path(__file__).parents[2] / "README.md").read_text().partition("## Clusters")[2]
+    query = section.partition("```python\n")[2].partition("```")[0]
+    done = subprocess.run([sys.executable, "-c", query], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "patches" in done.stdout, done.stderr
 
 
 def test_a_store_in_a_bucket(s3: S3Server, here: None) -> None:

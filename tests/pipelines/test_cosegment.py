@@ -18,7 +18,7 @@ from PIL import Image
 from set_scenes import GRID, PATCH, Scene, add_scenes, scene
 from small_runs import settings
 
-from pipelines import cosegment, cosegment_tasks, cosegment_worker, verify
+from pipelines import cosegment, cosegment_tasks, cosegment_worker, stats, verify
 from pipelines.cluster_model import Level, Model, Progress, model_uri, write_model
 from pipelines.cluster_statistics import Statistics
 from pipelines.cluster_tables import ClusterTables
@@ -471,6 +471,8 @@ def test_the_sample_is_spread_and_seeded() -> None:
 def test_verify_finds_what_does_not_fit_together(store: Store) -> None:
     run(store)
     assert verify.run(settings(), store=store.uri).problems == []
+    counted = stats.run(settings(), store=store.uri).parts["animals"]
+    assert (counted["sets"], counted["images"], counted["files"]) == (2, 10, 2)  # one image has no label
     tables = PartTables(store.uri, "animals", {})
     (path,) = tables.patches.files()
     patches = tables.patches.read_file(path)

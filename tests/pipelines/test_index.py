@@ -439,5 +439,5 @@ def test_an_empty_store_is_one_sentence(command: list[str], make: Callable[..., 
 
 @pytest.mark.parametrize("name", ["../x", "", "a/b"])
 def test_a_name_is_a_name(name: str, make: Callable[..., Store]) -> None:
-    with pytest.raises(RequestError, match="is not a name"):
+    with pytest.raises(RequestError, match="it names a folder"):
         index.run(asked(), store=make().uri, name=name)
