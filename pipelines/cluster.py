@@ -310,24 +310,20 @@ def _workers(job: _Job, images: pa.Table) -> Iterator[tuple[Workers, StatusLine]
     from pipelines.cluster_worker import ClusterWorker
 
     began = time.monotonic()
-    run, asked = job.config.run, job.asked
+    asked = job.asked
     units = list_units(job.store, asked, images)
-    with ray_session(run) as resources, interruptible(), StatusLine() as line:
+    with ray_session(job.config.run) as resources, interruptible(), StatusLine() as line:
         import ray
 
-        gpus = resources.get("GPU", 0.0) if job.config.model.device != "cpu" else 0.0
-        cpus = resources.get("CPU", 1.0)
-        cpus_each = run.cpus_per_worker or (1.0 if cpus <= CPUS_A_WORKER else float(CPUS_A_WORKER))
-        gpus_each = (run.gpus_per_worker or 1.0) if gpus else 0.0
-        count = run.workers or max(1, int(gpus / gpus_each if gpus else cpus / cpus_each))
-        shares = split_units(units, count)
+        layout = plan_workers(resources, job.config)
+        shares = split_units(units, layout.workers)
         memory = resources.get("memory", 0.0) * CACHE_SHARE
         budget = asked.cache_gb * 1e9 if asked.cache_gb is not None else memory
-        setup = _worker_setup(job, "cuda" if gpus else "cpu", cpus_each, budget / max(len(shares), 1))
+        setup = _worker_setup(job, layout.device, layout.cpus, budget / max(len(shares), 1))
         # restarted for ever, each call tried again: a worker keeps nothing that it cannot read again
         actor = ray.remote(ClusterWorker).options(
-            num_cpus=cpus_each,
-            num_gpus=gpus_each,
+            num_cpus=layout.cpus,
+            num_gpus=layout.gpus,
             max_restarts=-1,
             max_task_retries=3,
             scheduling_strategy="SPREAD",
@@ -343,6 +339,40 @@ def _workers(job: _Job, images: pa.Table) -> Iterator[tuple[Workers, StatusLine]
         finally:
             for one in actors:
                 ray.kill(one)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Workers of a job and what each takes."""
+
+    device: str  # cpu | cuda
+    workers: int
+    cpus: float
+    gpus: float
+
+
+def plan_workers(resources: dict[str, float], config: Config) -> Layout:
+    """Workers for a cluster with `resources` ({"CPU": ..., "GPU": ...}), fewer where there is less to hold.
+
+    Raises RequestError when what was asked is not there: Ray would wait for it for ever.
+    """
+    run = config.run
+    cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+    if config.model.device == "cuda" and not gpus:
+        raise RequestError("model.device is cuda, but the Ray cluster has no GPU: give model.device=auto or cpu.")
+    device = "cuda" if config.model.device != "cpu" and gpus else "cpu"
+    gpus_each = (run.gpus_per_worker or 1.0) if device == "cuda" else 0.0
+    usual = 1.0 if cpus <= CPUS_A_WORKER else float(CPUS_A_WORKER)
+    fitting = gpus / gpus_each if gpus_each else cpus / (run.cpus_per_worker or usual)
+    workers = run.workers or max(1, int(fitting))
+    cpus_each = run.cpus_per_worker or min(usual, cpus / workers)
+    if cpus_each * workers > cpus + 1e-6 or gpus_each * workers > gpus:
+        raise RequestError(
+            f"{workers} workers with {cpus_each:g} CPUs and {gpus_each:g} GPUs each were asked for, but the cluster "
+            f"has {cpus:g} CPUs and {gpus:g} GPUs: give smaller run.workers, run.cpus_per_worker or "
+            "run.gpus_per_worker."
+        )
+    return Layout(device, workers, cpus_each, gpus_each)
 
 
 def _worker_setup(job: _Job, device: str, cpus: float, cache_bytes: float) -> WorkerSetup:

@@ -30,7 +30,7 @@ from pipelines.cluster_tables import ClusterTables
 from pipelines.cluster_vectors import list_units, split_units
 from pipelines.cluster_worker import ClusterWorker
 from pipelines.commit import drop_images
-from pipelines.config import Config
+from pipelines.config import Config, load_config
 from pipelines.errors import JobError, RequestError
 from pipelines.interrupts import interruptible
 from pipelines.progress import StatusLine
@@ -174,7 +174,7 @@ def test_the_spread_over_workers_and_the_cache_do_not_matter(store: Store, ray: 
     expected = None
     for name, overrides in {
         "one": ["run.workers=1"],
-        "four": ["run.workers=4", "run.cpus_per_worker=0.5"],
+        "four": ["run.workers=4"],
         "two-uncached": ["run.workers=2", "cluster.cache_gb=0.00000001"],
     }.items():
         result = run(store, name, *overrides)
@@ -397,6 +397,27 @@ def test_wrong_requests_are_one_sentence(store: Store, tmp_path: Path) -> None:
         run(without, "words", "cluster.salient_only=true")
     with pytest.raises(RequestError, match="has no embeddings"):
         run(without, "words", "cluster.of=embeddings")
+
+
+@pytest.mark.parametrize(
+    ("resources", "overrides", "expected"),
+    [
+        ({"CPU": 2}, [], cluster.Layout("cpu", 2, 1, 0)),
+        ({"CPU": 64}, [], cluster.Layout("cpu", 16, 4, 0)),
+        ({"CPU": 2}, ["run.workers=5"], cluster.Layout("cpu", 5, 0.4, 0)),
+        ({"CPU": 16, "GPU": 2}, [], cluster.Layout("cuda", 2, 4, 1)),
+        ({"CPU": 16, "GPU": 2}, ["model.device=cpu"], cluster.Layout("cpu", 4, 4, 0)),
+    ],
+)
+def test_workers_fit_the_cluster(resources: dict[str, float], overrides: list[str], expected: cluster.Layout) -> None:
+    assert cluster.plan_workers(resources, load_config([], overrides)) == expected
+
+
+def test_workers_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"3 workers with 1 CPUs and 0 GPUs each .* has 2 CPUs"):
+        cluster.plan_workers({"CPU": 2}, load_config([], ["run.workers=3", "run.cpus_per_worker=1"]))
+    with pytest.raises(RequestError, match="has no GPU"):
+        cluster.plan_workers({"CPU": 2}, load_config([], ["model.device=cuda"]))
 
 
 def test_nothing_salient_to_train_on(tmp_path: Path, here: None) -> None:
