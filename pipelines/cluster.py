@@ -191,6 +191,14 @@ def _same(job: _Job, model: Model) -> bool:
     return model.progress.settings == job.settings and model.progress.images == digest(job.images)
 
 
+def _why_anew(job: _Job, before: Model) -> str:
+    stored = before.progress.settings
+    differing = [
+        f"cluster.{key} was {stored.get(key)}" for key, value in job.settings.items() if stored.get(key) != value
+    ]
+    return f"since other settings were given ({', '.join(differing)})" if differing else "since the images have changed"
+
+
 def _plan(job: _Job, tables: ClusterTables | None, model: Model | None) -> None:
     """Say what a run would do."""
     result = job.result
@@ -205,8 +213,8 @@ def _plan(job: _Job, tables: ClusterTables | None, model: Model | None) -> None:
     if left is not None and _same(job, left):
         result.resumed_from = len(left.progress.objectives)
     result.k = job.asked.k
-    if model is not None:
-        result.messages.append(f"The clusters {result.name} would be trained anew and replaced.")
+    if model is not None and not _same(job, model):
+        result.messages.append(f"The clusters {result.name} would be trained anew, {_why_anew(job, model)}.")
 
 
 def _train(job: _Job, before: Model | None) -> None:
@@ -217,6 +225,8 @@ def _train(job: _Job, before: Model | None) -> None:
         model = before  # a run that was killed between its two commits
     if model is None or not _same(job, model):
         model = Model(Progress(result.run_id, job.settings, digest(job.images)), [])
+    if before is not None and not _same(job, before):
+        result.messages.append(f"The clusters {result.name} were trained anew, {_why_anew(job, before)}.")
     result.resumed_from = len(model.progress.objectives)
     if result.resumed_from and not model.progress.trained:
         result.messages.append(f"Continued after iteration {result.resumed_from} of an earlier run.")

@@ -194,8 +194,13 @@ def test_a_second_run_has_nothing_to_do_until_images_change(store: Store, here: 
         DeltaTable(f"{store.uri}/clusters/words/{table}").version() for table in ("centroids", "assignments")
     ]
     add(store, 3, range(40, 44))
-    assert run(store).status == "done"
+    changed = run(store)
+    assert changed.status == "done"
+    assert "The clusters words were trained anew, since the images have changed." in changed.messages
     check_tables(store)
+    other = run(store, "words", "cluster.seed=3")
+    told = "The clusters words were trained anew, since other settings were given (cluster.seed was 0)."
+    assert told in other.messages
 
 
 def test_an_interrupted_training_continues_where_it_was(
