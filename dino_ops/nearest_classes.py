@@ -17,28 +17,34 @@ BLOCK_VALUES = 16_000_000  # of similarities held at once
 def classify_by_neighbours(
     embeddings: np.ndarray | torch.Tensor,
     labels: np.ndarray,
-    queries: np.ndarray | torch.Tensor,
+    queries: np.ndarray | torch.Tensor | None,
     ks: Sequence[int] = (10, 20, 100, 200),
     *,
     temperature: float = 0.07,
 ) -> dict[int, np.ndarray]:
     """The label of each query by the votes of its k nearest embeddings, each weighing exp(cosine / temperature).
 
-    embeddings: (n, D). labels: (n,) integers from 0. queries: (m, D). Of equal votes the lowest label wins; a k above
-    n means all. Returns k -> (m,) int64.
+    embeddings: (n, D). labels: (n,) integers from 0. queries: (m, D), or None for the embeddings themselves, each of
+    which then has no vote of its own. Of equal votes the lowest label wins; a k above n means all.
+    Returns k -> (m,) int64.
 
-    Raises ValueError without embeddings.
+    Raises ValueError without embeddings to compare with.
     """
-    if not len(embeddings):
+    if len(embeddings) < (1 if queries is not None else 2):
         raise ValueError("there are no labelled embeddings to compare with")
     gallery = _directions(embeddings)
-    asked = _directions(queries)
+    asked = gallery if queries is None else _directions(queries)
     classes = int(labels.max()) + 1
     of_gallery = torch.from_numpy(np.ascontiguousarray(labels, np.int64)).to(gallery.device)
-    most = min(max(ks), len(gallery))
+    most = min(max(ks), len(gallery) - (queries is None))
     found: dict[int, list[np.ndarray]] = {k: [] for k in ks}
-    for block in asked.split(max(1, BLOCK_VALUES // len(gallery))):
-        similarity, nearest = (block @ gallery.T).topk(most, dim=1)
+    rows = max(1, BLOCK_VALUES // len(gallery))
+    for number, block in enumerate(asked.split(rows)):
+        similarity = block @ gallery.T
+        if queries is None:
+            own = torch.arange(len(block), device=block.device)
+            similarity[own, own + number * rows] = -torch.inf
+        similarity, nearest = similarity.topk(most, dim=1)
         # relative to the nearest: the same winner, and no overflow
         weights = torch.exp((similarity - similarity[:, :1]).double() / temperature)
         votes = torch.zeros(len(block), classes, dtype=torch.float64, device=block.device)

@@ -248,6 +248,63 @@ def evaluate_pck(
     _run_job(job, cli_output.print_pck, config, overrides, dry_run=dry_run, as_json=as_json, reads_only=plan)
 
 
+TestStore = Annotated[
+    str | None,
+    typer.Option("--test", metavar="STORE", help="Images to be tested, of the same spec; default: STORE's own."),
+]
+
+
+@evaluate.command("knn")
+def evaluate_knn(
+    store: StoreArgument,
+    test: TestStore = None,
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Whether the nearest images, voting, find an image's label: k-NN accuracy of the embeddings."""
+    _run_job(
+        _classification("knn", store, test),
+        cli_output.print_classification,
+        config,
+        overrides,
+        dry_run=dry_run,
+        as_json=as_json,
+        reads_only=f"evaluate knn of {store}",
+    )
+
+
+@evaluate.command("linear")
+def evaluate_linear(
+    store: StoreArgument,
+    test: TestStore = None,
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Whether a linear classifier of the embeddings finds an image's label: linear-probe accuracy."""
+    _run_job(
+        _classification("linear", store, test),
+        cli_output.print_classification,
+        config,
+        overrides,
+        dry_run=dry_run,
+        as_json=as_json,
+        reads_only=f"evaluate linear of {store}",
+    )
+
+
+def _classification(task: str, store: str, test: str | None) -> Callable[[Any], Any]:
+    def job(settings: Any) -> Any:
+        from pipelines.evaluate.classify import run
+
+        return run(settings, task=task, store=store, test=test)
+
+    return job
+
+
 @evaluate.command("retrieval")
 def evaluate_retrieval(
     store: StoreArgument,

@@ -156,6 +156,20 @@ def print_retrieval(result: Any) -> None:
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
 
 
+def print_classification(result: Any) -> None:
+    for what, value in result.accuracy.items():
+        print(f"{f'k = {what}' if result.task == 'knn' else what:<9} {value:.4f}")
+    how = (
+        "" if result.test else ", each by the others" if result.task == "knn" else ", each by four fifths of the others"
+    )
+    left_out = f"{result.unlabelled:,} without label left out"
+    if result.unknown:
+        left_out += f", {result.unknown:,} of a label that nobody to learn from has count as wrong"
+    print(f"top-1 accuracy of {result.tested:,} images, learnt from {result.learnt_from:,}{how} ({left_out}).")
+    print(f"{result.labels:,} labels; always the commonest one: {result.chance:.4f}.")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
+
+
 def print_segmentation(result: Any) -> None:
     measures = ("jaccard", "precision", "corloc")
     width = max(len(score["set"]) for score in result.scores)

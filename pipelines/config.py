@@ -325,6 +325,12 @@ class EvaluateSettings(Section):
     recall_at: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1, 5, 10), min_length=1, description="retrieval: numbers of nearest images that recall looks at."
     )
+    neighbours: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (10, 20, 100, 200), min_length=1, description="knn: numbers of nearest images that vote."
+    )
+    temperature: float = Field(0.07, gt=0, description="knn: a vote weighs exp(cosine / temperature).")
+    epochs: int = Field(100, ge=1, description="linear: passes over the training images.")
+    seed: int = Field(0, ge=0, description="linear: of the first weights, the order, and what is held out.")
 
 
 class StorageSettings(Section):

@@ -26,6 +26,20 @@ def test_votes_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
             assert found[k][number] == votes.argmax()
 
 
+def test_without_queries_nobody_votes_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(1)
+    embeddings, labels = generator.standard_normal((60, 4)), generator.integers(0, 3, 60)
+    monkeypatch.setattr(nearest_classes, "BLOCK_VALUES", 700)  # eleven at once
+    found = classify_by_neighbours(embeddings, labels, None, ks=(5, 59, 200))
+    for number in range(60):
+        others = np.delete(np.arange(60), number)
+        alone = classify_by_neighbours(embeddings[others], labels[others], embeddings[[number]], ks=(5, 59))
+        assert (found[5][number], found[59][number]) == (alone[5][0], alone[59][0])
+        assert found[200][number] == found[59][number]
+    with pytest.raises(ValueError, match="no labelled embeddings"):
+        classify_by_neighbours(np.ones((1, 2)), np.zeros(1, np.int64), None)
+
+
 def test_few_embeddings_and_none() -> None:
     found = classify_by_neighbours(torch.eye(2), np.array([1, 0]), torch.tensor([[2.0, 0.1]]), ks=(1, 200))
     assert (found[1].tolist(), found[200].tolist()) == ([1], [1])
