@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 
 from dino_ops.cosegmentation import inliers
 from pipelines import storage
+from pipelines.comparable import spec_with_weights
 from pipelines.config import Config, CosegmentSettings
 from pipelines.cosegment_masks import MOST_PARTS, SetImage
-from pipelines.cosegment_pictures import spec_with_weights
 from pipelines.cosegment_sets import ImageSets, choose_sets, set_version
 from pipelines.cosegment_tables import VERSIONED, PartTables, SegmentReport, check_settings, parts_uri
 from pipelines.cosegment_tasks import PendingSet, stream_reports
@@ -105,7 +105,9 @@ def run(
     result = Result(run_id=new_run_id(), store=opened.uri, name=name)
     parts_uri(opened.uri, name)
     _check_store(opened, config)
-    spec = spec_with_weights(opened, config) if asked.crop_augmentations else opened.config
+    spec = opened.config
+    if asked.crop_augmentations:
+        spec = spec_with_weights(opened, config, "cosegment.crop_augmentations")
     spec = spec.model_copy(update={"cosegment": asked, "run": config.run})
     check_settings(opened.uri, name, asked, options, record=False)
     images = _images(opened, with_embeddings=asked.remove_outliers)

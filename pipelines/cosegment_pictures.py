@@ -13,14 +13,12 @@ import pyarrow as pa
 from dino_ops.crops import random_crops
 from dino_ops.errors import ImageError
 from dino_ops.images import ImageSpec, prepare_image
-from pipelines import storage, weights
+from pipelines import storage
+from pipelines.comparable import stored_form
 from pipelines.config import Config
 from pipelines.cosegment_masks import SetImage
-from pipelines.errors import RequestError
 from pipelines.projection import read_projections
-from pipelines.shards import decode, descriptor_map, encode
 from pipelines.sources import LISTING_SCHEMA, fetch
-from pipelines.store import Store
 
 PICTURES_AT_ONCE = 16  # whose bytes are held
 
@@ -74,36 +72,7 @@ class Cropper:
         crops = random_crops(pixels, self._count, np.random.default_rng([self._seed, own]))
         prepared = [self._extractor.prepare(crop) for crop in crops]
         features = self._extractor.extract(prepared)
-        return [(self._as_stored(one), ready.pixels) for one, ready in zip(features, prepared, strict=True)]
-
-    def _as_stored(self, features: Any) -> np.ndarray:
-        found = descriptor_map(features, self._column)
-        grid = found.shape[:2]
-        rows = found.reshape(-1, found.shape[-1])
-        if self._projection is not None:
-            rows = self._projection.transform(rows)
-        columns = encode(np.ascontiguousarray(rows, np.float32), self._dtype)
-        stored = decode(pa.table(columns, names=["descriptor", "scale"][: len(columns)]), "descriptor")
-        return stored.reshape(*grid, -1)
-
-
-def spec_with_weights(store: Store, config: Config) -> Config:
-    """The store's settings with weights that are at hand.
-
-    Raises RequestError when they are not, or are others than the store's.
-    """
-    expected, given = store.spec["model"]["weights"], config.model.weights
-    if expected == "pretrained" or expected.startswith("random:"):
-        given = expected.partition(":")[0]
-    elif given in weights.NAMED:
-        raise RequestError(
-            f"cosegment.crop_augmentations needs the model, and the store was made with a weights file "
-            f"({expected[:15]}...): give it again with --set model.weights=FILE."
-        )
-    elif (found := weights.identity(config)) != expected:
-        raise RequestError(
-            f"The weights {given} ({found[:15]}...) are not those of the store ({expected[:15]}...): give the same "
-            "file with --set model.weights=FILE, so that crops compare with the store's images."
-        )
-    own = {"weights": given, "device": config.model.device, "compile": config.model.compile}
-    return store.config.model_copy(update={"model": store.config.model.model_copy(update=own)})
+        return [
+            (stored_form(one, self._column, self._dtype, self._projection), ready.pixels)
+            for one, ready in zip(features, prepared, strict=True)
+        ]

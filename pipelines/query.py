@@ -10,13 +10,13 @@ import pyarrow as pa
 
 from dino_ops.errors import ImageError
 from dino_ops.nearest import Pooling, pool
-from pipelines import storage, weights
+from pipelines import storage
+from pipelines.comparable import spec_with_weights, stored_form
 from pipelines.config import Config, IndexSettings
 from pipelines.errors import RequestError
 from pipelines.index_files import Manifest
 from pipelines.index_vectors import vector_batches
 from pipelines.projection import read_projections
-from pipelines.shards import decode, descriptor_map, encode
 from pipelines.store import Store
 
 if TYPE_CHECKING:
@@ -60,17 +60,15 @@ def extracted_query(store: Store, manifest: Manifest, image: str, config: Config
     """
     uri = storage.normalise(image)
     data = read_image(uri, image, config.storage.options)
-    spec = _spec_with_weights(store, config)
+    spec = spec_with_weights(store, config, "A picture to search with")
     features = _extract(store, spec, data, image)
     if manifest.of == "embeddings":
         assert features.embedding is not None  # an index of embeddings has a store with embeddings
         return Query(features.embedding[None], None, features.width, features.height, uri)
     column = manifest.descriptor or "descriptor"
-    vectors = descriptor_map(features, column)
+    projection = read_projections(store.uri, spec).get(column)
+    vectors = stored_form(features, column, spec.store.dtype, projection)
     vectors = vectors.reshape(-1, vectors.shape[-1])
-    if (projection := read_projections(store.uri, spec).get(column)) is not None:
-        vectors = projection.transform(vectors)
-    vectors = _as_stored(np.ascontiguousarray(vectors, np.float32), spec.store.dtype)
     if manifest.of == "pooled":
         pooling: Pooling = "gem" if manifest.pooling == "gem" else "mean"
         kept = vectors[_stored_patches(features, spec)]
@@ -116,28 +114,6 @@ def read_image(uri: str, image: str, options: storage.Options) -> bytes:
         raise RequestError(f"The image {image} cannot be read: {error.strerror or error}.") from None
 
 
-def _spec_with_weights(store: Store, config: Config) -> Config:
-    """The store's settings with weights that this machine has."""
-    expected = store.spec["model"]["weights"]
-    given = config.model.weights
-    if expected == "pretrained" or expected.startswith("random:"):
-        given = expected.partition(":")[0]
-    elif given in weights.NAMED:
-        raise RequestError(
-            f"The store was made with a weights file ({expected[:15]}...): give it again with "
-            "--set model.weights=FILE, so that the query's features compare with the store's."
-        )
-    elif (found := weights.identity(config)) != expected:
-        raise RequestError(
-            f"The weights {given} ({found[:15]}...) are not those of the store ({expected[:15]}...): give the same "
-            "file with --set model.weights=FILE."
-        )
-    model = store.config.model.model_copy(
-        update={"weights": given, "device": config.model.device, "compile": config.model.compile}
-    )
-    return store.config.model_copy(update={"model": model})
-
-
 def _extract(store: Store, spec: Config, data: bytes, image: str) -> ImageFeatures:
     from pipelines.stages import WorkerSetup, make_extractor
 
@@ -148,13 +124,6 @@ def _extract(store: Store, spec: Config, data: bytes, image: str) -> ImageFeatur
         return extractor(data)
     except ImageError as error:
         raise RequestError(f"The image {image} cannot be used: {error}.") from None
-
-
-def _as_stored(vectors: np.ndarray, dtype: str) -> np.ndarray:
-    """Vectors with the rounding that the store's have."""
-    names = ["descriptor", "scale"]
-    columns = encode(vectors, dtype)
-    return decode(pa.table(columns, names=names[: len(columns)]), "descriptor")
 
 
 def _stored_patches(features: ImageFeatures, spec: Config) -> np.ndarray:

@@ -27,6 +27,7 @@ from dino_ops.parts import fit_parts, smooth_parts
 from pipelines import cosegment, sources
 from pipelines.cli import app
 from pipelines.commit import Committer
+from pipelines.comparable import spec_with_weights
 from pipelines.config import load_config
 from pipelines.cosegment_export import draw_overlay, file_names
 from pipelines.cosegment_masks import SetImage, to_original
@@ -231,7 +232,7 @@ def test_crops_join_the_fit(tmp_path: Path) -> None:
     trained = Store.create(str(tmp_path / "trained"), spec)
     trained.spec["model"]["weights"] = "sha256:0123"
     with pytest.raises(RequestError, match=r"needs the model.*--set model.weights=FILE"):
-        cosegment.spec_with_weights(trained, other)
+        spec_with_weights(trained, other, "cosegment.crop_augmentations")
 
 
 HOSTILE = [
