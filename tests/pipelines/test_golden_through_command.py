@@ -42,7 +42,10 @@ def arrays(data: Path) -> Any:
     return np.load(data / "golden" / "descriptors.npz")
 
 
-@pytest.mark.parametrize("name", RUNS)
+LONG = ("native", "stride 8")  # tests/dino_ops holds the extractor to all of them
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in RUNS])
 def test_stored_values_equal_the_published_ones(
     name: str, golden: dict[str, Any], arrays: Any, data: Path, tmp_path: Path
 ) -> None:
