@@ -188,14 +188,15 @@ def _elbow(sample: np.ndarray, asked: ClusterSettings, model: Model) -> int:
     k, objectives = choose_k(
         torch.from_numpy(chosen),
         elbow=asked.elbow,
-        most=asked.k,
+        most=min(asked.k, len(chosen)),
         spherical=asked.metric == "cosine",
         seed=asked.seed,
     )
+    met = k > 1 and objectives[k - 1] > asked.elbow * objectives[k - 2]
     model.progress.messages.append(
         f"k = {k}: the first at which the mean squared distance is above {asked.elbow:g} of the one before."
-        if len(objectives) == k and k < asked.k
-        else f"k = {k}, the most that cluster.k allows: no smaller one met the elbow {asked.elbow:g}."
+        if met
+        else f"k = {k}, the most there can be: no smaller one met the elbow {asked.elbow:g}."
     )
     return k
 

@@ -320,6 +320,14 @@ def test_elbow_chooses_k(store: Store, here: None) -> None:
     check_tables(store)
 
 
+def test_elbow_among_few_images_ends_with_as_many_clusters_as_there_are(tmp_path: Path, here: None) -> None:
+    apart = [np.full((2, 2, DIMENSION), row) for row in np.eye(3, DIMENSION)]
+    store = small(tmp_path, apart)
+    result = run(store, "scenes", "cluster.of=embeddings", "cluster.elbow=0.9")
+    assert result.k == 3
+    assert result.messages == ["k = 3, the most there can be: no smaller one met the elbow 0.9."]
+
+
 def test_salient_patches_train_and_all_are_assigned(store: Store, here: None) -> None:
     result = run(store, "words", "cluster.salient_only=true")
     saliency = DeltaTable(f"{store.uri}/patches").to_pyarrow_table()["saliency"].to_numpy()
