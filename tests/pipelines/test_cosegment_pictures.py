@@ -314,7 +314,8 @@ def test_arrays_beyond_the_budget_lie_on_disk() -> None:
         assert held.bytes_held == 1600
         for given, array in zip(held, arrays, strict=True):
             np.testing.assert_array_equal(given, array)
-        folder = Path(held._folder.name)  # type: ignore[union-attr]
+        assert held._folder is not None
+        folder = Path(held._folder.name)
         assert len(list(folder.iterdir())) == 3
     assert not folder.exists()
 
