@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from dino_ops.cosegmentation import ForegroundModel, fit_foreground
 from dino_ops.elbow import FaissKMeans
-from dino_ops.images import ImageSpec
 from dino_ops.parts import PartModel, fit_common_parts, fit_parts
 from pipelines import storage
 from pipelines.config import Config, CosegmentSettings
@@ -32,6 +31,7 @@ from pipelines.cosegment_pictures import Cropper, Picture, read_pictures
 from pipelines.cosegment_spill import SpilledArrays
 from pipelines.cosegment_tables import SegmentReport, keys_of
 from pipelines.errors import JobError
+from pipelines.image_spec import image_spec
 from pipelines.patch_maps import PatchMap, read_patch_maps
 from pipelines.schemas import PARTS_IMAGES, PARTS_PATCHES
 from pipelines.shards import ROWS_PER_ROW_GROUP, new_file_name
@@ -61,17 +61,6 @@ class SegmentSetup:
     def half(self) -> bool:
         """Descriptors are stored rounded to half precision, so holding them as such loses nothing."""
         return self.config.store.dtype == "float16"
-
-    @property
-    def image_spec(self) -> ImageSpec:
-        image = self.config.image
-        return ImageSpec(
-            shorter_side=image.shorter_side,
-            size_hw=image.size,
-            resample=image.resample,
-            crop=image.crop,
-            max_pixels=image.max_pixels,
-        )
 
 
 @dataclass(frozen=True)
@@ -223,7 +212,7 @@ def _fit(setup: SegmentSetup, images: Sequence[SetImage], descriptors: SpilledAr
 
 
 def _pictures(setup: SegmentSetup, images: Sequence[SetImage]) -> Iterator[Picture]:
-    return read_pictures(images, setup.image_spec, setup.config.storage.options, setup.config.run.attempts)
+    return read_pictures(images, image_spec(setup.config), setup.config.storage.options, setup.config.run.attempts)
 
 
 def _add_pictures(
@@ -269,7 +258,7 @@ def _segment(
     )
     for image, descriptor, (pixels, why_not) in zip(work.images, maps, pictures, strict=True):
         with spent.on("segment"):
-            found = segment(model, image, descriptor, pixels, setup.image_spec)
+            found = segment(model, image, descriptor, pixels, image_spec(setup.config))
             unrefined = [f"not refined: {why_not}"] if why_not and descriptor is not None else []
             rows.add(work, image, found, [*of_set, *found.notes, *unrefined])
 

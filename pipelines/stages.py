@@ -19,10 +19,11 @@ from typing import Any
 import pyarrow as pa
 
 from dino_ops.errors import ImageError
-from dino_ops.images import ImageSpec, PreparedImage, prepare_image
+from dino_ops.images import PreparedImage, prepare_image
 from pipelines.config import Config
 from pipelines.cpus import available_cpus
 from pipelines.failures import failure_row
+from pipelines.image_spec import image_spec
 from pipelines.projection import read_projections
 from pipelines.shards import ShardReport, ShardWriter
 from pipelines.sources import fetch
@@ -45,17 +46,6 @@ class WorkerSetup:
     weights: str  # their identity in the store's spec
     threads: int
     progress_seconds: float = 1.0
-
-    @property
-    def image_spec(self) -> ImageSpec:
-        image = self.config.image
-        return ImageSpec(
-            shorter_side=image.shorter_side,
-            size_hw=image.size,
-            resample=image.resample,
-            crop=image.crop,
-            max_pixels=image.max_pixels,
-        )
 
 
 @dataclass
@@ -129,7 +119,7 @@ def fetch_and_decode(rows: pa.Table, setup: WorkerSetup, patch_size: int) -> Dec
             continue
         decoded.bytes_read += len(got.data)
         try:
-            prepared = prepare_image(got.data, setup.image_spec, patch_size)
+            prepared = prepare_image(got.data, image_spec(setup.config), patch_size)
         except ImageError as error:
             decoded.failures.append(failure_row(source, "decode", error, str(error), 1, setup.run_id))
             continue

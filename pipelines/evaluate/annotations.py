@@ -20,6 +20,7 @@ from pipelines.errors import RequestError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
 READS_AT_ONCE = 16
+NEWEST_MATLAB_FORMAT = 1  # as SciPy numbers them: version 5 to 7; 2 is 7.3, which is HDF5
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,14 @@ def _willow_pairs(fs: Any, root: str) -> Iterator[AnnotatedPair]:
 
 def _willow_points(fs: Any, name: str) -> np.ndarray:
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
+    from scipy.io.matlab import MatReadError, matfile_version
 
+    data = fs.cat_file(name)
     try:
-        content = loadmat(io.BytesIO(fs.cat_file(name)), variable_names=["pts_coord"])
-    except (MatReadError, ValueError, TypeError, NotImplementedError) as error:
+        if matfile_version(io.BytesIO(data))[0] > NEWEST_MATLAB_FORMAT:
+            raise RequestError(f"{name} is a MATLAB 7.3 file, which is not read here: save it with `-v7`.")
+        content = loadmat(io.BytesIO(data), variable_names=["pts_coord"])
+    except (MatReadError, ValueError, TypeError) as error:
         raise RequestError(f"{name} cannot be read as a MATLAB file: {error}.") from None
     if "pts_coord" not in content:
         raise RequestError(f"{name} holds no key points: it lacks pts_coord.")

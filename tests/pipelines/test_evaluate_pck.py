@@ -297,6 +297,9 @@ def test_damaged_matlab_files(store: Path, willow: Path) -> None:
         file.write_bytes(content)
         said = sentence(evaluate(store, willow))
         assert expected in said and "cat_b.mat" in said
+    header = b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(124) + b"\x00\x02IM"
+    file.write_bytes(header + bytes(384))
+    assert "is a MATLAB 7.3 file" in sentence(evaluate(store, willow))
     savemat(file, {"other": np.zeros((2, 10))})
     assert "lacks pts_coord" in sentence(evaluate(store, willow))
     savemat(file, {"pts_coord": np.zeros((3, 10))})
