@@ -76,6 +76,16 @@ class Backbone(nn.Module):
         tokens = self._with_prefix_and_positions(patches, size_hw)
         return self.vit.norm_pre(tokens), self._rope_embedding(size_hw)
 
+    def class_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The class token after the final norm, (B, D), of normalised pixels (B, 3, H, W), through whole blocks.
+
+        With gradients, for training; the extraction computes it with `compute_features`, which saves work.
+        """
+        tokens, rope = self.tokens(pixels)
+        for block in self.blocks:
+            tokens = block(tokens) if rope is None else block(tokens, rope=rope)
+        return self.final_norm(tokens[:, :1]).squeeze(1)
+
     def final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
         """The model's last LayerNorm, wherever timm keeps it: models pooled by averaging have it behind the pool."""
         return self.vit.fc_norm(tokens) if isinstance(self.vit.norm, nn.Identity) else self.vit.norm(tokens)
@@ -91,6 +101,8 @@ class Backbone(nn.Module):
         return tokens
 
     def _position_embedding(self, size_hw: tuple[int, int]) -> torch.Tensor:
+        if self.training:  # the next step has others
+            return self._resized_positions(size_hw)
         return self._positions.get(size_hw, lambda: self._resized_positions(size_hw))
 
     def _resized_positions(self, size_hw: tuple[int, int]) -> torch.Tensor:

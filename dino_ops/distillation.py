@@ -77,24 +77,38 @@ class DistillationLoss(nn.Module):
 
         Raises ValueError for rows that are not a whole number of images.
         """
-        batch, remainder = divmod(len(student), self.crops)
-        if remainder or len(teacher) != GLOBAL_CROPS * batch:
+        if len(teacher) * self.crops != len(student) * GLOBAL_CROPS:
             raise ValueError(
                 f"{len(student)} student and {len(teacher)} teacher rows are not {self.crops} and {GLOBAL_CROPS} "
                 "crops of the same images"
             )
+        norm = self.centre.norm()
+        assignments = self.targets(teacher, teacher_temperature)
+        loss = self.cross_entropy(student, assignments)
+        entropy = mean_entropy(assignments)
+        return loss, Monitors(entropy, loss.detach() - entropy, norm)
+
+    @torch.no_grad()
+    def targets(self, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+        """What the student is to predict, (2 x B, out_dim); moves the centre. Once a step, for its whole batch."""
+        assignments = self.assign(teacher, temperature)
+        if self.centring == "mean":
+            self._move_centre(teacher)
+        return assignments
+
+    def cross_entropy(self, student: torch.Tensor, assignments: torch.Tensor) -> torch.Tensor:
+        """The loss, a scalar, of student rows (crops x B, out_dim) for assignments (2 x B, out_dim).
+
+        Raises ValueError for rows that are not a whole number of images.
+        """
+        batch, remainder = divmod(len(student), self.crops)
+        if remainder or len(assignments) != GLOBAL_CROPS * batch:
+            raise ValueError(f"{len(student)} rows are not {self.crops} crops of {len(assignments)} / 2 images")
         said = F.log_softmax(student.float() / self.student_temperature, dim=-1).unflatten(0, (self.crops, batch))
-        assignments = self.assign(teacher, teacher_temperature).unflatten(0, (GLOBAL_CROPS, batch))
         # (2, crops): cross-entropy of each global crop's assignment with each crop's prediction, mean over images
-        entropies = -torch.einsum("gbk,cbk->gc", assignments, said) / batch
+        entropies = -torch.einsum("gbk,cbk->gc", assignments.unflatten(0, (GLOBAL_CROPS, batch)), said) / batch
         others = ~torch.eye(GLOBAL_CROPS, self.crops, dtype=torch.bool, device=entropies.device)
-        loss = entropies[others].mean()
-        with torch.no_grad():
-            entropy = torch.special.entr(assignments).sum(dim=-1).mean()
-            monitors = Monitors(entropy, loss.detach() - entropy, self.centre.norm())
-            if self.centring == "mean":
-                self._move_centre(teacher)
-        return loss, monitors
+        return entropies[others].mean()
 
     @torch.no_grad()
     def assign(self, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -109,6 +123,12 @@ class DistillationLoss(nn.Module):
         total = sum_over_processes(total)
         mean = total[:-1] / total[-1]
         self.centre.mul_(self.centre_momentum).add_(mean * (1 - self.centre_momentum))
+
+
+@torch.no_grad()
+def mean_entropy(assignments: torch.Tensor) -> torch.Tensor:
+    """Of the rows of (n, K), nats; a scalar."""
+    return torch.special.entr(assignments).sum(dim=-1).mean()
 
 
 @torch.no_grad()

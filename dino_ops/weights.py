@@ -28,7 +28,7 @@ from dino_ops.errors import ModelError
 State = dict[str, torch.Tensor]
 
 _WRAPPERS = ("teacher", "model_ema", "state_dict_ema", "state_dict", "model", "student")
-_PREFIXES = ("teacher.", "student.", "module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+_PREFIXES = ("teacher.", "student.", "module.", "_orig_mod.", "model.", "backbone.", "encoder.", "vit.")
 
 # Parts of checkpoints that no feature depends on: classification and projection heads, the masked patch's token,
 # DINOv3's position periods (a constant) and the norm its 7B model keeps for local crops.
