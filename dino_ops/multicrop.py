@@ -21,6 +21,7 @@ JITTER_PROBABILITY = 0.8
 BLUR_PROBABILITIES = (1.0, 0.1, 0.5)  # first global, second global, local
 SOLARISE_PROBABILITY = 0.2  # of the second global crop
 BLUR_RADIUS = (0.1, 2.0)  # pixels
+LONGEST_STRIP = 16  # sides' ratio up to which an evaluation looks at the whole image
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     The shorter side is brought to 8/7 of size (bicubic), as 256 is to 224 (Caron et al. 2021, section 4.1).
     """
     shorter = round(size * 8 / 7)
+    image = _without_ends(image)
     width, height = image.size
     if width <= height:
         resized = image.resize((shorter, max(shorter, int(shorter * height / width))), Image.Resampling.BICUBIC)
@@ -159,6 +161,17 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
         resized = image.resize((max(shorter, int(shorter * width / height)), shorter), Image.Resampling.BICUBIC)
     left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The middle of a strip: resized whole, one of 1 x 5000 pixels would take a gigabyte."""
+    width, height = image.size
+    most = LONGEST_STRIP * min(width, height)
+    if max(width, height) <= most:
+        return image
+    w, h = min(width, most), min(height, most)
+    left, top = (width - w) // 2, (height - h) // 2
+    return image.crop((left, top, left + w, top + h))
 
 
 def _factor(strength: float, generator: np.random.Generator) -> float:

@@ -217,7 +217,9 @@ class SelfDistillation:
 
     def _pixels(self, images: np.ndarray) -> torch.Tensor:
         """(..., S, S, 3) uint8 -> normalised pixels (n, 3, S, S) on the device."""
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.device, non_blocking=True)
+        # what comes out of shared memory is read-only, which torch warns of
+        writable = np.require(images, requirements=["C", "W"])
+        pixels = torch.from_numpy(writable).to(self.device, non_blocking=True)
         pixels = pixels.flatten(0, -4).permute(0, 3, 1, 2).float() / 255
         return (pixels - self._mean) / self._std
 

@@ -220,6 +220,31 @@ def test_the_middle_is_torchvisions(photo: Image.Image, size: int) -> None:
         np.testing.assert_array_equal(middle, evaluation(image))
 
 
+@pytest.mark.parametrize("shape", [(1, 40), (40, 1), (61, 1), (3, 90)])
+def test_the_middle_of_a_strip_is_nearly_torchvisions(shape: tuple[int, int]) -> None:
+    """Its ends are cut off first; what is seen of it moves by half a pixel of the strip at most."""
+    ramp = np.linspace(0, 255, max(shape)).astype(np.uint8)
+    rows = ramp[None, :, None] if shape[0] > shape[1] else ramp[:, None, None]
+    image = Image.fromarray(np.broadcast_to(rows, (shape[1], shape[0], 3)).copy())
+    evaluation = T.Compose([T.Resize(32, BICUBIC), T.CenterCrop(28)])
+    difference = centre_crop(image, 28).astype(int) - np.asarray(evaluation(image)).astype(int)
+    assert np.abs(difference).max() <= math.ceil(255 / max(shape))
+
+
+def test_the_middle_of_a_strip_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, resize = [], Image.Image.resize
+
+    def watched(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+        sizes.append(size)
+        return resize(image, size, resample)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    for shape in ((1, 50000), (50000, 1)):
+        middle = centre_crop(Image.new("RGB", shape, (9, 8, 7)), 28)
+        assert middle.shape == (28, 28, 3) and (middle == (9, 8, 7)).all()
+    assert all(max(size) <= 32 * 32 for size in sizes) and len(sizes) == 2
+
+
 @pytest.mark.parametrize(("global_size", "local_size", "patch"), [(224, 96, 16), (128, 48, 8), (518, 98, 14)])
 def test_crops_that_grow(global_size: int, local_size: int, patch: int) -> None:
     whole = MultiCrop(global_size, local_size, local_crops=6, jitter=(0.1, 0.1, 0.1, 0.1))
