@@ -20,7 +20,11 @@ GREY_PROBABILITY = 0.2
 JITTER_PROBABILITY = 0.8
 BLUR_PROBABILITIES = (1.0, 0.1, 0.5)  # first global, second global, local
 SOLARISE_PROBABILITY = 0.2  # of the second global crop
-BLUR_RADIUS = (0.1, 2.0)  # pixels
+BLUR_RADIUS = (
+    0.1,
+    2.0,
+)  # pixels where global crops have PUBLISHED_SIZE; in proportion where they are smaller or larger
+PUBLISHED_SIZE = 224
 LONGEST_STRIP = 16  # sides' ratio up to which an evaluation looks at the whole image
 
 
@@ -87,7 +91,9 @@ class MultiCrop:
         if generator.random() < GREY_PROBABILITY:
             crop = crop.convert("L").convert("RGB")
         if generator.random() < BLUR_PROBABILITIES[kind]:
-            crop = crop.filter(ImageFilter.GaussianBlur(generator.uniform(*BLUR_RADIUS)))
+            crop = crop.filter(
+                ImageFilter.GaussianBlur(generator.uniform(*BLUR_RADIUS) * self.global_size / PUBLISHED_SIZE)
+            )
         if kind == 1 and generator.random() < SOLARISE_PROBABILITY:
             crop = ImageOps.solarize(crop)
         return np.asarray(crop)

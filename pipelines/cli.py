@@ -134,6 +134,33 @@ def cosegment(
 
 
 @app.command()
+def train(
+    input: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="Folder, prefix, glob, .tar shards, manifest (.csv .jsonl .parquet) or Parquet dataset.",
+        ),
+    ],
+    output: Annotated[
+        str, typer.Argument(metavar="OUTPUT", help="Folder or URI for weights, checkpoints, log and model card.")
+    ],
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Images to weights: DINO self-distillation on your own images. The same command continues one that was stopped."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.train.job import run
+
+        return run(settings, input=input, output=output, dry_run=dry_run)
+
+    _run_job(job, cli_output.print_train, config, overrides, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
 def index(
     store: StoreArgument,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the index: index/NAME in the store.")],

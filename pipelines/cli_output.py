@@ -54,6 +54,27 @@ def print_cluster(result: Any) -> None:
     print(f"Tables: {uri}/centroids  {uri}/assignments ({result.seconds.get('total', 0.0):.1f} s)")
 
 
+def print_train(result: Any) -> None:
+    of = f"{result.images:,} images, {result.epochs} epochs, {result.steps:,} steps"
+    if result.status == "dry_run":
+        again = f", continuing after step {result.resumed_from:,}" if result.resumed_from else ""
+        print(f"\n{result.model} on {of}{again}. Nothing was written.")
+        return
+    if result.status == "unchanged":
+        print(f"The training is complete ({of}): nothing to do.")
+    else:
+        rate = f" at {result.images_per_second:,.1f} images/s" if result.images_per_second else ""
+        loss = f"; loss {result.loss:.3f}" if result.loss is not None else ""
+        print(f"{of}: {result.steps_done:,} steps done{rate} ({result.device}, {result.workers} workers){loss}.")
+    if result.knn_accuracy is not None:
+        print(f"k-NN accuracy {result.knn_accuracy:.1%}.")
+    if result.unreadable:
+        print(f"{result.unreadable:,} images could not be read: {result.store}/unreadable.jsonl")
+    if result.steps_done >= result.steps:
+        print(f"Weights: {result.weights}  card: {result.store}/README.md  log: {result.store}/log")
+        print(f"Use: dinoray extract INPUT STORE --set model.name={result.model} --set model.weights={result.weights}")
+
+
 def print_cosegment(result: Any) -> None:
     counts = f"{result.images:,} images in {result.sets:,} sets ({result.source}): {result.already_done:,} were done"
     if result.status == "dry_run":

@@ -15,10 +15,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipelines.errors import RequestError
+from pipelines.train.presets import PRESETS
 
 Facet = Literal["key", "query", "value", "token"]
 Side = Annotated[int, Field(ge=8)]  # pixels; the smallest patch of any model
 Deviation = Annotated[float, Field(gt=0)]  # divided by
+Unit = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
@@ -334,6 +337,78 @@ class EvaluateSettings(Section):
     seed: int = Field(0, ge=0, description="linear: of the first weights, the order, and what is held out.")
 
 
+class TrainSettings(Section):
+    preset: Literal["published", "small_data", "small_batches"] = Field(
+        "published",
+        description="Defaults of the settings below. published: DINO on ImageNet. small_data: thousands to a hundred "
+        "thousand images. small_batches: steps of 16 to 64 images. What is given besides wins.",
+    )
+    epochs: int = Field(100, ge=1, description="Passes over the images.")
+    batch_size: int = Field(64, ge=2, description="Images in a step, all workers together.")
+    accumulate: int = Field(
+        1, ge=1, description="Parts in which a worker computes its share of a step, to save memory; same result."
+    )
+    learning_rate: float = Field(5e-4, gt=0, description="Highest, for 256 images in a step; scaled with batch_size.")
+    final_learning_rate: float = Field(1e-6, ge=0, description="At the end, not scaled.")
+    warmup_epochs: float = Field(10, ge=0, description="In which the learning rate rises from 0.")
+    weight_decay: float = Field(0.04, ge=0, description="At the beginning, of matrices.")
+    final_weight_decay: float = Field(0.4, ge=0, description="At the end.")
+    momentum: Unit = Field(0.996, description="Of the teacher at the beginning; it rises to 1.")
+    warmup_teacher_temperature: float = Field(0.04, gt=0, description="Teacher's softmax at the beginning.")
+    teacher_temperature: float = Field(0.04, gt=0, description="Teacher's softmax after the warm-up; 0.07 at most.")
+    warmup_teacher_epochs: int = Field(0, ge=0, description="In which the teacher's temperature rises.")
+    student_temperature: float = Field(0.1, gt=0, description="Student's softmax.")
+    centring: Literal["mean", "sinkhorn"] = Field(
+        "mean", description="mean: DINO's running mean; sinkhorn: DINOv2's balanced assignments of a batch."
+    )
+    centre_momentum: Unit = Field(0.9, description="Of the running mean.")
+    koleo: float = Field(0.0, ge=0, description="Weight of DINOv2's regulariser that spreads embeddings; there 0.1.")
+    clip: float = Field(3.0, ge=0, description="Largest norm of each parameter's gradient; 0: any.")
+    freeze_prototypes_epochs: int = Field(1, ge=0, description="In which the head's last layer does not move.")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="Stochastic depth of the student's last block.")
+    out_dim: int = Field(65536, ge=2, description="Prototypes.")
+    head_layers: int = Field(3, ge=1, description="Layers of the projection head.")
+    hidden_dim: int = Field(2048, ge=1, description="Width of the projection head.")
+    bottleneck_dim: int = Field(256, ge=1, description="Width of the projection head's last layer but one.")
+    normalise_prototypes: bool = Field(True, description="Keep prototypes at length 1; steadier.")
+    global_size: Side = Field(224, description="Pixels of the two global crops' sides; whole patches.")
+    local_size: Side = Field(96, description="Pixels of the local crops' sides; whole patches.")
+    local_crops: int = Field(8, ge=0, description="Local crops of an image.")
+    global_scale: tuple[Share, Share] = Field((0.4, 1.0), description="Part of the image that a global crop covers.")
+    local_scale: tuple[Share, Share] = Field((0.05, 0.4), description="Part of the image that a local crop covers.")
+    growing_from: Share = Field(
+        1.0, description="Crops begin with this part of their size and grow over the epochs, which saves time."
+    )
+    seed: int = Field(0, ge=0, description="Of weights, crops and order.")
+    validation: str | None = Field(
+        None, description="Images with labels, of any INPUT kind, for the k-NN accuracy; default: some of INPUT's own."
+    )
+    evaluate_epochs: int = Field(5, ge=0, description="k-NN accuracy every so many epochs; 0: never.")
+    evaluate_images: int = Field(5000, ge=2, description="At most so many images of INPUT vote, and are tested.")
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="Steps between checkpoints, besides the one every checkpoint_minutes."
+    )
+    checkpoint_minutes: float = Field(10, gt=0, description="At most this much work is lost.")
+    keep_checkpoints: int = Field(2, ge=1, description="So many of the latest stay.")
+    log_steps: int = Field(10, ge=1, description="Steps whose means make one line of the log.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_below(cls, values: Any) -> Any:
+        """What the preset says stands where nothing else was given."""
+        if not isinstance(values, Mapping):
+            return values
+        return {**PRESETS.get(str(values.get("preset", "published")), {}), **values}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainSettings:
+        for name in ("global_scale", "local_scale"):
+            least, most = getattr(self, name)
+            if least > most:
+                raise ValueError(f"{name} is [{least}, {most}]: give the smaller part first")
+        return self
+
+
 class StorageSettings(Section):
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -355,6 +430,7 @@ class Config(Section):
     cosegment: CosegmentSettings = Field(default_factory=CosegmentSettings)
     correspond: CorrespondSettings = Field(default_factory=CorrespondSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
     storage: StorageSettings = Field(default_factory=StorageSettings)
 
     @model_validator(mode="after")

@@ -25,6 +25,7 @@ class ProgressLine:
         self.what = what
         self.done = 0
         self.failed = 0
+        self.note = ""  # what else the line says
         self._recent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._logged_at = time.monotonic()
         self._first: tuple[float, int] | None = None  # when workers were warm, and what was done then
@@ -78,7 +79,14 @@ class ProgressLine:
         rate = self.images_per_second
         left = timedelta(seconds=round((self.total - finished) / rate)) if rate > 0 else "?"
         of = f"{finished:,} of {self.total:,} {self.what}"
-        return f"{of}, {rate:,.1f} {self.what}/s, {self.failed:,} failed, {left} left"
+        return f"{of}, {rate:,.1f} {self.what}/s, {self.note or f'{self.failed:,} failed'}, {left} left"
+
+    def say(self, sentence: str) -> None:
+        """A line of its own, which stays."""
+        if self._bar:
+            self._bar.console.print(sentence, highlight=False, markup=False)
+        else:
+            print(sentence, file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -122,8 +122,16 @@ def write_bytes(uri: str, data: bytes, options: Options | None = None) -> None:
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     partial = f"{path}.{os.getpid()}.partial"
-    Path(partial).write_bytes(data)
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name with nothing behind it
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
 
 
 def write_once(uri: str, data: bytes, options: Options | None = None) -> bool:

@@ -1,0 +1,1 @@
+"""train: self-distillation on people's own images, through Ray Train."""

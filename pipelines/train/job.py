@@ -1,0 +1,337 @@
+"""train: images -> a checkpoint that `extract` loads, by self-distillation through Ray Train.
+
+list INPUT -> workers continue from the latest checkpoint -> weights, log and model card in OUTPUT
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines import storage
+from pipelines.config import Config
+from pipelines.cpus import available_cpus
+from pipelines.errors import DinorayError, JobError, RequestError
+from pipelines.interrupts import interruptible
+from pipelines.progress import ProgressLine
+from pipelines.ray_session import explain_ray_error, ray_session
+from pipelines.runs import RunReport, new_run_id, recorded
+from pipelines.sources import InputError, list_images
+from pipelines.train.card import write_card
+from pipelines.train.checkpoints import list_checkpoints, read_checkpoint
+from pipelines.train.log import read_log
+from pipelines.train.output import weights_uri
+from pipelines.train.setup import TrainSetup, make_setup
+
+POLL_SECONDS = 0.5
+CROP_SHARE = 0.5  # processes that make crops for each CPU that trains
+STOP_SECONDS = 120.0  # that workers have to write a checkpoint when they are told to stop
+
+
+@dataclass
+class Result:
+    """What a run of train did, or would do."""
+
+    run_id: str
+    store: str  # OUTPUT
+    input: str
+    model: str
+    status: str = "running"  # running | done | unchanged | failed | interrupted | dry_run
+    exit_code: int = 0
+    images: int = 0
+    labelled: int = 0
+    steps: int = 0  # of the whole training
+    steps_done: int = 0
+    resumed_from: int = 0
+    workers: int = 0
+    device: str = ""
+    epochs: int = 0
+    images_per_second: float | None = None  # of this run, the median over the lines of the log
+    loss: float | None = None  # mean over the last line of the log
+    knn_accuracy: float | None = None
+    unreadable: int = 0  # images that were replaced by others
+    weights: str = ""  # URI of the safetensors file
+    seconds: dict[str, float] = field(default_factory=dict)  # plan, start, train
+    messages: list[str] = field(default_factory=list)
+
+    def took(self, seconds: float) -> None:
+        self.seconds["total"] = seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
+
+
+def run(config: Config, *, input: str, output: str, dry_run: bool = False) -> Result:
+    """Train on the images of INPUT; the same command continues a training that was stopped.
+
+    Raises:
+        RequestError: the request was wrong, or OUTPUT holds another training.
+        JobError: the job failed; its checkpoints stay.
+    """
+    started = time.monotonic()
+    uri, options = storage.normalise(output), config.storage.options
+    images = _listed(input, config, uri)
+    validation = _listed(config.train.validation, config, None) if config.train.validation else None
+    result = Result(new_run_id(), uri, input, config.model.name)
+    training = make_setup(config, uri, images, result.run_id)
+    result.images, result.labelled = len(images), len(images) - images["label"].null_count
+    result.steps, result.epochs = training.steps, training.recipe.epochs
+    result.weights = weights_uri(uri)
+    layout_checks(training)
+    if steps := list_checkpoints(uri, options):
+        result.resumed_from = result.steps_done = steps[-1]
+        _agree(training, steps[-1], options)
+    if dry_run:
+        result.status = "dry_run"
+        return result
+    if result.steps_done >= training.steps and storage.filesystem(result.weights, options)[0].exists(
+        storage.filesystem(result.weights, options)[1]
+    ):
+        result.status = "unchanged"
+        return result
+
+    report = RunReport("train", uri, config, result.run_id, {"input": input})
+    with recorded(report, result, started, agreement=training.agreement()):
+        result.seconds["plan"] = time.monotonic() - started
+        if result.resumed_from:
+            result.messages.append(f"Continued after step {result.resumed_from:,} of an earlier run.")
+        _train(training, images, validation, result)
+    return result
+
+
+def _listed(input: str, config: Config, output: str | None) -> pa.Table:
+    try:
+        return list_images(input, storage_options=config.storage.options, exclude=output).table
+    except InputError as error:
+        raise RequestError(str(error)) from None
+
+
+def layout_checks(training: TrainSetup) -> None:
+    """Raises RequestError for crops that are no whole patches, and ModelError for what the model cannot do."""
+    from dino_ops.models import describe
+
+    patch = describe(training.config.model.name).patch_size
+    for key in ("global_size", "local_size"):
+        size = getattr(training.recipe.multicrop, key)
+        if size % patch:
+            nearest = max(patch, round(size / patch) * patch)
+            raise RequestError(
+                f"train.{key} is {size} pixels, which is no whole number of the {patch} pixel patches of "
+                f"{training.config.model.name}: use {nearest}."
+            )
+
+
+def _agree(training: TrainSetup, step: int, options: storage.Options) -> None:
+    """Raises RequestError where OUTPUT holds a training of something else."""
+    _, before = read_checkpoint(training.output, step, options)
+    now = json.loads(json.dumps(training.agreement()))
+    before = json.loads(json.dumps(before))
+    differing = [f"{key} was {before.get(key)}, now {now.get(key)}" for key in now if before.get(key) != now.get(key)]
+    if differing:
+        raise RequestError(
+            f"{training.output} holds a training of something else ({'; '.join(differing)}): give the same settings to "
+            "continue it, or another OUTPUT."
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Workers of a training: how many, on what, and how many CPUs each has."""
+
+    workers: int
+    device: str
+    cpus: float
+    gpus: float
+    crop_workers: int  # of each
+    crop_cpus: float
+
+
+def plan_layout(resources: dict[str, float], config: Config, batch_size: int) -> Layout:
+    """One worker a GPU, or one for all CPUs; as run.workers, cpus_per_worker and gpus_per_worker say.
+
+    Raises RequestError for what the cluster has not, and for a batch that workers cannot share evenly.
+    """
+    asked = config.run
+    gpus = resources.get("GPU", 0.0)
+    if config.model.device == "cuda" and not gpus:
+        raise RequestError("model.device=cuda was asked for, but the cluster has no GPU: use auto or cpu.")
+    on_gpu = gpus > 0 and config.model.device != "cpu"
+    gpus_each = (1.0 if asked.gpus_per_worker is None else asked.gpus_per_worker) if on_gpu else 0.0
+    default = int(gpus / gpus_each) if on_gpu and gpus_each else 1
+    workers = asked.workers or max(1, default)
+    cpus = resources.get("CPU", 1.0)
+    if on_gpu:
+        # the other CPUs make crops
+        cpus_each = asked.cpus_per_worker or 1.0
+    else:
+        cpus_each = asked.cpus_per_worker or max(1.0, min(cpus, available_cpus()) // workers)
+    if workers * cpus_each > cpus or workers * gpus_each > gpus:
+        raise RequestError(
+            f"{workers} workers with {cpus_each:g} CPUs and {gpus_each:g} GPUs each were asked for, but the cluster "
+            f"has {cpus:g} CPUs and {gpus:g} GPUs: lower run.workers or run.cpus_per_worker."
+        )
+    if batch_size % workers:
+        nearest = max(1, round(batch_size / workers)) * workers
+        raise RequestError(
+            f"train.batch_size is {batch_size}, which {workers} workers cannot share evenly: use {nearest}."
+        )
+    if not on_gpu:  # crops are made beside the training, on the same CPUs
+        return Layout(workers, "cpu", cpus_each, 0.0, crop_workers=max(1, round(CROP_SHARE * cpus_each)), crop_cpus=0.0)
+    spare = int((cpus - workers * cpus_each) / workers)
+    return Layout(workers, "cuda", cpus_each, gpus_each, crop_workers=max(1, spare), crop_cpus=1.0 if spare else 0.0)
+
+
+def _train(training: TrainSetup, images: pa.Table, validation: pa.Table | None, result: Result) -> None:
+    """Run the workers, show how far they are, and write the model card."""
+    config = training.config
+    began = time.monotonic()
+    with ray_session(config.run) as resources, interruptible():
+        import ray
+        from ray.exceptions import RayError
+
+        from pipelines.train.accuracy import choose_labelled
+        from pipelines.train.monitor import Monitor
+        from pipelines.train.worker import WorkerSetup
+
+        layout = plan_layout(resources, config, training.recipe.batch_size)
+        result.workers, result.device = layout.workers, layout.device
+        labelled = None
+        if config.train.evaluate_epochs:
+            labelled = choose_labelled(images, validation, config.train.evaluate_images, training.recipe.seed)
+            if labelled is None:
+                result.messages.append("No k-NN accuracy: the images have no labels, or all the same.")
+        monitor = ray.remote(Monitor).options(num_cpus=0).remote()
+        setup = WorkerSetup(
+            training=training,
+            listing=ray.put(images),
+            labelled=None if labelled is None else ray.put(labelled),
+            monitor=monitor,
+            device=layout.device,
+            threads=max(1, int(layout.cpus)),
+            crop_workers=layout.crop_workers,
+            crop_cpus=layout.crop_cpus,
+        )
+        fit = _Fit(setup, layout, config.run.attempts)
+        try:
+            _follow(fit, monitor, training, result, began)
+        except RayError as error:
+            raise explain_ray_error(error, "the training") from None
+        finally:
+            bad = ray.get(monitor.bad_images.remote()) if ray.is_initialized() else []
+            result.unreadable = len(bad)
+            if bad:
+                _write_unreadable(training, bad)
+    records = read_log(training.output, config.storage.options)
+    if result.steps_done >= training.steps:
+        write_card(training, records, result)
+
+
+class _Fit:
+    """Ray Train's run, in a thread of its own, so that this one can watch and be interrupted."""
+
+    def __init__(self, setup: Any, layout: Layout, attempts: int) -> None:
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(setup, layout, attempts), daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def _run(self, setup: Any, layout: Layout, attempts: int) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        from pipelines.train.worker import train_worker
+
+        resources = {"CPU": layout.cpus} | ({"GPU": layout.gpus} if layout.gpus else {})
+        with tempfile.TemporaryDirectory() as scratch:  # Ray's own notes; checkpoints are ours, in OUTPUT
+            try:
+                TorchTrainer(
+                    train_worker,
+                    train_loop_config={"setup": setup},
+                    scaling_config=ScalingConfig(
+                        num_workers=layout.workers, use_gpu=layout.gpus > 0, resources_per_worker=resources
+                    ),
+                    run_config=RunConfig(
+                        name=setup.training.run_id,
+                        storage_path=scratch,
+                        failure_config=FailureConfig(max_failures=attempts),
+                    ),
+                ).fit()
+            except BaseException as error:  # handed to the thread that watches
+                self.error = error
+
+
+def _follow(fit: _Fit, monitor: Any, training: TrainSetup, result: Result, began: float) -> None:
+    """Show the progress until the training ends. Raises its errors; when interrupted it first writes a checkpoint."""
+    import ray
+
+    from pipelines.train.monitor import CollapseWatch
+
+    watch = CollapseWatch(training.recipe.out_dim, training.steps)
+    per_step = training.recipe.batch_size
+    rates: list[float] = []
+    known = 0
+    outcome: dict[str, Any] | None = None
+    with ProgressLine(training.steps * per_step) as line:
+        interrupted: BaseException | None = None
+        deadline = float("inf")
+        while outcome is None and time.monotonic() < deadline:
+            try:
+                running = fit.running
+                news = ray.get(monitor.news.remote(known))
+                if news["started"] and "start" not in result.seconds:
+                    result.seconds["start"] = time.monotonic() - began
+                    line.restart(news["started"]["resumed_from"] * per_step, 0)
+                for record in news["records"]:
+                    known += 1
+                    _take(record, result, line, per_step, rates)
+                    for sentence in watch.look(record):
+                        result.messages.append(sentence)
+                        line.say(sentence)
+                outcome = news["outcome"]
+                if outcome is None and not running:
+                    break
+                time.sleep(POLL_SECONDS)
+            except KeyboardInterrupt as signal:
+                if interrupted is not None:
+                    raise
+                interrupted, deadline = signal, time.monotonic() + STOP_SECONDS
+                line.say("Stopping after a checkpoint; once more stops at once.")
+                monitor.stop.remote()
+    result.seconds["train"] = time.monotonic() - began - result.seconds.get("start", 0.0)
+    result.images_per_second = round(sorted(rates)[len(rates) // 2], 2) if rates else None
+    if outcome is not None and "error" in outcome:
+        raise JobError(outcome["error"]) if outcome["exit_code"] == 1 else RequestError(outcome["error"])
+    if outcome is not None:
+        result.steps_done = outcome["steps"]
+    if interrupted is not None:
+        raise KeyboardInterrupt
+    if outcome is None:
+        raise explain_ray_error(fit.error or RuntimeError("it ended without a word"), "the training")
+
+
+def _take(record: dict[str, Any], result: Result, line: ProgressLine, per_step: int, rates: list[float]) -> None:
+    """Note a record of the log."""
+    if "knn_accuracy" in record:
+        result.knn_accuracy = record["knn_accuracy"]
+        line.say(f"epoch {record['epoch']:g}: k-NN accuracy {record['knn_accuracy']:.1%}")
+        return
+    result.loss, result.steps_done = record["loss"], record["step"]
+    rates.append(record["images_per_second"])
+    line.note = f"loss {record['loss']:.3f}"
+    line.advance(record["step"] * per_step - line.done, 0)
+
+
+def _write_unreadable(training: TrainSetup, bad: list[dict[str, Any]]) -> None:
+    content = "".join(f"{json.dumps(one)}\n" for one in bad).encode()
+    with contextlib.suppress(OSError, DinorayError):  # a full disk must not hide what it broke
+        storage.write_bytes(storage.join(training.output, "unreadable.jsonl"), content, training.config.storage.options)

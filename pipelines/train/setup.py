@@ -1,0 +1,105 @@
+"""What a training is of: everything that its workers need to know, and that a checkpoint must agree with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from dino_ops.multicrop import MultiCrop
+from dino_ops.recipe import Recipe
+from pipelines import weights
+from pipelines.config import Config, TrainSettings
+from pipelines.errors import RequestError
+from pipelines.weights import RANDOM_SEED
+
+
+@dataclass(frozen=True)
+class TrainSetup:
+    """A training, the same for all of its workers.
+
+    output: URI. weights: where it starts, `random` or as model.weights says; weights_identity: see
+    `pipelines.weights.identity`. images: in INPUT. steps_per_epoch: whole batches.
+    """
+
+    config: Config
+    output: str
+    weights: str
+    weights_identity: str
+    recipe: Recipe
+    images: int
+    images_digest: str
+    steps_per_epoch: int
+    run_id: str
+
+    @property
+    def steps(self) -> int:
+        return self.steps_per_epoch * self.recipe.epochs
+
+    def agreement(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with so that continuing from it is the same training."""
+        recipe = dataclasses.asdict(self.recipe)
+        crops = recipe.pop("multicrop")
+        return {
+            "model.name": self.config.model.name,
+            "model.weights": self.weights_identity,
+            "image.mean": list(self.config.image.mean) if self.config.image.mean else None,
+            "image.std": list(self.config.image.std) if self.config.image.std else None,
+            **{f"train.{key}": value for key, value in recipe.items()},
+            **{f"train.{key}": list(value) if isinstance(value, tuple) else value for key, value in crops.items()},
+            "images of INPUT": self.images_digest,
+        }
+
+
+def make_setup(config: Config, output: str, images: pa.Table, run_id: str) -> TrainSetup:
+    """Raises RequestError where the images or the settings do not allow a training."""
+    asked = config.train
+    if len(images) < asked.batch_size:
+        raise RequestError(
+            f"INPUT has {len(images):,} images, fewer than the {asked.batch_size} of one step: give more images, or "
+            f"train.batch_size of at most {len(images)}."
+        )
+    start = config if "weights" in config.model.model_fields_set else from_scratch(config)
+    return TrainSetup(
+        config=start,
+        output=output,
+        weights=start.model.weights,
+        weights_identity=weights.identity(start),
+        recipe=make_recipe(asked),
+        images=len(images),
+        images_digest=digest(images),
+        steps_per_epoch=len(images) // asked.batch_size,
+        run_id=run_id,
+    )
+
+
+def from_scratch(config: Config) -> Config:
+    """Unless model.weights is given a training begins with random weights."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"weights": "random"})})
+
+
+def make_recipe(asked: TrainSettings) -> Recipe:
+    """The settings as the library takes them."""
+    values = asked.model_dump()
+    crops = {field.name for field in dataclasses.fields(MultiCrop)} & values.keys()
+    steps = {field.name for field in dataclasses.fields(Recipe)} & values.keys()
+    multicrop = MultiCrop(**{name: values[name] for name in crops})
+    return Recipe(**{name: values[name] for name in steps}, multicrop=multicrop)
+
+
+def digest(images: pa.Table) -> str:
+    """Of which images INPUT consists: their ids and versions, in order."""
+    content = hashlib.sha256()
+    for name in ("image_id", "source_version"):
+        for chunk in images[name].chunks:
+            for value in chunk.to_pylist():
+                content.update(f"{value}\n".encode(errors="surrogatepass"))
+    return content.hexdigest()[:16]
+
+
+def model_seed(setup: TrainSetup) -> int:
+    """Of the first weights: the seed of the training, unless the weights were named as a store names them."""
+    return setup.recipe.seed if setup.weights == "random" else RANDOM_SEED
