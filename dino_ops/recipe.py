@@ -1,4 +1,4 @@
-"""What a self-distillation trains with: Caron et al. 2021, appendix C, and presets for other circumstances."""
+"""What a self-distillation trains with: Caron et al. 2021, appendix C. Presets for other data: training_presets.py."""
 
 from __future__ import annotations
 

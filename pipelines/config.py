@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dino_ops.training_presets import PRESETS
 from pipelines.errors import RequestError
-from pipelines.train.presets import PRESETS
 
 Facet = Literal["key", "query", "value", "token"]
 Side = Annotated[int, Field(ge=8)]  # pixels; the smallest patch of any model

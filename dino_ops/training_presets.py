@@ -1,4 +1,4 @@
-"""What train.preset changes of the published settings, and why."""
+"""What presets of a self-distillation change of the published settings, and why."""
 
 from __future__ import annotations
 
