@@ -44,6 +44,7 @@ bench: install  ## Speed, memory and size as ratios; appends to benchmarks/resul
 	$(BIN)/python -m benchmarks.correspond
 	$(BIN)/python -m benchmarks.kmeans
 	$(BIN)/python -m benchmarks.cluster
+	$(BIN)/python -m benchmarks.train
 
 soak: install  ## Kill runs at random moments, again and again (SOAK_ROUNDS=20)
 	DINORAY_SOAK_ROUNDS=$(or $(SOAK_ROUNDS),20) $(BIN)/python -m pytest -m slow tests/pipelines/test_killed.py

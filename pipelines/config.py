@@ -528,7 +528,8 @@ def _sentence(error: ValidationError) -> str:
         near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
         path = ".".join([*keys[:-1], *near]) if near else None
         if path is None and len(keys) > 1:
-            elsewhere = {key: f"{section}.{key}" for section in Config.model_fields for key in _known_keys([section])}
+            sections = [*Config.model_fields][::-1]  # of a key in several sections the first is meant
+            elsewhere = {key: f"{section}.{key}" for section in sections for key in _known_keys([section])}
             path = next((elsewhere[key] for key in difflib.get_close_matches(keys[-1], elsewhere, n=1)), None)
         hint = f"did you mean {path}?" if path else f"known here: {', '.join(known)}."
         return f"Unknown setting {name}: {hint}"
