@@ -28,7 +28,7 @@ from pipelines.train.card import write_card
 from pipelines.train.checkpoints import list_checkpoints, read_checkpoint
 from pipelines.train.log import read_log
 from pipelines.train.output import weights_uri
-from pipelines.train.setup import TrainSetup, make_setup
+from pipelines.train.setup import IMAGES, TrainSetup, make_setup
 
 POLL_SECONDS = 0.5
 CROP_SHARE = 0.5  # processes that make crops for each CPU that trains
@@ -133,7 +133,11 @@ def _agree(training: TrainSetup, step: int, options: storage.Options) -> None:
     _, before = read_checkpoint(training.output, step, options)
     now = json.loads(json.dumps(training.agreement()))
     before = json.loads(json.dumps(before))
-    differing = [f"{key} was {before.get(key)}, now {now.get(key)}" for key in now if before.get(key) != now.get(key)]
+    differing = [
+        "INPUT has other images" if key == IMAGES else f"{key} was {before.get(key)}, now {now.get(key)}"
+        for key in now
+        if before.get(key) != now.get(key)
+    ]
     if differing:
         raise RequestError(
             f"{training.output} holds a training of something else ({'; '.join(differing)}): give the same settings to "

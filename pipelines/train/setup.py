@@ -11,10 +11,13 @@ import pyarrow as pa
 
 from dino_ops.multicrop import MultiCrop
 from dino_ops.recipe import Recipe
-from pipelines import weights
+from pipelines import storage, weights
 from pipelines.config import Config, TrainSettings
 from pipelines.errors import RequestError
 from pipelines.weights import RANDOM_SEED
+
+
+IMAGES = "images"  # in an agreement: the digest of which ones
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class TrainSetup:
             "image.std": list(self.config.image.std) if self.config.image.std else None,
             **{f"train.{key}": value for key, value in recipe.items()},
             **{f"train.{key}": list(value) if isinstance(value, tuple) else value for key, value in crops.items()},
-            "images of INPUT": self.images_digest,
+            IMAGES: self.images_digest,
         }
 
 
@@ -62,7 +65,9 @@ def make_setup(config: Config, output: str, images: pa.Table, run_id: str) -> Tr
             f"INPUT has {len(images):,} images, fewer than the {asked.batch_size} of one step: give more images, or "
             f"train.batch_size of at most {len(images)}."
         )
-    start = config if "weights" in config.model.model_fields_set else from_scratch(config)
+    if config.model.compile:
+        raise RequestError("model.compile=true is for extract; train runs the model as it is: leave it out.")
+    start = _start(config)
     return TrainSetup(
         config=start,
         output=output,
@@ -76,9 +81,11 @@ def make_setup(config: Config, output: str, images: pa.Table, run_id: str) -> Tr
     )
 
 
-def from_scratch(config: Config) -> Config:
-    """Unless model.weights is given a training begins with random weights."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"weights": "random"})})
+def _start(config: Config) -> Config:
+    """The settings with model.weights as every worker understands it: `random` unless it was given, files absolute."""
+    given = config.model.weights if "weights" in config.model.model_fields_set else "random"
+    start = given if given in weights.NAMED else storage.normalise(given)
+    return config.model_copy(update={"model": config.model.model_copy(update={"weights": start})})
 
 
 def make_recipe(asked: TrainSettings) -> Recipe:

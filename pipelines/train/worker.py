@@ -111,7 +111,8 @@ class Worker:
             done, stopped = self._train(done, log)
             self._checkpoint(done, log)
             if self._rank == 0:
-                write_weights(training, self._distillation.backbone_state())
+                state = self._distillation.backbone_state()
+                self._writing(lambda: write_weights(training, state), "the weights", done)
                 ray.get(self._setup.monitor.end.remote(steps=done, stopped=stopped))
         finally:
             if log is not None:
@@ -149,6 +150,7 @@ class Worker:
                 self._evaluate(done, log)
                 began = time.monotonic()
             if self._checkpoint_is_due(done):
+                _refuse_no_number(reports, done)
                 self._checkpoint(done, log)
         return done, False
 
@@ -189,11 +191,7 @@ class Worker:
             records = [record] if self._rank == 0 else []
             stop = ray.get(self._setup.monitor.report.remote(records, [dataclasses.asdict(one) for one in bad]))
             told += float(stop and self._rank == 0)
-        if not torch.isfinite(means).all():
-            raise JobError(
-                f"The loss is no longer a number (steps up to {step}); the checkpoints before are whole. Lower "
-                "train.learning_rate, or set model.precision=float32 or bfloat16, and run the same command again."
-            )
+        _refuse_no_number(reports, step)
         if log is not None:
             self._writing(lambda: log.add(record), "the log", step)
         if self._processes > 1:
@@ -245,6 +243,15 @@ class Worker:
             write()
         except OSError as error:
             raise JobError(_explain(error, what, step, self._training.output, self._options)) from None
+
+
+def _refuse_no_number(reports: list[StepReport], step: int) -> None:
+    """Raises JobError where a loss is not finite, before a checkpoint is made of what came of it."""
+    if not all(torch.isfinite(report.loss) for report in reports):
+        raise JobError(
+            f"The loss is no longer a number (steps up to {step}); the checkpoints before are whole. Lower "
+            "train.learning_rate, or set model.precision to float32 or bfloat16, and give another OUTPUT."
+        )
 
 
 def _explain(error: OSError, what: str, step: int, output: str, options: storage.Options) -> str:
