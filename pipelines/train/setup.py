@@ -16,7 +16,6 @@ from pipelines.config import Config, TrainSettings
 from pipelines.errors import RequestError
 from pipelines.weights import RANDOM_SEED
 
-
 IMAGES = "images"  # in an agreement: the digest of which ones
 
 
