@@ -56,9 +56,11 @@ def published_jitter(image: Image.Image, draw: np.random.Generator) -> Image.Ima
     return image
 
 
-def published_crop(image: Image.Image, kind: int, draw: np.random.Generator) -> np.ndarray:
-    """A crop of 24 (global) or 10 pixels (local) made of torchvision's operations, in the published order."""
-    scale, size = ((0.05, 0.4), 10) if kind == 2 else ((0.4, 1.0), 24)
+def published_crop(
+    image: Image.Image, kind: int, size: int, draw: np.random.Generator, radii: tuple[float, float] = (0.1, 2.0)
+) -> np.ndarray:
+    """A crop made of torchvision's operations, in the published order. kind: 0, 1 global, 2 local."""
+    scale = (0.05, 0.4) if kind == 2 else (0.4, 1.0)
     crop = F.resized_crop(image, *published_box(*image.size, scale, draw), [size, size], BICUBIC)
     if draw.random() < 0.5:
         crop = F.hflip(crop)
@@ -67,21 +69,32 @@ def published_crop(image: Image.Image, kind: int, draw: np.random.Generator) -> 
     if draw.random() < 0.2:
         crop = F.to_grayscale(crop, num_output_channels=3)
     if draw.random() < (1.0, 0.1, 0.5)[kind]:
-        crop = crop.filter(ImageFilter.GaussianBlur(radius=draw.uniform(0.1, 2.0)))
+        crop = crop.filter(ImageFilter.GaussianBlur(radius=draw.uniform(*radii)))
     if kind == 1 and draw.random() < 0.2:
         crop = F.solarize(crop, 128)
     return np.asarray(crop)
 
 
 def test_crops_are_torchvisions_operations_with_the_same_draws(pictures: list[Image.Image]) -> None:
-    multicrop = MultiCrop(global_size=24, local_size=10, local_crops=3)
+    multicrop = MultiCrop(global_size=224, local_size=96, local_crops=3)
+    for seed, picture in enumerate(pictures * 2):
+        crops, draw = multicrop(picture, np.random.default_rng(seed)), np.random.default_rng(seed)
+        for kind in range(2):
+            np.testing.assert_array_equal(crops.whole[kind, 0], published_crop(picture, kind, 224, draw))
+        for local in crops.local[:, 0]:
+            np.testing.assert_array_equal(local, published_crop(picture, 2, 96, draw))
+
+
+def test_smaller_crops_are_blurred_in_proportion(pictures: list[Image.Image]) -> None:
+    multicrop = MultiCrop(global_size=56, local_size=20, local_crops=2)
+    radii = (0.1 / 4, 2.0 / 4)
     for picture in pictures:
-        for seed in range(20):
+        for seed in range(5):
             crops, draw = multicrop(picture, np.random.default_rng(seed)), np.random.default_rng(seed)
             for kind in range(2):
-                np.testing.assert_array_equal(crops.whole[kind, 0], published_crop(picture, kind, draw))
+                np.testing.assert_array_equal(crops.whole[kind, 0], published_crop(picture, kind, 56, draw, radii))
             for local in crops.local[:, 0]:
-                np.testing.assert_array_equal(local, published_crop(picture, 2, draw))
+                np.testing.assert_array_equal(local, published_crop(picture, 2, 20, draw, radii))
 
 
 def test_each_colour_operation_is_torchvisions(photo: Image.Image) -> None:
@@ -142,8 +155,9 @@ def test_images_into_which_no_drawn_shape_fits(boxes: list[tuple[int, int, int, 
     assert abs(left - (width - right)) <= 1 and abs(top - (height - bottom)) <= 1  # in the middle
 
 
-def test_how_often_crops_are_changed() -> None:
+def test_how_often_crops_are_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A red and a blue half of an image that is always cropped whole say what has been done to it."""
+    monkeypatch.setattr("dino_ops.multicrop.PUBLISHED_SIZE", 32)  # blurred as whole crops are
     image = Image.new("RGB", (32, 32), (250, 130, 3))
     image.paste((10, 20, 200), (16, 0, 32, 32))
     # strengths of 0 leave hue's way through HSV, which rounds these colours
