@@ -49,12 +49,17 @@ def choose_labelled(images: pa.Table, validation: pa.Table | None, most: int, se
 
 def knn_accuracy(
     distillation: SelfDistillation, images: LabelledImages, size: int, workers: CropWorkers, rank: int, processes: int
-) -> float:
-    """Fraction of the tested images whose label the K nearest voting ones know; unreadable images are left out."""
+) -> float | None:
+    """Fraction of the tested images whose label the K nearest voting ones know; unreadable images are left out.
+
+    None where too few can be read.
+    """
     embeddings, rows = _embed(distillation, images.voting, size, workers, rank, processes)
     queries, tested = None, rows
     if images.tested is not None:
         queries, tested = _embed(distillation, images.tested, size, workers, rank, processes)
+    if len(rows) <= K or not len(tested):
+        return None
     labels = images.voting_labels[rows]
     found = classify_by_neighbours(embeddings, labels, queries, [K])[K]
     return float((found == images.tested_labels[tested]).mean())
@@ -83,6 +88,8 @@ def _embed(
         of_all = [None] * processes
         dist.all_gather_object(of_all, parts)
     together = [part for its in of_all for part in its]
+    if not together:
+        return np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
     rows = np.concatenate([rows for _, rows in together])
     ordered = np.argsort(rows)
     return np.concatenate([embeddings for embeddings, _ in together])[ordered], rows[ordered]

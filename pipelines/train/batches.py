@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from dino_ops.decoding import decode_image
 from dino_ops.errors import ImageError
-from dino_ops.multicrop import Crops, MultiCrop, centre_crop
+from dino_ops.multicrop import Crops, MultiCrop, centre_crop, resized_side
 from pipelines.errors import JobError
 from pipelines.ray_session import explain_ray_error
 from pipelines.sources import fetch
@@ -62,12 +62,12 @@ def make_crops(
 
     Raises JobError where many in a row cannot be read.
     """
-    pictures, bad = read_images(listing, order[places.start : places.stop], reading)
+    pictures, bad = read_images(listing, order[places.start : places.stop], crops.least_side, reading)
     made = []
     for place, picture in zip(places, pictures, strict=True):
         image = int(order[place])
         if picture is None:
-            image, picture = _substitute(listing, order, place, reading, bad)
+            image, picture = _substitute(listing, order, place, crops.least_side, reading, bad)
         made.append(crops(picture, np.random.default_rng([reading.seed, epoch, image])))
     return Crops.joined(made), bad
 
@@ -76,14 +76,19 @@ def make_views(
     listing: pa.Table, rows: np.ndarray, size: int, reading: Reading
 ) -> tuple[np.ndarray, np.ndarray, list[BadImage]]:
     """The middles of images as evaluation sees them: ((n, size, size, 3) uint8, which of `rows` they are, bad ones)."""
-    pictures, bad = read_images(listing, rows, reading)
+    pictures, bad = read_images(listing, rows, resized_side(size), reading)
     views = [centre_crop(picture, size) for picture in pictures if picture is not None]
     good = np.array([picture is not None for picture in pictures], bool)
     return np.stack(views) if views else np.zeros((0, size, size, 3), np.uint8), rows[good], bad
 
 
-def read_images(listing: pa.Table, rows: np.ndarray, reading: Reading) -> tuple[list[Any], list[BadImage]]:
-    """The RGB images in some rows of a listing, None for those that cannot be read; and why they cannot."""
+def read_images(
+    listing: pa.Table, rows: np.ndarray, least_side: int, reading: Reading
+) -> tuple[list[Any], list[BadImage]]:
+    """The RGB images in some rows of a listing, None for those that cannot be read; and why they cannot.
+
+    least_side: see `decode_image`.
+    """
     wanted = listing.take(pa.array(rows))
     pictures, bad = [], []
     fetched = fetch(wanted, storage_options=reading.storage_options, attempts=reading.attempts)
@@ -91,7 +96,7 @@ def read_images(listing: pa.Table, rows: np.ndarray, reading: Reading) -> tuple[
         picture, error = None, one.error
         if one.data is not None:
             try:
-                picture = decode_image(one.data, reading.max_pixels)
+                picture = decode_image(one.data, reading.max_pixels, least_side)
             except ImageError as problem:
                 error = problem
         if picture is None:
@@ -104,12 +109,12 @@ def read_images(listing: pa.Table, rows: np.ndarray, reading: Reading) -> tuple[
 
 
 def _substitute(
-    listing: pa.Table, order: np.ndarray, place: int, reading: Reading, bad: list[BadImage]
+    listing: pa.Table, order: np.ndarray, place: int, least_side: int, reading: Reading, bad: list[BadImage]
 ) -> tuple[int, Any]:
     """The first readable image from the other half of the epoch: its row and the image."""
     for further in range(SUBSTITUTES):
         row = int(order[(place + len(order) // 2 + further) % len(order)])
-        (picture,), its_problem = read_images(listing, np.array([row]), reading)
+        (picture,), its_problem = read_images(listing, np.array([row]), least_side, reading)
         bad += its_problem
         if picture is not None:
             return row, picture

@@ -27,8 +27,9 @@ from pipelines.sources import InputError, list_images
 from pipelines.train.card import write_card
 from pipelines.train.checkpoints import list_checkpoints, read_checkpoint
 from pipelines.train.log import read_log
-from pipelines.train.output import weights_uri
+from pipelines.train.output import card_uri, read_unreadable, weights_uri, write_unreadable
 from pipelines.train.setup import IMAGES, TrainSetup, make_setup
+from pipelines.weights import checked
 
 POLL_SECONDS = 0.5
 CROP_SHARE = 0.5  # processes that make crops for each CPU that trains
@@ -88,12 +89,13 @@ def run(config: Config, *, input: str, output: str, dry_run: bool = False) -> Re
     if steps := list_checkpoints(uri, options):
         result.resumed_from = result.steps_done = steps[-1]
         _agree(training, steps[-1], options)
+    elif training.weights != "random":
+        _weights_fit(training)
     if dry_run:
         result.status = "dry_run"
         return result
-    if result.steps_done >= training.steps and storage.filesystem(result.weights, options)[0].exists(
-        storage.filesystem(result.weights, options)[1]
-    ):
+    # the card is written last
+    if result.steps_done >= training.steps and _exists(result.weights, options) and _exists(card_uri(uri), options):
         result.status = "unchanged"
         return result
 
@@ -104,6 +106,12 @@ def run(config: Config, *, input: str, output: str, dry_run: bool = False) -> Re
             result.messages.append(f"Continued after step {result.resumed_from:,} of an earlier run.")
         _train(training, images, validation, result)
     return result
+
+
+def _exists(uri: str, options: storage.Options) -> bool:
+    fs, path = storage.filesystem(uri, options)
+    with storage.reaching(uri):
+        return bool(fs.exists(path))
 
 
 def _listed(input: str, config: Config, output: str | None) -> pa.Table:
@@ -126,6 +134,13 @@ def layout_checks(training: TrainSetup) -> None:
                 f"train.{key} is {size} pixels, which is no whole number of the {patch} pixel patches of "
                 f"{training.config.model.name}: use {nearest}."
             )
+
+
+def _weights_fit(training: TrainSetup) -> None:
+    """Raises ModelError for weights of another model, before anything is written."""
+    from dino_ops.models import create_model
+
+    create_model(training.config.model.name, checked(training.config, training.weights_identity))
 
 
 def _agree(training: TrainSetup, step: int, options: storage.Options) -> None:
@@ -167,8 +182,8 @@ def plan_layout(resources: dict[str, float], config: Config, batch_size: int) ->
     if config.model.device == "cuda" and not gpus:
         raise RequestError("model.device=cuda was asked for, but the cluster has no GPU: use auto or cpu.")
     on_gpu = gpus > 0 and config.model.device != "cpu"
-    gpus_each = (1.0 if asked.gpus_per_worker is None else asked.gpus_per_worker) if on_gpu else 0.0
-    default = int(gpus / gpus_each) if on_gpu and gpus_each else 1
+    gpus_each = (asked.gpus_per_worker or 1.0) if on_gpu else 0.0
+    default = int(gpus / gpus_each) if on_gpu else 1
     workers = asked.workers or max(1, default)
     cpus = resources.get("CPU", 1.0)
     if on_gpu:
@@ -211,7 +226,8 @@ def _train(training: TrainSetup, images: pa.Table, validation: pa.Table | None, 
             labelled = choose_labelled(images, validation, config.train.evaluate_images, training.recipe.seed)
             if labelled is None:
                 result.messages.append("No k-NN accuracy: the images have no labels, or all the same.")
-        monitor = ray.remote(Monitor).options(num_cpus=0).remote()
+        known_bad = read_unreadable(training.output, config.storage.options) if result.resumed_from else []
+        monitor = ray.remote(Monitor).options(num_cpus=0).remote(known_bad)
         setup = WorkerSetup(
             training=training,
             listing=ray.put(images),
@@ -230,8 +246,8 @@ def _train(training: TrainSetup, images: pa.Table, validation: pa.Table | None, 
         finally:
             bad = ray.get(monitor.bad_images.remote()) if ray.is_initialized() else []
             result.unreadable = len(bad)
-            if bad:
-                _write_unreadable(training, bad)
+            with contextlib.suppress(OSError, DinorayError):  # a full disk must not hide what it broke
+                write_unreadable(training.output, bad, config.storage.options)
     records = read_log(training.output, config.storage.options)
     if result.steps_done >= training.steps:
         write_card(training, records, result)
@@ -317,7 +333,7 @@ def _follow(fit: _Fit, monitor: Any, training: TrainSetup, result: Result, began
         raise JobError(outcome["error"]) if outcome["exit_code"] == 1 else RequestError(outcome["error"])
     if outcome is not None:
         result.steps_done = outcome["steps"]
-    if interrupted is not None:
+    if interrupted is not None and (outcome is None or outcome["stopped"]):
         raise KeyboardInterrupt
     if outcome is None:
         raise explain_ray_error(fit.error or RuntimeError("it ended without a word"), "the training")
@@ -333,9 +349,3 @@ def _take(record: dict[str, Any], result: Result, line: ProgressLine, per_step: 
     rates.append(record["images_per_second"])
     line.note = f"loss {record['loss']:.3f}"
     line.advance(record["step"] * per_step - line.done, 0)
-
-
-def _write_unreadable(training: TrainSetup, bad: list[dict[str, Any]]) -> None:
-    content = "".join(f"{json.dumps(one)}\n" for one in bad).encode()
-    with contextlib.suppress(OSError, DinorayError):  # a full disk must not hide what it broke
-        storage.write_bytes(storage.join(training.output, "unreadable.jsonl"), content, training.config.storage.options)

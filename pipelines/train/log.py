@@ -1,8 +1,8 @@
 """How a training went, as files: log/*.jsonl, one JSON object a line, and tensorboard/.
 
-A segment of the log is named by its first step and written anew every little while, since object storage knows no
-appending. A training that continues from a checkpoint first takes away what was logged after it, so that no step is
-there twice.
+A segment of the log is named by the step that it begins after and written anew every little while, since object
+storage knows no appending. A training that continues from a checkpoint first takes away what was logged after it, so
+that no step is there twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TrainingLog:
     """The log of a training that starts, or continues after `step` steps. Only one process writes it."""
 
     def __init__(self, output: str, step: int, options: storage.Options) -> None:
-        from tensorboardX import SummaryWriter
+        from pipelines.train.tensorboard import EventFile
 
         self._output, self._options = output, options
         truncate_log(output, step, options)
@@ -32,15 +32,12 @@ class TrainingLog:
         self._written_at = time.monotonic()
         self._remote = None if storage.is_local(output) else storage.join(output, "tensorboard")
         self._folder = tempfile.mkdtemp() if self._remote else os.path.join(output, "tensorboard")
-        # purge_step hides what was logged after the checkpoint
-        self._board = SummaryWriter(self._folder, purge_step=step if step else None)
+        self._events = EventFile(self._folder, step)
 
     def add(self, record: dict[str, Any]) -> None:
         """Note a record; it has `step`, numbers become curves."""
         self._lines.append(json.dumps(record))
-        for name, value in record.items():
-            if isinstance(value, int | float) and name not in ("step", "time"):
-                self._board.add_scalar(name, value, record["step"])
+        self._events.add(record)
         if time.monotonic() - self._written_at >= WRITE_SECONDS:
             self.write()
 
@@ -50,7 +47,7 @@ class TrainingLog:
         if self._lines:
             content = "".join(f"{line}\n" for line in self._lines).encode()
             storage.write_bytes(_segment_uri(self._output, self._first_step), content, self._options)
-        self._board.flush()
+        self._events.flush()
         if self._remote:
             for name in os.listdir(self._folder):
                 with open(os.path.join(self._folder, name), "rb") as file:
@@ -63,10 +60,13 @@ class TrainingLog:
             self._first_step, self._lines = step, []
 
     def close(self) -> None:
-        self.write()
-        self._board.close()
-        if self._remote:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        """Write what is left. Raises as `write` does."""
+        try:
+            self.write()
+            self._events.close()
+        finally:
+            if self._remote:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def read_log(output: str, options: storage.Options) -> list[dict[str, Any]]:
@@ -79,16 +79,20 @@ def read_log(output: str, options: storage.Options) -> list[dict[str, Any]]:
 
 
 def truncate_log(output: str, step: int, options: storage.Options) -> None:
-    """Take away what was logged after `step` steps."""
+    """Take away what was logged after the checkpoint of `step` steps; an accuracy is found after its checkpoint."""
     fs, path = storage.filesystem(storage.join(output, "log"), options)
     for name in _segments(fs, path):
         lines = fs.cat_file(name).decode().splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = [line for line in lines if _is_before(json.loads(line), step)]
         if not kept:
             fs.rm_file(name)
         elif len(kept) < len(lines):
             uri = storage.join(output, "log", name.rsplit("/", 1)[-1])
             storage.write_bytes(uri, "".join(f"{line}\n" for line in kept).encode(), options)
+
+
+def _is_before(record: dict[str, Any], step: int) -> bool:
+    return record["step"] < step or (record["step"] == step and "loss" in record)
 
 
 def _segment_uri(output: str, first_step: int) -> str:

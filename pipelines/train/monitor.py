@@ -14,11 +14,11 @@ STEPS_AT_LEAST = 200
 
 
 class Monitor:
-    """A Ray actor between the workers and the driver."""
+    """A Ray actor between the workers and the driver. bad: unreadable images that are known from before."""
 
-    def __init__(self) -> None:
+    def __init__(self, bad: list[dict[str, Any]]) -> None:
         self._records: list[dict[str, Any]] = []
-        self._bad: dict[str, dict[str, Any]] = {}
+        self._bad = {one["image_id"]: one for one in bad}
         self._stop = False
         self._outcome: dict[str, Any] | None = None
         self._started: dict[str, Any] = {}

@@ -1,6 +1,10 @@
-"""What a training leaves for others: backbone.safetensors, which `extract` loads, and README.md, the model card."""
+"""What a training leaves for others: backbone.safetensors, which `extract` loads, README.md, the model card, and
+unreadable.jsonl, the images that could not be used."""
 
 from __future__ import annotations
+
+import json
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -24,3 +28,23 @@ def write_weights(training: TrainSetup, state: dict[str, torch.Tensor]) -> None:
     about = {"format": FORMAT, "model": training.config.model.name, "dinoray_run": training.run_id}
     content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()}, about)
     storage.write_bytes(weights_uri(training.output), content, training.config.storage.options)
+
+
+def unreadable_uri(output: str) -> str:
+    return storage.join(output, "unreadable.jsonl")
+
+
+def write_unreadable(output: str, images: list[dict[str, Any]], options: storage.Options) -> None:
+    """Write unreadable.jsonl, one image a line, if there are any."""
+    if images:
+        content = "".join(f"{json.dumps(one)}\n" for one in images)
+        storage.write_bytes(unreadable_uri(output), content.encode(), options)
+
+
+def read_unreadable(output: str, options: storage.Options) -> list[dict[str, Any]]:
+    fs, path = storage.filesystem(unreadable_uri(output), options)
+    try:
+        with storage.reaching(output):
+            return [json.loads(line) for line in fs.cat_file(path).decode().splitlines()]
+    except FileNotFoundError:
+        return []

@@ -22,7 +22,7 @@ from pipelines.train.accuracy import LabelledImages, knn_accuracy
 from pipelines.train.batches import BadImage, Batches, CropWorkers, Reading
 from pipelines.train.checkpoints import list_checkpoints, read_checkpoint, remove_old, write_checkpoint
 from pipelines.train.log import TrainingLog
-from pipelines.train.output import write_weights
+from pipelines.train.output import write_unreadable, write_weights
 from pipelines.train.setup import TrainSetup, model_seed
 
 MEANS = ("loss", "teacher_entropy", "divergence", "centre_norm")
@@ -100,14 +100,12 @@ class Worker:
         import ray
 
         training = self._training
-        done = self._resume()
+        self._saved = done = self._resume()
         log = TrainingLog(training.output, done, self._options) if self._rank == 0 else None
         if self._rank == 0:
             ray.get(self._setup.monitor.start.remote(resumed_from=done, device=self._device.type))
         stopped = False
         try:
-            if done == 0 and self._asked.evaluate_epochs:
-                self._evaluate(0, log)
             done, stopped = self._train(done, log)
             self._checkpoint(done, log)
             if self._rank == 0:
@@ -132,27 +130,33 @@ class Worker:
             rank=self._rank,
             processes=self._processes,
         )
-        self._saved_at, began = time.monotonic(), time.monotonic()
+        self._saved_at = time.monotonic()
+        if self._evaluation_is_due(done):
+            self._evaluate(done, log)
+        began = time.monotonic()
         reports: list[StepReport] = []
         bad: list[BadImage] = []
         for crops, unreadable in batches.between(done, training.steps):
             reports.append(self._distillation.step(done, crops))
             bad += unreadable
             done += 1
-            ends_epoch = done % training.steps_per_epoch == 0
-            if len(reports) == asked.log_steps or ends_epoch or done == training.steps:
-                stop = self._report(done, reports, bad, time.monotonic() - began, log)
-                reports, bad, began = [], [], time.monotonic()
-                if stop:
-                    return done, True
-            epoch = done // training.steps_per_epoch
-            if ends_epoch and asked.evaluate_epochs and (epoch % asked.evaluate_epochs == 0 or done == training.steps):
-                self._evaluate(done, log)
-                began = time.monotonic()
-            if self._checkpoint_is_due(done):
-                _refuse_no_number(reports, done)
+            # lines end where those of a training that was never stopped end, and a checkpoint has no step between lines
+            saves = asked.checkpoint_steps is not None and done % asked.checkpoint_steps == 0
+            if not (done % asked.log_steps == 0 or done % training.steps_per_epoch == 0 or saves):
+                continue
+            if self._report(done, reports, bad, time.monotonic() - began, log):
+                return done, True
+            if saves or done == training.steps or time.monotonic() - self._saved_at >= 60 * asked.checkpoint_minutes:
                 self._checkpoint(done, log)
+            if self._evaluation_is_due(done):  # after the checkpoint: it takes long, and is repeated on continuing
+                self._evaluate(done, log)
+            reports, bad, began = [], [], time.monotonic()
         return done, False
+
+    def _evaluation_is_due(self, done: int) -> bool:
+        epoch, into = divmod(done, self._training.steps_per_epoch)
+        every = self._asked.evaluate_epochs
+        return every > 0 and into == 0 and (epoch % every == 0 or done == self._training.steps)
 
     def _resume(self) -> int:
         """Load the latest checkpoint; how many steps it has seen."""
@@ -166,7 +170,10 @@ class Worker:
     def _report(
         self, step: int, reports: list[StepReport], bad: list[BadImage], seconds: float, log: TrainingLog | None
     ) -> bool:
-        """Log the means of the last steps over all processes; whether all are to stop."""
+        """Log the means of the last steps over all processes; whether all are to stop.
+
+        Raises JobError where a loss is not finite, before a checkpoint is made of what came of it.
+        """
         import ray
 
         means = torch.stack([torch.stack([getattr(report, name) for report in reports]).mean() for name in MEANS])
@@ -207,7 +214,7 @@ class Worker:
         accuracy = knn_accuracy(
             self._distillation, self._labelled, size, self._crop_workers, self._rank, self._processes
         )
-        if log is not None:
+        if log is not None and accuracy is not None:
             record = {
                 "step": step,
                 "epoch": round(step / self._training.steps_per_epoch, 4),
@@ -217,25 +224,24 @@ class Worker:
             ray.get(self._setup.monitor.report.remote([record], []))
             self._writing(lambda: log.add(record), "the log", step)
 
-    def _checkpoint_is_due(self, done: int) -> bool:
-        every = self._asked.checkpoint_steps
-        if every is not None and done % every == 0:
-            return True
-        # only the first process writes, so it alone looks at the clock
-        return time.monotonic() - self._saved_at >= 60 * self._asked.checkpoint_minutes
-
     def _checkpoint(self, done: int, log: TrainingLog | None) -> None:
-        self._saved_at = time.monotonic()
-        if log is None:
+        """Save what there is after `done` steps, unless that was done; the first process does."""
+        import ray
+
+        if log is None or self._saved == done:
             return
-        output, agreement = self._training.output, self._training.agreement()
-        self._writing(
-            lambda: write_checkpoint(output, self._distillation.state_dict(), done, agreement, self._options),
-            "the checkpoint",
-            done,
-        )
+        output, options = self._training.output, self._options
+        bad = ray.get(self._setup.monitor.bad_images.remote())
+
+        def save() -> None:
+            write_checkpoint(output, self._distillation.state_dict(), done, self._training.agreement(), options)
+            remove_old(output, self._asked.keep_checkpoints, options)
+
+        # what came before a checkpoint must be there when a training continues from it
         self._writing(lambda: log.start_segment(done), "the log", done)
-        remove_old(output, self._asked.keep_checkpoints, self._options)
+        self._writing(lambda: write_unreadable(output, bad, options), "the list of unreadable images", done)
+        self._writing(save, "the checkpoint", done)
+        self._saved, self._saved_at = done, time.monotonic()
 
     def _writing(self, write: Any, what: str, step: int) -> None:
         """Raises JobError in words for a write that the storage refused."""

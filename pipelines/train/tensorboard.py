@@ -1,0 +1,41 @@
+"""Curves as TensorBoard reads them: event files of scalars."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+NO_CURVES = ("step", "time")
+
+
+class EventFile:
+    """A new file in `folder`. Of files from before, TensorBoard hides what came after `step` steps.
+
+    Everything is written by the caller's own thread, so that a disk that is full is an OSError there; tensorboardX's
+    SummaryWriter would lose its thread and wait for it for ever.
+    """
+
+    def __init__(self, folder: str, step: int) -> None:
+        os.makedirs(folder, exist_ok=True)
+        self._writer = EventsWriter(os.path.join(folder, "events"))
+        self._writer.write_event(Event(step=step + 1 if step else 0, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Note a record of the log: its numbers become curves over `step`."""
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in record.items()
+            if isinstance(value, int | float) and name not in NO_CURVES
+        ]
+        self._writer.write_event(Event(step=record["step"], wall_time=record["time"], summary=Summary(value=values)))
+
+    def flush(self) -> None:
+        """Raises OSError."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
