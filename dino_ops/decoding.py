@@ -57,10 +57,12 @@ _UPRIGHT = {
 }
 
 
-def decode_image(data: bytes, max_pixels: int) -> Image.Image:
+def decode_image(data: bytes, max_pixels: int, least_side: int | None = None) -> Image.Image:
     """The first frame of an image file as an upright 8-bit RGB image.
 
     data: the whole file. max_pixels: larger images are refused from their header, before any pixel is decoded.
+    least_side: a JPEG may be decoded at a half, quarter or eighth of its size, which is many times faster, as long as
+    its shorter side keeps so many pixels.
 
     EXIF orientation is applied; an unreadable EXIF block counts as absent. Alpha is dropped, as the reference does.
     16-bit integers map 0..65535 to 0..255; `_eight_bits` has the rule for 32-bit and floating-point pixels.
@@ -74,6 +76,9 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
             if data.startswith(_ICON):
                 _check_icon(data, max_pixels)  # Pillow decodes icons while it opens them
             image = _open(data)
+            if least_side is not None and image.format == "JPEG":
+                _check_size(image, max_pixels)
+                image.draft("RGB", (least_side, least_side))
         return orient_and_convert(image, max_pixels)
 
 

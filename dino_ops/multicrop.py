@@ -69,6 +69,12 @@ class MultiCrop:
     local_scale: tuple[float, float] = (0.05, 0.4)
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
 
+    @property
+    def least_side(self) -> int:
+        """Pixels of an image's shorter side below which some crop would be enlarged more than in the whole image."""
+        sides = [(self.global_size, self.global_scale[0]), (self.local_size, self.local_scale[0])]
+        return max(math.ceil(size / math.sqrt(share * ASPECT_RATIOS[0])) for size, share in sides)
+
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Crops:
         """Crops of one RGB image; the same generator state gives the same ones."""
         whole = [self._crop(image, self.global_size, self.global_scale, at, generator) for at in range(GLOBAL_CROPS)]
@@ -158,7 +164,7 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
 
     The shorter side is brought to 8/7 of size (bicubic), as 256 is to 224 (Caron et al. 2021, section 4.1).
     """
-    shorter = round(size * 8 / 7)
+    shorter = resized_side(size)
     image = _without_ends(image)
     width, height = image.size
     if width <= height:
@@ -167,6 +173,11 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
         resized = image.resize((max(shorter, int(shorter * width / height)), shorter), Image.Resampling.BICUBIC)
     left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def resized_side(size: int) -> int:
+    """Pixels of the shorter side that an image is brought to before its middle of `size` pixels is cut out."""
+    return round(size * 8 / 7)
 
 
 def _without_ends(image: Image.Image) -> Image.Image:
