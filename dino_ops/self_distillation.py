@@ -2,7 +2,7 @@
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021), algorithm 1.
 
-Where torch.distributed is initialised, each process gives `step` its share of the batch, and all do what one process
+Where torch.distributed is initialised, each process gives `step` an equal share of the batch, and all do what one
 would do with the whole. Nothing here draws from the process's random state: a training that is put together from its
 `state_dict` continues as if it had not been stopped.
 """
