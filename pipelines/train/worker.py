@@ -181,6 +181,11 @@ class Worker:
         if self._processes > 1:
             dist.all_reduce(means)
             means /= self._processes
+        if not torch.isfinite(means).all():
+            raise JobError(
+                f"The loss is no longer a number (steps up to {step}); the checkpoints before are whole. Lower "
+                "train.learning_rate, or set model.precision to float32 or bfloat16, and give another OUTPUT."
+            )
         values = dict(zip(MEANS, means.tolist(), strict=True))
         last = reports[-1]
         record = {
@@ -198,7 +203,6 @@ class Worker:
             records = [record] if self._rank == 0 else []
             stop = ray.get(self._setup.monitor.report.remote(records, [dataclasses.asdict(one) for one in bad]))
             told += float(stop and self._rank == 0)
-        _refuse_no_number(reports, step)
         if log is not None:
             self._writing(lambda: log.add(record), "the log", step)
         if self._processes > 1:
@@ -249,15 +253,6 @@ class Worker:
             write()
         except OSError as error:
             raise JobError(_explain(error, what, step, self._training.output, self._options)) from None
-
-
-def _refuse_no_number(reports: list[StepReport], step: int) -> None:
-    """Raises JobError where a loss is not finite, before a checkpoint is made of what came of it."""
-    if not all(torch.isfinite(report.loss) for report in reports):
-        raise JobError(
-            f"The loss is no longer a number (steps up to {step}); the checkpoints before are whole. Lower "
-            "train.learning_rate, or set model.precision to float32 or bfloat16, and give another OUTPUT."
-        )
 
 
 def _explain(error: OSError, what: str, step: int, output: str, options: storage.Options) -> str:
