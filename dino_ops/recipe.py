@@ -17,8 +17,8 @@ class Recipe:
     batch_size: images in a step, all processes together. learning_rate: for 256 images in a step, scaled linearly.
     teacher_temperature: rises from warmup_teacher_temperature within warmup_teacher_epochs. momentum: of the teacher,
     rises to 1. clip: largest norm of each parameter's gradient, 0 for none. freeze_prototypes_epochs: in which the
-    head's last layer stays as it is. koleo: weight of that regulariser. growing_from:
-    see multicrop_at.
+    head's last layer stays as it is. head_batch_norm: see ProjectionHead. koleo: weight of that regulariser.
+    growing_from: see multicrop_at.
     """
 
     epochs: int = 100
@@ -44,6 +44,7 @@ class Recipe:
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
     normalise_prototypes: bool = True
+    head_batch_norm: bool = False
     multicrop: MultiCrop = field(default_factory=MultiCrop)
     seed: int = 0
     growing_from: float = 1.0
@@ -54,7 +55,8 @@ class Recipe:
         Sizes are whole patches. Small crops take less time, and the first epochs learn nearly as much from them
         (progressive resizing; Tan and Le 2021, "EfficientNetV2", section 4).
         """
-        share = min(1.0, self.growing_from + (1 - self.growing_from) * epoch / max(GROWN_AFTER * self.epochs, 1))
+        grown_after = max(min(GROWN_AFTER * self.epochs, self.epochs - 1), 1)
+        share = min(1.0, self.growing_from + (1 - self.growing_from) * epoch / grown_after)
         if share == 1:
             return self.multicrop
 

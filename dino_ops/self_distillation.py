@@ -61,6 +61,7 @@ class Network(nn.Module):
             hidden_dim=recipe.hidden_dim,
             bottleneck_dim=recipe.bottleneck_dim,
             normalise_prototypes=recipe.normalise_prototypes,
+            batch_norm=recipe.head_batch_norm,
         )
 
     def forward(self, crops: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
