@@ -425,6 +425,24 @@ def verify(
 
 
 @app.command()
+def compact(
+    store: StoreArgument,
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge the small files that many runs leave, and remove what no snapshot within compact.retention_hours needs."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.compact import run
+
+        return run(settings, store=store, dry_run=dry_run)
+
+    _run_job(job, cli_output.print_compact, config, overrides, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
 def stats(
     store: StoreArgument,
     config: ConfigFiles = None,

@@ -233,6 +233,19 @@ def print_verify(result: Any) -> None:
     print(f"in {result.files} files{left}.")
 
 
+def print_compact(result: Any) -> None:
+    if result.status == "dry_run":
+        print(
+            f"\n{result.merged:,} of {result.files_before:,} files would become {result.written:,}; "
+            f"{result.vacuumed:,} files that no kept snapshot names would be removed. Nothing was written."
+        )
+        return
+    print(f"{result.merged:,} files merged into {result.written:,}: {result.files_before:,} -> {result.files_after:,}.")
+    if result.conflicts:
+        print(f"{result.conflicts:,} groups were changed by another run meanwhile: left for the next time.")
+    print(f"{result.vacuumed:,} files removed that no kept snapshot names ({result.seconds.get('total', 0.0):.1f} s).")
+
+
 def print_stats(result: Any) -> None:
     from rich.console import Console
     from rich.table import Table

@@ -65,7 +65,7 @@ class ClusterTables:
 
         Raises JobError when its file is gone.
         """
-        runs = {_training_of(path) for path in self.assignments.files()}
+        runs = {training_of(path) for path in self.assignments.files()}
         if not runs:
             return None
         if len(runs) > 1:
@@ -117,7 +117,7 @@ class ClusterTables:
 
         def commit() -> None:
             self.assignments.refresh()
-            if {_training_of(path) for path in self.assignments.files()} != {run_id}:
+            if {training_of(path) for path in self.assignments.files()} != {run_id}:
                 raise JobError(
                     f"Another run replaced the clusters at {self.uri} at the same time, and its result stands: run the "
                     "same command again if it should be this one's."
@@ -148,8 +148,8 @@ class ClusterTables:
     def centroids_agree(self) -> bool:
         """Whether the table of centroids is of the same training as the assignments, and counts all of them."""
         files = self.assignments.files()
-        runs = {_training_of(path) for path in self.centroids.files()}
-        if runs != {_training_of(path) for path in files}:
+        runs = {training_of(path) for path in self.centroids.files()}
+        if runs != {training_of(path) for path in files}:
             return False
         return int(self.stored_statistics().sizes.sum()) == sum(file.rows for file in files.values())
 
@@ -167,14 +167,14 @@ class ClusterTables:
         for path in affected:
             rows = self.assignments.read_file(path, ["image_id", "cluster_id", "distance", "saliency"])
             removed += Statistics.of(rows.filter(pc.is_in(rows["image_id"], value_set=gone)), counting)
-            copy = rewrite_without(self.assignments, files[path], image_ids, _training_of(path))
+            copy = rewrite_without(self.assignments, files[path], image_ids, training_of(path))
             add += [copy] if copy else []
         return add, affected, removed
 
     def remove_leftovers(self) -> None:
         """Remove the checkpoint, and models of earlier trainings, but not those of a run that may be at work now."""
         fs, folder = storage.filesystem(storage.join(self.uri, "model"), self.options)
-        in_use = {f"{_training_of(path)}.npz" for path in self.assignments.files()}
+        in_use = {f"{training_of(path)}.npz" for path in self.assignments.files()}
         before = f"{dt.datetime.now(dt.UTC) - dt.timedelta(days=LEFTOVER_DAYS):%Y%m%dT%H%M%SZ}"
         for path in fs.ls(folder, detail=False):
             name = path.rsplit("/", 1)[-1]
@@ -208,7 +208,7 @@ def centroid_rows(model: Model, statistics: Statistics, has_saliency: bool) -> p
     return pa.Table.from_arrays(columns, schema=CENTROIDS)
 
 
-def _training_of(path: str) -> str:
+def training_of(path: str) -> str:
     """The run_id of the training that a file of either table is of."""
     match = _FILE.fullmatch(path)
     return match["run_id"] if match else ""

@@ -371,11 +371,17 @@ class TrainSettings(Section):
     hidden_dim: int = Field(2048, ge=1, description="Width of the projection head.")
     bottleneck_dim: int = Field(256, ge=1, description="Width of the projection head's last layer but one.")
     normalise_prototypes: bool = Field(True, description="Keep prototypes at length 1; steadier.")
+    head_batch_norm: bool = Field(
+        False, description="Batch normalisation in the projection head: a quicker start from random weights."
+    )
     global_size: Side = Field(224, description="Pixels of the two global crops' sides; whole patches.")
     local_size: Side = Field(96, description="Pixels of the local crops' sides; whole patches.")
     local_crops: int = Field(8, ge=0, description="Local crops of an image.")
     global_scale: tuple[Share, Share] = Field((0.4, 1.0), description="Part of the image that a global crop covers.")
     local_scale: tuple[Share, Share] = Field((0.05, 0.4), description="Part of the image that a local crop covers.")
+    jitter: tuple[Unit, Unit, Unit, Annotated[float, Field(ge=0, le=0.5)]] = Field(
+        (0.4, 0.4, 0.2, 0.1), description="Strength of changes in brightness, contrast, saturation and hue."
+    )
     growing_from: Share = Field(
         1.0, description="Crops begin with this part of their size and grow over the epochs, which saves time."
     )
@@ -409,6 +415,16 @@ class TrainSettings(Section):
         return self
 
 
+class CompactSettings(Section):
+    target_mb: float = Field(256, gt=0, description="Files grow to about this size; larger than half of it they stay.")
+    retention_hours: float = Field(
+        168,
+        ge=0,
+        description="Snapshots younger than this stay readable. No job may run that began longer ago: what it has "
+        "written and not committed would be removed.",
+    )
+
+
 class StorageSettings(Section):
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -430,6 +446,7 @@ class Config(Section):
     cosegment: CosegmentSettings = Field(default_factory=CosegmentSettings)
     correspond: CorrespondSettings = Field(default_factory=CorrespondSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    compact: CompactSettings = Field(default_factory=CompactSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
     storage: StorageSettings = Field(default_factory=StorageSettings)
 
