@@ -116,7 +116,7 @@ def assert_near(one: Path, other: Path, steps: int) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
     state, expected = final_state(one, steps), final_state(other, steps)
     (name,) = [name for name in state if name.startswith("/dino_loss/")]
-    assert name.endswith("center") or name.endswith("centre")
+    assert name.endswith(("center", "centre"))
     np.testing.assert_allclose(state[name], expected[name], rtol=0, atol=1e-4)
 
 
