@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
 import torch
-from deltalake import DeltaTable
 from s3_server import BUCKET, S3Server
 from small_runs import photo
 from tensorboardX.proto.event_pb2 import Event
@@ -43,7 +41,6 @@ from train_here import (
 )
 from typer.testing import CliRunner
 
-from dino_ops.extractor import Extractor
 from dino_ops.models import create_model
 from pipelines.cli import app
 from pipelines.config import load_config
@@ -121,19 +118,6 @@ def test_weights_are_the_teacher_of_the_last_checkpoint_and_load_everywhere(undi
         torch.testing.assert_close(tensor, written[name], rtol=0, atol=0)
         torch.testing.assert_close(theirs.vit.state_dict()[name], tensor, rtol=0, atol=0)
     assert any(not torch.equal(one, random.vit.state_dict()[name]) for name, one in written.items())
-
-
-def test_extract_takes_the_weights(undisturbed: tuple[Path, Any], source: Path, tmp_path: Path) -> None:
-    output, result = undisturbed
-    settings = [f"model.name={MODEL}", f"model.weights={result.weights}", "image.shorter_side=64", "features.layer=5"]
-    asked = [part for one in (*settings, "model.device=cpu") for part in ("--set", one)]
-    command("extract", source / "dog" / "00.jpg", tmp_path / "store", *asked, code=0)
-    (row,) = DeltaTable(tmp_path / "store" / "images").to_pyarrow_table().to_pylist()
-    extractor = Extractor(
-        MODEL, weights=output / "checkpoints" / "step-00000012.pt", shorter_side=64, layer=5, device="cpu"
-    )
-    expected = extractor(source / "dog" / "00.jpg").embedding
-    np.testing.assert_allclose(row["embedding"], expected, atol=2e-3)
 
 
 def test_the_log_has_every_step_once_as_duckdb_reads_it(undisturbed: tuple[Path, Any]) -> None:
@@ -296,12 +280,12 @@ def test_a_stopped_training_continues_as_if_nothing_had_been(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "when", "checkpoint"),
+    ("owner", "name", "when", "checkpoint", "seconds"),
     [
-        (worker.Worker, "_report", lambda _, step, *__: step == 7, 4),
-        (worker, "write_checkpoint", lambda _, __, step, *___: step == 8, 4),
-        (worker, "remove_old", lambda *_: True, 4),
-        (TrainingLog, "add", lambda _, record: record["step"] == 3, 0),
+        (worker.Worker, "_report", lambda _, step, *__: step == 7, 4, 0.0),
+        (worker, "write_checkpoint", lambda _, __, step, *___: step == 8, 4, 20.0),
+        (worker, "remove_old", lambda *_: True, 4, 20.0),
+        (TrainingLog, "add", lambda _, record: record["step"] == 3, 0, 0.0),
     ],
     ids=["between checkpoints", "before a checkpoint", "after a checkpoint", "before the first checkpoint"],
 )
@@ -310,12 +294,14 @@ def test_a_killed_training_logs_no_step_twice_and_none_never(
     name: str,
     when: Callable[..., bool],
     checkpoint: int,
+    seconds: float,
     undisturbed: tuple[Path, Any],
     source: Path,
     tmp_path: Path,
 ) -> None:
+    """seconds: after which the log is written besides; with 0 the file has what came after the checkpoint too."""
     with patched() as patch:
-        patch.setattr("pipelines.train.log.WRITE_SECONDS", 0)  # what came after the checkpoint is in the file too
+        patch.setattr("pipelines.train.log.WRITE_SECONDS", seconds)
         die_at(patch, owner, name, when)
         with pytest.raises(JobError, match="Killed"):
             train(source, tmp_path / "output", *WHOLE)
@@ -324,13 +310,13 @@ def test_a_killed_training_logs_no_step_twice_and_none_never(
 
 
 def test_lines_of_several_steps_end_where_they_would_without_a_stop(source: Path, tmp_path: Path) -> None:
-    overrides = ("train.log_steps=5", "train.checkpoint_steps=8", "train.epochs=3")
+    overrides = ("train.log_steps=5", "train.checkpoint_steps=8")
     with patched() as patch:
         stop_after(patch, 8)
         train(source, tmp_path / "output", *overrides)
     train(source, tmp_path / "output", *overrides)
     lines = [line["step"] for line in log_of(tmp_path / "output")]
-    assert lines == [5, 6, 8, 10, 12, 15, 16, 18]
+    assert lines == [5, 6, 8, 10, 12]
 
 
 def test_images_known_as_unreadable_stay_listed(source: Path, tmp_path: Path) -> None:
@@ -613,6 +599,6 @@ def test_training_starts_from_the_weights_that_are_given(
 
 
 def test_another_seed_is_another_training(undisturbed: tuple[Path, Any], source: Path, tmp_path: Path) -> None:
-    train(source, tmp_path / "output", "train.seed=1")
+    train(source, tmp_path / "output", "train.seed=1", "train.epochs=1")
     ours, theirs = losses(tmp_path / "output"), losses(undisturbed[0])
-    assert ours.keys() == theirs.keys() and all(ours[step] != theirs[step] for step in ours)
+    assert len(ours) == 6 and all(ours[step] != theirs[step] for step in ours)

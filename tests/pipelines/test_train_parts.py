@@ -194,6 +194,7 @@ def test_every_setting_reaches_the_recipe() -> None:
         "normalise_prototypes": False,
         "global_scale": (0.3, 0.9),
         "local_scale": (0.1, 0.2),
+        "jitter": (0.1, 0.2, 0.3, 0.4),
     }
     for name, default in TrainSettings():
         if name in others:

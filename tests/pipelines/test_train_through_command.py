@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from deltalake import DeltaTable
 from small_runs import photo
 from train_here import accuracies, assert_same_training, final_state, losses, options
+
+from dino_ops.extractor import Extractor
 
 pytestmark = pytest.mark.slow
 
@@ -128,8 +131,14 @@ def test_two_workers_do_what_one_does(source: Path, undisturbed: Path, tmp_path:
     assert list(losses(tmp_path / "output")) == list(range(1, STEPS + 1))
 
 
-def test_two_workers_balance_the_assignments_of_the_whole_batch(source: Path, tmp_path: Path) -> None:
-    asked = ("train.centring=sinkhorn", "train.epochs=4", "train.evaluate_epochs=0", "train.checkpoint_steps=20")
+def test_two_workers_balance_and_normalise_the_whole_batch(source: Path, tmp_path: Path) -> None:
+    asked = (
+        "train.centring=sinkhorn",
+        "train.head_batch_norm=true",
+        "train.epochs=4",
+        "train.evaluate_epochs=0",
+        "train.checkpoint_steps=20",
+    )
     for workers in (1, 2):
         finish(source, tmp_path / f"output{workers}", *asked, f"run.workers={workers}")
     assert_near(tmp_path / "output2", tmp_path / "output1", 20)
@@ -175,3 +184,19 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_well(
     assert process.returncode == 0, err
     assert "Traceback" not in out + err
     check_same(output, undisturbed)
+
+
+def test_extract_takes_the_weights(source: Path, undisturbed: Path, tmp_path: Path) -> None:
+    program, weights, picture = (
+        Path(sys.executable).with_name("dinoray"),
+        undisturbed / "backbone.safetensors",
+        "dog/00.jpg",
+    )
+    asked = ("model.name=test_vit", f"model.weights={weights}", "image.shorter_side=64", "features.layer=5")
+    settings = [part for one in (*asked, "model.device=cpu") for part in ("--set", one)]
+    extract = [str(program), "extract", str(source / picture), str(tmp_path / "store"), *settings]
+    subprocess.run(extract, check=True, capture_output=True, timeout=300)
+    (row,) = DeltaTable(tmp_path / "store" / "images").to_pyarrow_table().to_pylist()
+    checkpoint = undisturbed / "checkpoints" / f"step-{STEPS:08}.pt"  # the teacher in it is the same network
+    extractor = Extractor("test_vit", weights=checkpoint, shorter_side=64, layer=5, device="cpu")
+    np.testing.assert_allclose(row["embedding"], extractor(source / picture).embedding, atol=2e-3)
