@@ -215,7 +215,7 @@ def _train(training: TrainSetup, images: pa.Table, validation: pa.Table | None, 
         import ray
         from ray.exceptions import RayError
 
-        from pipelines.train.accuracy import choose_labelled
+        from pipelines.train.accuracy import K, choose_labelled
         from pipelines.train.monitor import Monitor
         from pipelines.train.worker import WorkerSetup
 
@@ -225,7 +225,9 @@ def _train(training: TrainSetup, images: pa.Table, validation: pa.Table | None, 
         if config.train.evaluate_epochs:
             labelled = choose_labelled(images, validation, config.train.evaluate_images, training.recipe.seed)
             if labelled is None:
-                result.messages.append("No k-NN accuracy: the images have no labels, or all the same.")
+                result.messages.append(
+                    f"No k-NN accuracy: it takes more than {K} images with labels, of two kinds at least."
+                )
         known_bad = read_unreadable(training.output, config.storage.options) if result.resumed_from else []
         monitor = ray.remote(Monitor).options(num_cpus=0).remote(known_bad)
         setup = WorkerSetup(
