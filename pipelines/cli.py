@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipelines import cli_output
-from pipelines.errors import DinorayError
+from pipelines.errors import exit_code_of
 
 app = typer.Typer(
     name="dinoray",
@@ -443,6 +443,27 @@ def compact(
 
 
 @app.command()
+def run(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="YAML: store, settings, jobs in order.")],
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """The jobs of PIPELINE.yaml over one store, each only where there is something to do; for schedulers."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.config import load_settings
+        from pipelines.pipeline import run as run_pipeline
+        from pipelines.pipeline_file import read_pipeline
+
+        asked = read_pipeline(pipeline, load_settings(config or (), overrides or ()))
+        return run_pipeline(asked, dry_run=dry_run, tell=lambda line: print(line, file=sys.stderr, flush=True))
+
+    _run_job(job, cli_output.print_pipeline, config, overrides, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
 def stats(
     store: StoreArgument,
     config: ConfigFiles = None,
@@ -522,7 +543,7 @@ def _run_job(
         print("dinoray: interrupted.", file=sys.stderr)
         raise typer.Exit(130) from None
     except Exception as error:
-        code = _exit_code(error)
+        code = exit_code_of(error)
         if code is None:
             raise
         message = " ".join(str(error).split())
@@ -541,15 +562,3 @@ def _run_job(
         show(result)
     if code := getattr(result, "exit_code", 0):
         raise typer.Exit(code)
-
-
-def _exit_code(error: Exception) -> int | None:
-    """The exit code of an error that is shown as a sentence; None for a bug, which keeps its traceback."""
-    if isinstance(error, DinorayError):
-        return error.exit_code
-    # these come from packages that know nothing of exit codes, and whose import would slow down --help
-    mistakes = {("pipelines.sources.errors", "InputError"), ("dino_ops.errors", "ModelError")}
-    for kind in type(error).__mro__:
-        if (kind.__module__, kind.__name__) in mistakes:
-            return 2
-    return None

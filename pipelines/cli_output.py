@@ -246,6 +246,18 @@ def print_compact(result: Any) -> None:
     print(f"{result.vacuumed:,} files removed that no kept snapshot names ({result.seconds.get('total', 0.0):.1f} s).")
 
 
+def print_pipeline(result: Any) -> None:
+    width = max(len(job.title) for job in result.jobs)
+    for job in result.jobs:
+        why = f"  {job.why}" if job.status in ("failed", "would_run", "would_fail") else ""
+        took = f"{job.seconds:8.1f} s" if job.seconds else " " * 10
+        print(f"{job.title:{width}}  {job.status:11} {took}{why}")
+    if result.status == "dry_run":
+        print("Nothing was written.")
+        return
+    print(f"{result.status} in {result.seconds:.1f} s: {result.store}/runs/{result.run_id}.json")
+
+
 def print_stats(result: Any) -> None:
     from rich.console import Console
     from rich.table import Table

@@ -472,12 +472,17 @@ def load_config(files: Iterable[str | Path] = (), overrides: Iterable[str] = ())
     Raises:
         RequestError: a file that cannot be read or parsed, an unknown key, a value that does not fit.
     """
+    return make_config(load_settings(files, overrides))
+
+
+def load_settings(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The same as nested plain data, only what was given. Raises RequestError for what cannot be read or parsed."""
     settings: dict[str, Any] = {}
     for file in files:
-        _merge(settings, _read_yaml(Path(file)))
+        merge_settings(settings, read_yaml(Path(file)))
     for override in overrides:
-        _merge(settings, _parse_override(override))
-    return make_config(settings)
+        merge_settings(settings, _parse_override(override))
+    return settings
 
 
 def make_config(settings: Mapping[str, Any]) -> Config:
@@ -488,7 +493,8 @@ def make_config(settings: Mapping[str, Any]) -> Config:
         raise RequestError(_sentence(error)) from None
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The sections of a YAML file. Raises RequestError for one that cannot be read or parsed."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -527,10 +533,11 @@ def _parse_override(override: str) -> dict[str, Any]:
     return nested
 
 
-def _merge(into: dict[str, Any], new: Mapping[Any, Any]) -> None:
+def merge_settings(into: dict[str, Any], new: Mapping[Any, Any]) -> None:
+    """Put `new` on top of `into`, in place, section by section."""
     for key, value in new.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
+            merge_settings(into[key], value)
         else:
             into[str(key)] = dict(value) if isinstance(value, Mapping) else value
 

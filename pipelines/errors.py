@@ -17,3 +17,12 @@ class RequestError(DinorayError):
     """The request was wrong: an unknown setting, a missing input, a store with another spec."""
 
     exit_code = 2
+
+
+def exit_code_of(error: BaseException) -> int | None:
+    """The exit code of an error that is shown as a sentence; None for a bug, which keeps its traceback."""
+    if isinstance(error, DinorayError):
+        return error.exit_code
+    # these come from packages that know nothing of exit codes, and whose import would slow down --help
+    mistakes = {("pipelines.sources.errors", "InputError"), ("dino_ops.errors", "ModelError")}
+    return 2 if any((kind.__module__, kind.__name__) in mistakes for kind in type(error).__mro__) else None

@@ -38,9 +38,18 @@ def ray_session(run: RunSettings) -> Iterator[dict[str, float]]:
 
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # after the import, which sets them
+    if _Open.resources is not None and ray.is_initialized():  # of a pipeline, whose jobs share it
+        yield dict(_Open.resources)
+        return
     ours = not ray.is_initialized()
     with native_stderr_hidden():
         yield from _session(run, address, ours)
+
+
+class _Open:
+    """The resources of the session that is open in this process, if one is."""
+
+    resources: dict[str, float] | None = None
 
 
 def _check_address(address: str) -> None:
@@ -90,8 +99,10 @@ def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, f
         resources = dict(ray.cluster_resources())
         if address == "local" and ours:
             resources["CPU"] = max(1.0, resources.get("CPU", 1.0) - SPARE_CPUS)
+        _Open.resources = resources
         yield resources
     finally:
+        _Open.resources = None
         if ours:
             ray.shutdown()
 
