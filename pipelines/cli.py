@@ -70,6 +70,45 @@ def extract(
 
 
 @app.command()
+def estimate(
+    input: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="Folder, prefix, glob, .tar shards, manifest (.csv .jsonl .parquet) or Parquet dataset.",
+        ),
+    ],
+    store: StoreArgument,
+    sample: Annotated[int, typer.Option("--sample", min=1, help="Images that are extracted to find out.")] = 128,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Also reckon for h200 h100 a100 l40s rtx4090 a10g l4 v100 t4.")
+    ] = None,
+    cpus: Annotated[int, typer.Option("--cpus", min=1, help="CPUs beside --device, for decoding.")] = 16,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="An hour of the device, any currency.")] = None,
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """What an extraction will take: bytes, files, FLOPs, hours and cost, from extracting a sample. Nothing is kept."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.estimate import run
+
+        return run(settings, input=input, store=store, sample=sample, device=device, cpus=cpus, price=price)
+
+    _run_job(
+        job,
+        cli_output.print_estimate,
+        config,
+        overrides,
+        dry_run=dry_run,
+        as_json=as_json,
+        reads_only=f"estimate {input}",
+    )
+
+
+@app.command()
 def cluster(
     store: StoreArgument,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the result: clusters/NAME in the store.")],

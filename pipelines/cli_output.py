@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from rich.filesize import decimal
+
 
 def print_extract(result: Any) -> None:
     if result.status == "dry_run":
@@ -28,6 +30,30 @@ def print_extract(result: Any) -> None:
         print(f"{result.failed_before:,} failed before and were not tried again (--retry-failed tries them).")
     print(f"Tables: {result.store}/images  {result.store}/patches  {result.store}/failures")
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.seconds['total']:.1f} s)")
+
+
+def print_estimate(result: Any) -> None:
+    print(f"{result.listed:,} images in INPUT, {result.images:,} of them not in {result.store}")
+    if not result.images:
+        return
+    read = f"{decimal(result.source_bytes)} to read, " if result.source_bytes is not None else ""
+    tables = ", ".join(f"{name} {decimal(size)}" for name, size in result.bytes.items())
+    each = decimal(round(result.bytes_per_image))
+    print(f"{read}{decimal(sum(result.bytes.values()))} to store ({tables}; {each} an image)")
+    print(f"{result.patches:,} patches; {result.gflop_per_image:,.2f} GFLOP an image, {result.tflop:,.1f} TFLOP in all")
+    measured = f"measured on {result.sample} images"
+    print(f"here ({result.device}): {result.images_per_second:,.1f} images/s, {_hours(result.hours)} ({measured})")
+    if result.named_device:
+        rate = f"about {result.named_images_per_second:,.0f} images/s (the {result.named_limited_by} limits)"
+        print(f"{result.named_device}: {rate}, {_hours(result.named_hours)}")
+    if result.cost is not None:
+        print(
+            f"cost at {result.price_per_hour:g} an hour: {result.cost:,.2f}; {result.cost_per_million:,.2f} a million"
+        )
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
 
 
 def print_cluster(result: Any) -> None:

@@ -131,13 +131,13 @@ def run(
         elif prune and plan.gone:
             result.pruned = drop_images(opened, plan.gone, result.run_id)
         if len(plan.pending):
-            _extract_pending(opened, plan, config, result, facts or _check_model(config))
+            extract_pending(opened, plan, config, result, facts or _check_model(config))
         _record_damage(opened, listing, result)
         _judge(result, config)
     return result
 
 
-def _extract_pending(store: Store, plan: Plan, config: Config, result: Result, facts: ModelFacts) -> None:
+def extract_pending(store: Store, plan: Plan, config: Config, result: Result, facts: ModelFacts) -> None:
     """Extract and commit every pending image, in passes over what is still undone."""
     from pipelines.workers import plan_workers, stream_reports  # Ray and torch are needed from here on
 

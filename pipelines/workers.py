@@ -53,7 +53,20 @@ class ModelFacts:
     patch_size: int
     dims: dict[str, int]  # descriptor column -> values a patch, before PCA
     patches: int  # of a typical image
-    gflop: float  # of a typical image, in a whole forward pass
+    depth: int
+    width: int  # channels of a token
+
+    @property
+    def gflop(self) -> float:
+        """Of a typical image, in a whole forward pass."""
+        return self.gflop_of(self.patches)
+
+    def gflop_of(self, patches: float) -> float:
+        """Of an image with so many patches.
+
+        A block's products: 12 width^2 weights (qkv 3, projection 1, MLP 8) for each token, tokens with tokens twice.
+        """
+        return self.depth * (24 * patches * self.width**2 + 4 * patches**2 * self.width) / 1e9
 
 
 @dataclass(frozen=True)
@@ -81,10 +94,8 @@ def model_facts(config: Config) -> ModelFacts:
             raise RequestError(f"store.pca is {config.store.pca}, but {column} has only {dim} dimensions: give fewer.")
     height, width = config.image.size or (side := config.image.shorter_side or 512, side * 4 // 3)
     grid_height, grid_width = extractor.grid(height, width)
-    patches, width = grid_height * grid_width, extractor.embed_dim
-    # a block's products: 12 width^2 weights (qkv 3, projection 1, MLP 8) for each token, and tokens with tokens twice
-    gflop = extractor.depth * (24 * patches * width**2 + 4 * patches**2 * width) / 1e9
-    return ModelFacts(extractor.patch_size, dims, patches, gflop)
+    patches = grid_height * grid_width
+    return ModelFacts(extractor.patch_size, dims, patches, extractor.depth, extractor.embed_dim)
 
 
 def plan_workers(resources: dict[str, float], config: Config, facts: ModelFacts, images: int) -> Layout:

@@ -139,7 +139,7 @@ def test_a_device_that_is_not_there_is_refused_on_the_worker(tmp_path: Path) -> 
         FusedWorker(WorkerSetup(str(tmp_path), "r1", settings(), "cuda", RANDOM, threads=1))
 
 
-FACTS = ModelFacts(patch_size=16, dims={"descriptor": 384}, patches=252, gflop=12.0)
+FACTS = ModelFacts(patch_size=16, dims={"descriptor": 384}, patches=252, depth=12, width=384)
 
 
 @pytest.mark.parametrize(
