@@ -14,15 +14,19 @@ PACKAGED = ("dinoray_tiny",)
 FOLDER = Path(str(resources.files("dino_ops"))) / "pretrained"
 
 
+def has_weights(name: str) -> bool:
+    """Whether this version carries the weights of a model in PACKAGED."""
+    return (FOLDER / f"{name}.safetensors").is_file()
+
+
 def packaged_weights(name: str) -> Path:
     """Path of the weights of a model in PACKAGED, a .safetensors file in half precision under timm's names.
 
     Raises ModelError where the installation lacks it.
     """
-    path = FOLDER / f"{name}.safetensors"
-    if not path.is_file():
+    if not has_weights(name):
         raise ModelError(
-            f"the weights of {name} come with dinoray, but this installation lacks {path}: install dinoray again, or "
-            "give model.weights=/path/to/file"
+            f"this version of dinoray does not carry the weights of {name}, which are to come with a later one: give "
+            "model.weights=/path/to/file"
         )
-    return path
+    return FOLDER / f"{name}.safetensors"

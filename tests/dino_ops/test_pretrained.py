@@ -49,7 +49,7 @@ def test_pretrained_is_the_packaged_file_and_never_the_hub(monkeypatch: pytest.M
 
 def test_an_installation_without_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(packaged, "FOLDER", tmp_path)
-    with pytest.raises(ModelError, match=r"dinoray_tiny come with dinoray, but .* lacks .*tiny\.safetensors: install"):
+    with pytest.raises(ModelError, match=r"does not carry the weights of dinoray_tiny, .*: give model\.weights="):
         create_model("dinoray_tiny")
     create_model("dinoray_tiny", "random")
 
