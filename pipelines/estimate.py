@@ -146,7 +146,7 @@ def _measure(config: Config, rows: pa.Table, result: Result) -> None:
     result.device = done.device
     rate = done.steady_images_per_second or done.images_per_second
     result.images_per_second = round(rate, 2)
-    result.hours = round(result.images / rate / 3600, 4) if rate else 0.0
+    result.hours = result.images / rate / 3600 if rate else 0.0
     if len(rows) < 32:
         result.messages.append(f"Only {len(rows)} images were measured, so the rate is a guess: raise --sample.")
 
@@ -167,4 +167,4 @@ def _reckon(result: Result, tflops: float, cpus: int) -> None:
     by_decoding = CPU_IMAGES_PER_SECOND * cpus
     result.named_images_per_second = round(min(by_model, by_decoding), 1)
     result.named_limited_by = "model" if by_model <= by_decoding else "decoding"
-    result.named_hours = round(result.images / result.named_images_per_second / 3600, 4)
+    result.named_hours = result.images / result.named_images_per_second / 3600
