@@ -101,7 +101,7 @@ class Backbone(nn.Module):
         return tokens
 
     def _position_embedding(self, size_hw: tuple[int, int]) -> torch.Tensor:
-        if self.training:  # the next step has others
+        if self.vit.training:  # the next step has others
             return self._resized_positions(size_hw)
         return self._positions.get(size_hw, lambda: self._resized_positions(size_hw))
 

@@ -75,7 +75,8 @@ class SelfDistillation:
 
     backbone, teacher_backbone: two equal models, as `create_model` gives them; they become this object's.
     steps_per_epoch: the schedules count in epochs. accumulate: parts in which a process's share of a batch is computed,
-    to save memory; the result is the same (KoLeo looks for neighbours within a part).
+    to save memory; the result is the same, except that KoLeo looks for neighbours within a part, and batch
+    normalisation of the head for its mean.
 
     Raises ModelError for a backbone without class token, whose embedding is what is trained.
     """
@@ -179,6 +180,11 @@ class SelfDistillation:
         self.optimiser.load_state_dict(state["optimizer"])
         self.loss.load_state_dict(state["dino_loss"])
         self.scaler.load_state_dict(state["fp16_scaler"])
+
+    def is_finite(self) -> bool:
+        """Whether every weight of the student is a number; a step with a finite loss may still have broken them."""
+        norms = torch._foreach_norm(list(self.student.parameters()))
+        return bool(torch.stack(norms).isfinite().all())
 
     def backbone_state(self) -> dict[str, torch.Tensor]:
         """The teacher's backbone under timm's names, float32 on the CPU: what features are extracted with."""

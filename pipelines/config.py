@@ -345,7 +345,10 @@ class TrainSettings(Section):
     epochs: int = Field(100, ge=1, description="Passes over the images.")
     batch_size: int = Field(64, ge=2, description="Images in a step, all workers together.")
     accumulate: int = Field(
-        1, ge=1, description="Parts in which a worker computes its share of a step, to save memory; same result."
+        1,
+        ge=1,
+        description="Parts in which a worker computes its share of a step, to save memory; the same result, except "
+        "that koleo and head_batch_norm look at one part at a time.",
     )
     learning_rate: float = Field(5e-4, gt=0, description="Highest, for 256 images in a step; scaled with batch_size.")
     final_learning_rate: float = Field(1e-6, ge=0, description="At the end, not scaled.")
@@ -385,6 +388,9 @@ class TrainSettings(Section):
         1.0, description="Crops begin with this part of their size and grow over the epochs, which saves time."
     )
     seed: int = Field(0, ge=0, description="Of weights, crops and order.")
+    weights_dtype: Literal["float32", "float16"] = Field(
+        "float32", description="Of backbone.safetensors; checkpoints are always exact."
+    )
     validation: str | None = Field(
         None, description="Images with labels, of any INPUT kind, for the k-NN accuracy; default: some of INPUT's own."
     )

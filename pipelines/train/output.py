@@ -24,9 +24,10 @@ def card_uri(output: str) -> str:
 
 
 def write_weights(training: TrainSetup, state: dict[str, torch.Tensor]) -> None:
-    """Write the teacher's backbone whole, in float32; its header says which model it is."""
+    """Write the teacher's backbone whole, in train.weights_dtype; its header says which model it is."""
     about = {"format": FORMAT, "model": training.config.model.name, "dinoray_run": training.run_id}
-    content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()}, about)
+    dtype = torch.float16 if training.config.train.weights_dtype == "float16" else torch.float32
+    content = safetensors.torch.save({name: tensor.to(dtype).contiguous() for name, tensor in state.items()}, about)
     storage.write_bytes(weights_uri(training.output), content, training.config.storage.options)
 
 

@@ -182,10 +182,7 @@ class Worker:
             dist.all_reduce(means)
             means /= self._processes
         if not torch.isfinite(means).all():
-            raise JobError(
-                f"The loss is no longer a number (steps up to {step}); the checkpoints before are whole. Lower "
-                "train.learning_rate, or set model.precision to float32 or bfloat16, and give another OUTPUT."
-            )
+            raise JobError(_no_number(step))
         values = dict(zip(MEANS, means.tolist(), strict=True))
         last = reports[-1]
         record = {
@@ -237,6 +234,9 @@ class Worker:
         output, options = self._training.output, self._options
         bad = ray.get(self._setup.monitor.bad_images.remote())
 
+        if not self._distillation.is_finite():
+            raise JobError(_no_number(done))
+
         def save() -> None:
             write_checkpoint(output, self._distillation.state_dict(), done, self._training.agreement(), options)
             remove_old(output, self._asked.keep_checkpoints, options)
@@ -253,6 +253,13 @@ class Worker:
             write()
         except OSError as error:
             raise JobError(_explain(error, what, step, self._training.output, self._options)) from None
+
+
+def _no_number(step: int) -> str:
+    return (
+        f"The loss is no longer a number (steps up to {step}); the checkpoints before are whole. Lower "
+        "train.learning_rate, or set model.precision to float32 or bfloat16, and give another OUTPUT."
+    )
 
 
 def _explain(error: OSError, what: str, step: int, output: str, options: storage.Options) -> str:

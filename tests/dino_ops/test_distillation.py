@@ -203,6 +203,7 @@ def _half(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow  # test_self_distillation.py has whole steps of two processes
 def test_two_processes_with_half_a_batch_are_one_with_the_whole(tmp_path: Path) -> None:
     mp.spawn(_half, (str(tmp_path),), nprocs=2)
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

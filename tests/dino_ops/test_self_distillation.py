@@ -416,6 +416,14 @@ def test_bfloat16_stays_close_to_float32() -> None:
     assert difference.mean() < 0.05 * np.abs(exact.embed(images)).mean()
 
 
+def test_weights_that_are_no_numbers_are_noticed() -> None:
+    distillation = distil()
+    assert distillation.is_finite()
+    with torch.no_grad():
+        distillation.student.backbone.vit.blocks[1].mlp.fc1.bias[3] = torch.nan
+    assert not distillation.is_finite()
+
+
 def test_what_features_are_extracted_with_is_the_teacher() -> None:
     ours = distil()
     train(ours, range(3))

@@ -20,7 +20,8 @@ from pipelines.store import Store
 from pipelines.workers import model_facts
 
 
-@pytest.mark.parametrize("dtype", ["float16", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_bytes_are_those_of_the_real_run(tmp_path: Path, photos: Callable[..., Path], ray: None, dtype: str) -> None:
     config = settings(f"store.dtype={dtype}")
     folder, store = photos(90), tmp_path / "store"

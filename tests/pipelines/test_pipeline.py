@@ -231,6 +231,7 @@ def test_the_example_is_a_pipeline() -> None:
     assert found.jobs[2].config.cluster.k == 1000 and found.jobs[2].config.run.max_failed_fraction == 0.05
 
 
+@pytest.mark.slow
 def test_real_jobs_twice(tmp_path: Path, photos: Callable[..., Path], ray: None) -> None:
     """The first night makes everything, the second does nothing, the third what is new."""
     folder, store = photos(6), tmp_path / "store"

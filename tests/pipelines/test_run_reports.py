@@ -105,7 +105,7 @@ def test_a_failed_run_reports_why(unfinished: tuple[Path, Path], monkeypatch: py
     def fails(*arguments: object) -> None:
         raise JobError("the bucket is gone")
 
-    monkeypatch.setattr(extract, "_extract_pending", fails)
+    monkeypatch.setattr(extract, "extract_pending", fails)
     folder, store = unfinished
     with pytest.raises(JobError, match="the bucket is gone"):
         extract.run(settings(), input=str(folder), store=str(store))
@@ -118,7 +118,7 @@ def test_an_interrupted_run_reports_that(unfinished: tuple[Path, Path], monkeypa
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(extract, "_extract_pending", interrupted)
+    monkeypatch.setattr(extract, "extract_pending", interrupted)
     folder, store = unfinished
     result = extract.run(settings(), input=str(folder), store=str(store))
     assert (result.status, result.exit_code) == ("interrupted", 130)
@@ -132,7 +132,7 @@ def test_a_run_that_broke_unexpectedly_reports_a_failure(
     def broken(*arguments: object) -> None:
         raise TypeError("a bug")
 
-    monkeypatch.setattr(extract, "_extract_pending", broken)
+    monkeypatch.setattr(extract, "extract_pending", broken)
     folder, store = unfinished
     with pytest.raises(TypeError, match="a bug"):
         extract.run(settings(), input=str(folder), store=str(store))

@@ -119,6 +119,15 @@ def test_weights_are_the_teacher_of_the_last_checkpoint_and_load_everywhere(undi
     assert any(not torch.equal(one, random.vit.state_dict()[name]) for name, one in written.items())
 
 
+def test_weights_in_half_precision(source: Path, tmp_path: Path) -> None:
+    result = train(source, tmp_path / "output", "train.epochs=1", "train.weights_dtype=float16")
+    written = safetensors.torch.load_file(result.weights)
+    assert {tensor.dtype for tensor in written.values()} == {torch.float16}
+    teacher = create_model(MODEL, next((tmp_path / "output" / "checkpoints").glob("*.pt"))).vit.state_dict()
+    for name, tensor in create_model(MODEL, result.weights).vit.state_dict().items():
+        torch.testing.assert_close(tensor, teacher[name], rtol=1e-3, atol=1e-4)
+
+
 def test_the_log_has_every_step_once_as_duckdb_reads_it(undisturbed: tuple[Path, Any]) -> None:
     output, result = undisturbed
     lines = f"read_json('{output}/log/*.jsonl', format='newline_delimited', union_by_name=true)"

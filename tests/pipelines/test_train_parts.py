@@ -188,7 +188,7 @@ def test_defaults_are_the_recipe_s() -> None:
 def test_every_setting_reaches_the_recipe() -> None:
     """Each changed alone is found in the recipe, or is one of those that say nothing of how is trained."""
     others = {"preset", "accumulate", "validation", "evaluate_epochs", "evaluate_images", "checkpoint_steps"}
-    others |= {"checkpoint_minutes", "keep_checkpoints", "log_steps"}
+    others |= {"checkpoint_minutes", "keep_checkpoints", "log_steps", "weights_dtype"}
     changed: dict[str, Any] = {
         "centring": "sinkhorn",
         "normalise_prototypes": False,
