@@ -293,9 +293,8 @@ def deadly_worker(stage: str) -> tuple[str, object]:
     return {"fused": ("FusedWorker", Fused), "model": ("ModelWorker", Model), "decode": ("decode_block", decode)}[stage]
 
 
-@pytest.mark.parametrize(
-    "stage", ["fused", pytest.param("model", marks=pytest.mark.slow), pytest.param("decode", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["fused", "model", "decode"])
 def test_an_image_that_kills_its_worker_is_recorded_and_its_neighbours_are_not_lost(
     photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:

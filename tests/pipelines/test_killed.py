@@ -122,6 +122,7 @@ def test_a_killed_worker_is_replaced_and_its_images_are_done(undisturbed: tuple[
     assert_same(store, expected)
 
 
+@pytest.mark.slow  # test_commit.py has two runs that compete, in seconds
 def test_two_runs_at_the_same_time_do_every_image_once(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
     source, expected = undisturbed
     store = tmp_path / "store"
