@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import socket
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from deltalake import DeltaTable
+from file_systems import mounted
 from hand_made import finished_store
 from small_runs import as_options, photo, settings
 from typer.testing import CliRunner, Result
@@ -42,19 +41,6 @@ def sentence(result: Result, code: int = 2) -> str:
 def says(text: str, *parts: object) -> None:
     for part in parts:
         assert str(part) in text
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[None]:
-    """A file system of its own at `folder`, where this user may mount one."""
-    folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a file system takes rights that this user lacks")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from file_systems import mounted
 from s3_server import BUCKET, S3Server
 from small_runs import photo
 from tensorboardX.proto.event_pb2 import Event
@@ -485,23 +486,11 @@ def test_a_batch_that_workers_cannot_share(source: Path, tmp_path: Path) -> None
 # storage
 
 
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a file system takes rights that this user lacks")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_the_same_command_continues(
     undisturbed: tuple[Path, Any], source: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "disk" / "output"
-    with small_disk(tmp_path / "disk", "9m"):
+    with mounted(tmp_path / "disk", "size=9m"):
         said = command("train", source, output, *options(*WHOLE), code=1)
         assert "After step 8 the checkpoint could not be written" in said and "no space left" in said
         assert "the last whole checkpoint is of step 4" in said and "Make room" in said
@@ -512,7 +501,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_the_same_command_continue
 
 
 def test_a_disk_that_was_full_from_the_beginning(source: Path, tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", "64k"):
+    with mounted(tmp_path / "disk", "size=64k"):
         (tmp_path / "disk" / "other").write_bytes(b"x" * 56 * 1024)
         said = command("train", source, tmp_path / "disk" / "output", *options(*WHOLE), code=1)
         assert "no space left" in said or "full" in said
