@@ -98,7 +98,7 @@ def print_train(result: Any) -> None:
         print(f"{result.unreadable:,} images could not be read: {result.store}/unreadable.jsonl")
     if result.steps_done >= result.steps:
         print(f"Weights: {result.weights}  card: {result.store}/README.md  log: {result.store}/log")
-        print(f"Use: dinoray extract INPUT STORE --set model.name={result.model} --set model.weights={result.weights}")
+        print(f"Use: {result.use}")
 
 
 def print_cosegment(result: Any) -> None:

@@ -77,7 +77,6 @@ def run(pipeline: Pipeline, *, dry_run: bool = False, tell: Callable[[str], None
     config = pipeline.config
     result = Result(new_run_id(), storage.normalise(pipeline.store))
     result.jobs = [JobOutcome(job.title) for job in pipeline.jobs]
-    report = None
     try:
         with _SharedRay(config) as ray:
             for job, outcome in zip(pipeline.jobs, result.jobs, strict=True):

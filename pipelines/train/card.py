@@ -7,7 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from pipelines import storage
-from pipelines.train.output import card_uri
+from pipelines.train.output import card_uri, extract_command
 from pipelines.train.setup import TrainSetup
 
 ROWS_OF_CURVE = 20
@@ -36,8 +36,7 @@ def make_card(training: TrainSetup, records: list[dict[str, Any]], result: Any) 
         f"The backbone of `{name}`, trained without labels by self-distillation (DINO, Caron et al. 2021) with "
         f"dinoray {metadata.version('dinoray')}.",
         "",
-        f"    dinoray extract INPUT STORE --set model.name={name} --set model.weights={training.output}/"
-        "backbone.safetensors",
+        f"    {extract_command(training)}",
         "",
         "## Data",
         "",

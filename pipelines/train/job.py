@@ -23,11 +23,11 @@ from pipelines.interrupts import interruptible
 from pipelines.progress import ProgressLine
 from pipelines.ray_session import explain_ray_error, ray_session
 from pipelines.runs import RunReport, new_run_id, recorded
-from pipelines.sources import InputError, list_images
+from pipelines.sources import list_images
 from pipelines.train.card import write_card
 from pipelines.train.checkpoints import list_checkpoints, read_checkpoint
 from pipelines.train.log import read_log
-from pipelines.train.output import card_uri, read_unreadable, weights_uri, write_unreadable
+from pipelines.train.output import card_uri, extract_command, read_unreadable, weights_uri, write_unreadable
 from pipelines.train.setup import IMAGES, TrainSetup, make_setup
 from pipelines.weights import checked
 
@@ -59,6 +59,7 @@ class Result:
     knn_accuracy: float | None = None
     unreadable: int = 0  # images that were replaced by others
     weights: str = ""  # URI of the safetensors file
+    use: str = ""  # the command that extracts with them
     seconds: dict[str, float] = field(default_factory=dict)  # plan, start, train
     messages: list[str] = field(default_factory=list)
 
@@ -73,18 +74,21 @@ def run(config: Config, *, input: str, output: str, dry_run: bool = False) -> Re
     """Train on the images of INPUT; the same command continues a training that was stopped.
 
     Raises:
-        RequestError: the request was wrong, or OUTPUT holds another training.
+        RequestError, sources.InputError, dino_ops.errors.ModelError: the request was wrong, or OUTPUT holds another
+            training.
         JobError: the job failed; its checkpoints stay.
     """
     started = time.monotonic()
     uri, options = storage.normalise(output), config.storage.options
-    images = _listed(input, config, uri)
-    validation = _listed(config.train.validation, config, None) if config.train.validation else None
+    images = list_images(input, storage_options=options, exclude=uri).table
+    validation = None
+    if config.train.validation is not None:
+        validation = list_images(config.train.validation, storage_options=options).table
     result = Result(new_run_id(), uri, input, config.model.name)
     training = make_setup(config, uri, images, result.run_id)
     result.images, result.labelled = len(images), len(images) - images["label"].null_count
     result.steps, result.epochs = training.steps, training.recipe.epochs
-    result.weights = weights_uri(uri)
+    result.weights, result.use = weights_uri(uri), extract_command(training)
     layout_checks(training)
     if steps := list_checkpoints(uri, options):
         result.resumed_from = result.steps_done = steps[-1]
@@ -112,13 +116,6 @@ def _exists(uri: str, options: storage.Options) -> bool:
     fs, path = storage.filesystem(uri, options)
     with storage.reaching(uri):
         return bool(fs.exists(path))
-
-
-def _listed(input: str, config: Config, output: str | None) -> pa.Table:
-    try:
-        return list_images(input, storage_options=config.storage.options, exclude=output).table
-    except InputError as error:
-        raise RequestError(str(error)) from None
 
 
 def layout_checks(training: TrainSetup) -> None:

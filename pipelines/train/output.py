@@ -23,6 +23,15 @@ def card_uri(output: str) -> str:
     return storage.join(output, "README.md")
 
 
+def extract_command(training: TrainSetup) -> str:
+    """What extracts features as the network was trained: its model, its weights, its way to normalise pixels."""
+    model, image = training.config.model.name, training.config.image
+    settings = [f"model.name={model}", f"model.weights={weights_uri(training.output)}"]
+    for name, values in (("mean", image.mean), ("std", image.std)):
+        settings += [f"image.{name}=[{','.join(map(str, values))}]"] if values is not None else []
+    return " ".join(["dinoray extract INPUT STORE", *(f"--set {one}" for one in settings)])
+
+
 def write_weights(training: TrainSetup, state: dict[str, torch.Tensor]) -> None:
     """Write the teacher's backbone whole, in train.weights_dtype; its header says which model it is."""
     about = {"format": FORMAT, "model": training.config.model.name, "dinoray_run": training.run_id}

@@ -120,6 +120,13 @@ def test_weights_are_the_teacher_of_the_last_checkpoint_and_load_everywhere(undi
     assert any(not torch.equal(one, random.vit.state_dict()[name]) for name, one in written.items())
 
 
+def test_who_trained_with_other_means_is_told_to_extract_with_them(source: Path, tmp_path: Path) -> None:
+    """Else features would silently be of pixels that the network never saw."""
+    result = train(source, tmp_path / "output", "train.epochs=1", "image.mean=[0.1,0.2,0.3]")
+    assert "--set image.mean=[0.1,0.2,0.3]" in result.use and "image.std" not in result.use
+    assert result.use in (tmp_path / "output" / "README.md").read_text()
+
+
 def test_weights_in_half_precision(source: Path, tmp_path: Path) -> None:
     result = train(source, tmp_path / "output", "train.epochs=1", "train.weights_dtype=float16")
     written = safetensors.torch.load_file(result.weights)
