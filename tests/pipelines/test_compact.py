@@ -7,6 +7,7 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
@@ -17,8 +18,13 @@ from typer.testing import CliRunner
 
 from pipelines import compact
 from pipelines.cli import app
+from pipelines.cluster_tables import training_of
 from pipelines.commit import Committer
+from pipelines.match_tables import MatchTables
+from pipelines.schemas import ASSIGNMENTS, MATCHES, PAIRS
+from pipelines.shards import new_file_name
 from pipelines.store import Store
+from pipelines.tables import Table
 
 RUNS, IMAGES_A_RUN = 7, 5
 KEEP_NOTHING = "compact.retention_hours=0"
@@ -183,3 +189,49 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 0 and "14 files merged into 2" in done.stdout
     missing = runner.invoke(app, ["compact", str(tmp_path / "nothing")])
     assert missing.exit_code == 2 and "There is no store" in missing.stderr
+
+
+def test_matches_and_the_pairs_that_name_them(tmp_path: Path) -> None:
+    store = small_runs_store(tmp_path, runs=1)
+    tables = MatchTables(store.uri, "nearest", {})
+    for run in range(3):
+        run_id, name = f"20260102T00000{run}Z-00000{run}", new_file_name(f"20260102T00000{run}Z-00000{run}")
+        ids = [(f"{at:03}/0.jpg", f"{at + run + 1:03}/0.jpg") for at in range(IMAGES_A_RUN - run - 1)]
+        place = dict.fromkeys(("row_a", "col_a", "row_b", "col_b"), 0) | dict.fromkeys(
+            ("y_a", "x_a", "y_b", "x_b"), 1.0
+        )
+        matches = [
+            {"image_a": a, "image_b": b, **place, "similarity": 0.5, "saliency": 0.5, "rank": rank}
+            for a, b in ids
+            for rank in range(2)
+        ]
+        about = {"score": 0.5, "source": "all", "mutual": 2, "kept": 2, "shard": name}
+        about |= dict.fromkeys(("run_id_a", "run_id_b"), "20260101T000000Z-000000")
+        pairs = [{"image_a": a, "image_b": b, **about} for a, b in ids]
+        written = tables.matches.write_file(name, pa.Table.from_pylist(matches, schema=MATCHES))
+        tables.matches.commit([written], [], run_id)
+        tables.pairs.commit([tables.pairs.write_file(name, pa.Table.from_pylist(pairs, schema=PAIRS))], [], run_id)
+    sound(tmp_path)
+    folder = tmp_path / "matches" / "nearest"
+    before = duckdb.sql(f"FROM '{folder}/matches/*.parquet' ORDER BY ALL").fetchall()
+
+    compact.run(settings(KEEP_NOTHING), store=str(tmp_path))
+
+    assert [len(live(folder, table)) for table in ("pairs", "matches")] == [1, 1]
+    assert duckdb.sql(f"FROM '{folder}/matches/*.parquet' ORDER BY ALL").fetchall() == before
+    shards = duckdb.sql(f"SELECT DISTINCT shard FROM '{folder}/pairs/*.parquet'").fetchall()
+    assert shards == [(live(folder, "matches")[0].name,)]
+    sound(tmp_path)
+
+
+def test_files_of_two_trainings_stay_apart_and_say_which_they_are_of(tmp_path: Path) -> None:
+    table = Table(str(tmp_path / "assignments"), ASSIGNMENTS, {})
+    trainings = ("20260101T000000Z-aaaaaa", "20260102T000000Z-bbbbbb")
+    for number in range(4):
+        row = {"image_id": f"{number}.jpg", "row": 0, "col": 0, "cluster_id": 1, "distance": 0.5, "saliency": 0.5}
+        rows = pa.Table.from_pylist([row | {"run_id": "20260101T000000Z-000000"}], schema=ASSIGNMENTS)
+        table.commit([table.write_file(new_file_name(trainings[number % 2]), rows)], [], trainings[number % 2])
+    linked = compact.LinkedTables(table, run_in_names=True)
+    groups = linked.groups(1_000_000)
+    assert [{training_of(file.path) for file in group} for group in groups] == [{trainings[0]}, {trainings[1]}]
+    assert [training_of(linked.new_name(group, "20260103T000000Z-cccccc")) for group in groups] == list(trainings)
