@@ -320,3 +320,31 @@ def print_stats(result: Any) -> None:
         values = [run.get(key) for key in ("run_id", "status", "extracted", "failed", "images_per_second", "device")]
         runs.add_row(*("" if value is None else str(value) for value in values))
     console.print(runs)
+    if result.trends:
+        _print_trends(console, result)
+
+
+def _print_trends(console: Any, result: Any) -> None:
+    """The last runs that did something; in brackets the change from the median of comparable ones before."""
+    from rich.table import Table
+
+    def shown(trend: dict[str, Any], key: str, form: str) -> str:
+        if (value := trend[key]) is None:
+            return ""
+        change = trend["change"].get(key)
+        if change is None:
+            return format(value, form)
+        points = key == "failed_fraction"  # a part of what is usually 0 would say nothing
+        return f"{format(value, form)} ({change * 100:+.1f} points)" if points else f"{value:{form}} ({change:+.0%})"
+
+    columns = {"per_second": ",.1f", "failed_fraction": ".1%", "bytes_per_image": ",.0f", "seconds": ",.1f"}
+    headings = ("run", "job", "device", "work", "a second", "failed", "bytes/image", "seconds", "compared with")
+    table = Table(*headings, title="trends (change)", title_justify="left")
+    for trend in result.trends[-8:]:
+        work = "" if trend["work"] is None else f"{trend['work']:,.0f} {trend['of']}"
+        values = [shown(trend, key, form) for key, form in columns.items()]
+        peers = f"{trend['peers']} runs" if trend["peers"] else ""
+        table.add_row(trend["run_id"], trend["job"], trend["device"], work, *values, peers)
+    console.print(table)
+    for sentence in result.moved:
+        console.print(sentence, markup=False, highlight=False)

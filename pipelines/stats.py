@@ -15,6 +15,7 @@ from pipelines.match_tables import MatchTables
 from pipelines.runs import read_reports
 from pipelines.store import Store
 from pipelines.tables import Table
+from pipelines.trends import find_trends, moved_lately
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Result:
     clusters: dict[str, dict[str, int]] = field(default_factory=dict)  # NAME -> see _count_clusters
     parts: dict[str, dict[str, int]] = field(default_factory=dict)  # NAME -> see _count_parts
     runs: list[dict[str, Any]] = field(default_factory=list)
+    trends: list[dict[str, Any]] = field(default_factory=list)  # see pipelines.trends.Trend
+    moved: list[str] = field(default_factory=list)  # what changed by much in the last run of each job
 
     exit_code = 0
 
@@ -62,11 +65,14 @@ def run(config: Config, *, store: str) -> Result:
     result.matches = {name: _count_matches(tables) for name, tables in matches.items()}
     result.clusters = {name: _count_clusters(tables) for name, tables in clusters.items()}
     result.parts = {name: _count_parts(two) for name, two in PartTables.all_in(opened.uri, options).items()}
-    for report in read_reports(opened.uri, opened.config):
-        done = report.get("result", {})
+    reports = read_reports(opened.uri, opened.config)
+    for report in reports:
+        done = report["result"] if isinstance(report.get("result"), dict) else {}
         shown = {key: report.get(key) for key in ("run_id", "command", "status", "started_at", "finished_at")}
         counts = ("extracted", "failed", "pruned", "images_per_second", "bytes_written", "device")
         result.runs.append(shown | {key: done.get(key) for key in counts})
+    trends = find_trends(reports)
+    result.trends, result.moved = [trend.as_dict() for trend in trends], moved_lately(trends)
     return result
 
 
