@@ -582,10 +582,13 @@ def _run_job(
         print("dinoray: interrupted.", file=sys.stderr)
         raise typer.Exit(130) from None
     except Exception as error:
-        code = exit_code_of(error)
+        from pipelines.storage import explain_failed_storage
+
+        told = explain_failed_storage(error) or error
+        code = exit_code_of(told)
         if code is None:
             raise
-        message = " ".join(str(error).split())
+        message = " ".join(str(told).split())
         if as_json:
             print(json.dumps({"error": message, "exit_code": code}))
         print(f"dinoray: {message}", file=sys.stderr)

@@ -167,6 +167,9 @@ class RunSettings(Section):
         0.1, ge=0, le=1, description="A run in which a larger share of its images failed exits with 3."
     )
     attempts: int = Field(3, ge=1, description="Tries for a storage request, or for an image whose worker died.")
+    max_file_mb: float = Field(
+        512, gt=0, description="Larger image files, in 1e6 bytes, are recorded as failures and not read."
+    )
     stages: Literal["auto", "fused", "separate"] = Field(
         "auto",
         description="`fused`: one actor fetches, decodes, runs the model and writes; `separate`: three pools of "

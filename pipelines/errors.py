@@ -24,5 +24,10 @@ def exit_code_of(error: BaseException) -> int | None:
     if isinstance(error, DinorayError):
         return error.exit_code
     # these come from packages that know nothing of exit codes, and whose import would slow down --help
-    mistakes = {("pipelines.sources.errors", "InputError"), ("dino_ops.errors", "ModelError")}
-    return 2 if any((kind.__module__, kind.__name__) in mistakes for kind in type(error).__mro__) else None
+    codes = {
+        ("pipelines.sources.errors", "StorageError"): 1,
+        ("pipelines.sources.errors", "InputError"): 2,
+        ("dino_ops.errors", "ModelError"): 2,
+    }
+    names = ((kind.__module__, kind.__name__) for kind in type(error).__mro__)
+    return next((codes[name] for name in names if name in codes), None)

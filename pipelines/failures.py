@@ -6,6 +6,7 @@ import datetime as dt
 from typing import Any
 
 MESSAGE_LENGTH = 1000
+STORAGE_ERROR = "StorageError"  # `error` where storage failed and not the image: the next run tries it again
 
 
 def failure_row(

@@ -84,30 +84,36 @@ def recorded(report: RunReport, result: JobResult, started: float, **first: Any)
     except KeyboardInterrupt:
         result.status, result.exit_code = "interrupted", 130
         result.messages.append("Interrupted: what is committed stays, and the same command continues.")
-    except (OSError, DeltaError) as error:
-        explained = explain_write_error(error, result.store)
-        result.messages.append(str(explained or error))
-        raise explained or error from None
     except DinorayError as error:
         result.messages.append(str(error))
         raise
+    except Exception as error:
+        explained = explain_write_error(error, result.store) or storage.explain_failed_storage(error, result.store)
+        if explained or isinstance(error, OSError | DeltaError):
+            result.messages.append(str(explained or error))
+        if explained is None:
+            raise
+        raise explained from None
     finally:
         result.took(time.monotonic() - started)
         if result.status == "running":
             result.status = "failed"
-        with contextlib.suppress(OSError):  # a full disk must not hide what it broke
+        with contextlib.suppress(OSError, JobError):  # a full disk must not hide what it broke
             report.finish(result.status, result=result.as_dict())
 
 
-def read_reports(store: str, config: Config) -> list[dict[str, Any]]:
-    """All run reports of a store, oldest first; one that is damaged says no more than its run and that."""
+def read_reports(store: str, config: Config, latest: int | None = None) -> list[dict[str, Any]]:
+    """The run reports of a store, oldest first; one that is damaged says no more than its run and that.
+
+    latest: read so many of the latest only.
+    """
     fs, path = storage.filesystem(storage.join(store, "runs"), config.storage.options)
     try:
         names = sorted(name.rsplit("/", 1)[-1] for name in fs.ls(path, detail=False) if name.endswith(".json"))
     except FileNotFoundError:
         return []
     reports = []
-    for name in names:
+    for name in names[-latest:] if latest else names:
         try:
             report = storage.read_json(storage.join(store, "runs", name), config.storage.options)
         except JobError:

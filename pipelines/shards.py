@@ -138,8 +138,9 @@ class ShardWriter:
             with contextlib.suppress(Exception):  # the sink may be what broke; only the removal matters
                 if self._sink is not None:
                     self._sink.close()
-            if fs.exists(path):
-                fs.rm_file(path)
+            with contextlib.suppress(Exception):  # nor must a storage that fails hide why this was called
+                if fs.exists(path):
+                    fs.rm_file(path)
 
     def _size(self, table: str) -> int:
         fs, path = storage.filesystem(storage.join(table, self.name), self._options)

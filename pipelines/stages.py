@@ -22,14 +22,17 @@ from dino_ops.errors import ImageError
 from dino_ops.images import PreparedImage, prepare_image
 from pipelines.config import Config
 from pipelines.cpus import available_cpus
-from pipelines.failures import failure_row
+from pipelines.failures import STORAGE_ERROR, failure_row
 from pipelines.image_spec import image_spec
 from pipelines.projection import read_projections
 from pipelines.shards import ShardReport, ShardWriter
 from pipelines.sources import fetch
+from pipelines.storage import failed_storage, said
 from pipelines.weights import RANDOM_SEED, checked
 
 FIRST_CHUNK, LARGEST_CHUNK = 4, 16  # images decoded ahead: enough to fill batches, small enough to hold
+FETCHED_BYTES = 256 * 2**20  # of files in memory at once, before they are decoded to the model's size
+BYTES_IN_PARQUET = 4 * 2**20  # that an image inside a Parquet file is taken to have: only the whole file's are known
 CHUNK_SECONDS = 3.0  # of the model: slow models take few images at a time, so that progress shows and commits are due
 MODEL_THREADS = 2  # of a ModelWorker, of which one at a time has the model
 SHARD_SHARE_OF_COMMIT = 0.6  # a shard is closed after this share of run.commit_seconds
@@ -104,18 +107,47 @@ def make_extractor(setup: WorkerSetup) -> Any:
 
 
 def fetch_and_decode(rows: pa.Table, setup: WorkerSetup, patch_size: int) -> Decoded:
-    """Fetch the bytes of listing rows and decode them; every row ends in `prepared` or in `failures`."""
+    """Fetch the bytes of listing rows and decode them; every row ends in `prepared` or in `failures`.
+
+    Files are held a few at a time, at most FETCHED_BYTES of them or one larger one.
+    """
+    decoded = Decoded([], [], [])
+    for few in _by_bytes(rows):
+        _fetch_and_decode_few(few, decoded, setup, patch_size)
+    return decoded
+
+
+def _by_bytes(rows: pa.Table) -> Iterator[pa.Table]:
+    """Rows in order, as many at a time as have FETCHED_BYTES together."""
+    begin, held = 0, 0
+    sizes, groups = (rows[name].to_pylist() for name in ("source_size", "row_group"))
+    for at, (size, group) in enumerate(zip(sizes, groups, strict=True)):
+        size = max(size, 0) if group is None else BYTES_IN_PARQUET
+        if held and held + size > FETCHED_BYTES:
+            yield rows.slice(begin, at - begin)
+            begin, held = at, 0
+        held += size
+    if begin < len(rows):
+        yield rows.slice(begin)
+
+
+def _fetch_and_decode_few(rows: pa.Table, decoded: Decoded, setup: WorkerSetup, patch_size: int) -> None:
     started = time.perf_counter()
     run = setup.config.run
-    fetched = fetch(rows, storage_options=setup.config.storage.options, attempts=run.attempts)
-    fetch_seconds = time.perf_counter() - started
+    fetched = fetch(
+        rows,
+        storage_options=setup.config.storage.options,
+        attempts=run.attempts,
+        max_bytes=int(run.max_file_mb * 1e6),
+    )
+    decoded.fetch_seconds += time.perf_counter() - started
     started = time.perf_counter()
-    decoded = Decoded([], [], [], fetch_seconds=fetch_seconds)
     for source, got in zip(rows.to_pylist(), fetched, strict=True):
         if got.error is not None or got.data is None:
             stage = "list" if source.get("error") else "fetch"
             error = got.error or OSError("nothing was read")
-            decoded.failures.append(failure_row(source, stage, error, str(error), got.attempts, setup.run_id))
+            name, message = (STORAGE_ERROR, said(error)) if failed_storage(error) else (error, str(error))
+            decoded.failures.append(failure_row(source, stage, name, message, got.attempts, setup.run_id))
             continue
         decoded.bytes_read += len(got.data)
         try:
@@ -125,8 +157,7 @@ def fetch_and_decode(rows: pa.Table, setup: WorkerSetup, patch_size: int) -> Dec
             continue
         decoded.sources.append(source)
         decoded.prepared.append(prepared)
-    decoded.decode_seconds = time.perf_counter() - started
-    return decoded
+    decoded.decode_seconds += time.perf_counter() - started
 
 
 def extract_each(extractor: Any, decoded: Decoded, run_id: str) -> list[Any]:
@@ -190,14 +221,18 @@ def write_shard(writer: ShardWriter, report: ShardReport) -> ShardReport:
     return report
 
 
-def failed_write(writer: ShardWriter, report: ShardReport, error: Exception) -> ShardReport:
+def failed_write(
+    writer: ShardWriter, report: ShardReport, error: Exception, sources: list[dict[str, Any]] | None = None
+) -> ShardReport:
+    """The report of a write that failed, of the images in the writer and of those that were to follow."""
     writer.discard()
     report.kind = "failed"
-    report.positions = writer.positions
+    report.positions = sorted({*writer.positions, *(source["position"] for source in sources or ())})
+    failed = failed_storage(error)
     report.error = {
         "stage": "write",
-        "error": type(error).__name__,
-        "message": str(error),
+        "error": STORAGE_ERROR if failed else type(error).__name__,
+        "message": said(error) if failed else str(error),
         "errno": getattr(error, "errno", None),
     }
     return report
@@ -240,7 +275,7 @@ class FusedWorker:
                 for source, one in zip(decoded.sources, features, strict=True):
                     writer.add(source, one)
             except Exception as error:
-                yield failed_write(writer, tally.take(), error)
+                yield failed_write(writer, tally.take(), error, decoded.sources)
                 writer = self._new_writer()
                 continue
             tally.spend("write", time.perf_counter() - started)
@@ -315,7 +350,7 @@ class WriteWorker:
             for source, one in zip(sources, features, strict=True):
                 writer.add(source, one)
         except Exception as error:
-            return failed_write(writer, report, error).to_table()
+            return failed_write(writer, report, error, sources).to_table()
         report.seconds["write"] = time.perf_counter() - started
         return write_shard(writer, report).to_table()
 

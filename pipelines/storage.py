@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import JobError, RequestError
-from pipelines.sources.errors import InputError
+from pipelines.errors import DinorayError, JobError, RequestError
+from pipelines.sources.errors import InputError, drivers_own, failed_storage
+from pipelines.sources.errors import said as said
 from pipelines.sources.filesystems import is_local as is_local
 from pipelines.sources.filesystems import open_filesystem
 
 Options = dict[str, Any]
-
-_DRIVER_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")
 
 
 def normalise(uri: str) -> str:
@@ -54,12 +53,19 @@ def reaching(uri: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not type(error).__module__.startswith(_DRIVER_LIBRARIES):
+        if not drivers_own(error):
             raise
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise JobError(
-            f"{uri} cannot be reached: {said.rstrip('.')}. Check its endpoint and your credentials."
-        ) from None
+        raise JobError(f"{uri} cannot be reached: {said(error)}. Check its endpoint and your credentials.") from None
+
+
+def explain_failed_storage(error: Exception, uri: str = "The storage") -> JobError | None:
+    """The sentence for an error of remote storage; None for anything else."""
+    if isinstance(error, DinorayError | InputError) or not failed_storage(error):
+        return None
+    return JobError(
+        f"{uri} could not be reached, or stopped answering: {said(error)}. What is committed stays: run the same "
+        "command again."
+    )
 
 
 def delta_options(uri: str, options: Options | None = None) -> dict[str, str]:

@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.commit import drop_images, retry_on_conflict
+from pipelines.commit import FileChange, apply_remaining, drop_images
 from pipelines.config import Config, make_config
 from pipelines.errors import JobError, RequestError
+from pipelines.failures import STORAGE_ERROR
 from pipelines.schemas import FAILURES, IMAGES, SCHEMA_VERSION, patches_schema
 from pipelines.spec import differences, fingerprint, make_spec
 from pipelines.tables import DataFile, Table, explain_write_error
@@ -83,7 +84,8 @@ class Store:
             data = json.dumps(description, indent=2).encode()
             storage.write_once(storage.join(uri, "store.json"), data, config.storage.options)
         except OSError as error:
-            raise explain_write_error(error, uri) or JobError(f"The store {uri} cannot be created: {error}.") from None
+            explained = explain_write_error(error, uri) or storage.explain_failed_storage(error, uri)
+            raise explained or JobError(f"The store {uri} cannot be created: {error}.") from None
         store = cls.open_existing(uri, config)
         assert store is not None
         return store
@@ -111,7 +113,7 @@ class Store:
                 store.refresh()  # so that other tools find every table, be it empty
             return store
         except OSError as error:
-            raise explain_write_error(error, uri) or error from None
+            raise explain_write_error(error, uri) or storage.explain_failed_storage(error, uri) or error from None
 
     def refresh(self) -> None:
         for table in (self.images, self.patches, self.failures):
@@ -122,7 +124,8 @@ class Store:
 
         Patch files that no image names are removed; files that images name but the log lost are added again while
         they exist, and else those images are done anew; failures of images that are done are removed.
-        Safe beside a running job: its files are given time to be named, and it checks them itself afterwards.
+        Safe beside a running job: its files are given time to be named, and both sides look again at what the other
+        did after their own commit, so that whoever comes last puts right what crossed.
         """
         named = self._named_shards()
         orphans = self.patches.files().keys() - named
@@ -133,13 +136,15 @@ class Store:
             orphans = self.patches.files().keys() - named
         lost = named - self.patches.files().keys()
         found = [shard for shard in lost if self.patches.has_file(shard)]
-        retry_on_conflict(
-            lambda: self.patches.commit(
-                [describe_file(self.patches, shard) for shard in found if shard not in self.patches.files()],
-                [shard for shard in orphans if shard in self.patches.files()],
-                run_id,
-            )
-        )
+        removed = {shard: file for shard, file in self.patches.files().items() if shard in orphans}
+        change = FileChange([describe_file(self.patches, shard) for shard in found], sorted(orphans))
+        apply_remaining(self.patches, change, run_id)
+        if orphans:
+            # a job whose commits were slow may have named them after we looked, and checked before we removed them
+            self.images.refresh()
+            late = orphans & self._named_shards()
+            apply_remaining(self.patches, FileChange(add=[removed[shard] for shard in sorted(late)]), run_id)
+            orphans -= late
         without_patches = sorted(lost.difference(found))
         if without_patches:
             rows = self.images.read(["image_id", "shard"])
@@ -181,7 +186,9 @@ class Store:
         )
         done = pc.fill_null(pc.and_(known, same), False)
 
-        failures = self.failures.read(["image_id", "source_version"])
+        failures = self.failures.read(["image_id", "source_version", "error"])
+        recorded = failures["image_id"]
+        failures = failures.filter(pc.not_equal(failures["error"], STORAGE_ERROR))
         at_failure = pc.index_in(listing["image_id"], value_set=failures["image_id"])
         same_failure = pc.equal(failures["source_version"].take(at_failure), listing["source_version"])
         failed = pc.and_(pc.fill_null(same_failure, False), pc.invert(done))
@@ -201,7 +208,7 @@ class Store:
             failed_before=pc.sum(failed).as_py() or 0,
             gone=[
                 *images["image_id"].filter(pc.invert(pc.is_in(images["image_id"], value_set=listed))).to_pylist(),
-                *failures["image_id"].filter(pc.invert(pc.is_in(failures["image_id"], value_set=listed))).to_pylist(),
+                *recorded.filter(pc.invert(pc.is_in(recorded, value_set=listed))).to_pylist(),
             ],
         )
 

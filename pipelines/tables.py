@@ -10,10 +10,11 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,9 +25,13 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from pipelines.errors import JobError
 from pipelines.schemas import parquet_options
-from pipelines.storage import Options, delta_options, filesystem, is_local, join, normalise
+from pipelines.storage import Options, delta_options, filesystem, is_local, join, normalise, said
 
 READS_AT_ONCE = 16
+TRIES = 4  # of what remote storage left half done; delta-rs repeats refused requests itself
+FIRST_PAUSE_SECONDS = 0.2  # doubled from try to try
+
+_T = TypeVar("_T")
 
 
 class CommitConflict(Exception):
@@ -68,19 +73,19 @@ class Table:
     def _open_or_create(self) -> DeltaTable:
         """Raises JobError for a log that cannot be read, OSError where the table cannot be written."""
         try:
-            return DeltaTable(self.uri, storage_options=self._storage_options)
+            return self._read_log(lambda: DeltaTable(self.uri, storage_options=self._storage_options))
         except TableNotFoundError:
             pass
         except DeltaError as error:
             raise JobError(
-                f"The log of {self.uri} is damaged or out of reach ({str(error).splitlines()[0]}): restore it, or "
-                "extract into another STORE."
+                f"The log of {self.uri} is damaged or out of reach ({said(error)}): restore it, or extract into "
+                "another STORE."
             ) from None
         try:
             # `ignore`: of two runs that start together one creates the table and the other opens it
             return DeltaTable.create(self.uri, schema=self.schema, mode="ignore", storage_options=self._storage_options)
         except (CommitFailedError, DeltaError):
-            return DeltaTable(self.uri, storage_options=self._storage_options)
+            return self._read_log(lambda: DeltaTable(self.uri, storage_options=self._storage_options))
 
     @classmethod
     def exists(cls, uri: str, options: Options | None = None) -> bool:
@@ -92,7 +97,20 @@ class Table:
 
     def refresh(self) -> None:
         """See what others committed."""
-        self._delta.update_incremental()
+        self._read_log(self._delta.update_incremental)
+
+    def _read_log(self, read: Callable[[], _T]) -> _T:
+        """Read from the log; from remote storage again when an answer broke off, which delta-rs does not repeat."""
+        for attempt in range(TRIES):
+            try:
+                return read()
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError:
+                if is_local(self.uri) or attempt == TRIES - 1:
+                    raise
+                time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
+        raise AssertionError("TRIES is at least 1")
 
     def files(self) -> dict[str, DataFile]:
         """The files of the current version, by path. Their names and key ranges, nothing is read from them."""
@@ -110,26 +128,51 @@ class Table:
     def commit(self, add: Iterable[DataFile], remove: Iterable[str], run_id: str) -> None:
         """Add and remove files in one commit on top of the version last seen; nothing to do commits nothing.
 
+        A commit whose answer was lost may have landed all the same: the log is asked, and nothing is done twice.
+
         Raises:
             CommitConflict: another commit landed after that version. The table is refreshed.
+            OSError, DeltaError: the storage failed; the commit did not land, or nobody can say.
         """
         now_ms = time.time_ns() // 1_000_000
         actions: list[Any] = [self._add_action(file, now_ms) for file in add]
         actions += [RemoveAction(path, True, now_ms) for path in remove]
         if not actions:
             return
-        try:
-            self._delta.create_write_transaction(
-                actions,
-                mode="append",
-                schema=self._delta.schema(),
-                partition_by=[],
-                commit_properties=CommitProperties(max_commit_retries=0, custom_metadata={"run_id": run_id}),
-            )
-        except CommitFailedError as error:
-            self.refresh()
-            raise CommitConflict(str(error)) from None
-        self.refresh()
+        commit_id = uuid.uuid4().hex
+        for attempt in range(TRIES):
+            before = self.version
+            try:
+                self._delta.create_write_transaction(
+                    actions,
+                    mode="append",
+                    schema=self._delta.schema(),
+                    partition_by=[],
+                    commit_properties=CommitProperties(
+                        max_commit_retries=0, custom_metadata={"run_id": run_id, "commit_id": commit_id}
+                    ),
+                )
+                self.refresh()
+                return
+            except (OSError, DeltaError) as error:
+                if explain_write_error(error, self.uri):
+                    raise
+                self.refresh()
+                if self._has_commit(commit_id, before):
+                    return
+                if self.version > before:
+                    raise CommitConflict(str(error)) from None
+                if attempt == TRIES - 1:
+                    raise
+            # that version is still free: should the lost request arrive late, it or the next one lands, never both
+            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
+
+    def _has_commit(self, commit_id: str, after: int) -> bool:
+        """Whether a commit is among those that came after a version."""
+        if self.version == after:
+            return False
+        entries = self._read_log(lambda: self._delta.history(self.version - after))
+        return any(entry.get("commit_id") == commit_id for entry in entries)
 
     def _add_action(self, file: DataFile, now_ms: int) -> AddAction:
         stats = {
@@ -150,7 +193,11 @@ class Table:
 
     def has_file(self, name: str) -> bool:
         fs, path = filesystem(join(self.uri, name), self.options)
-        return fs.exists(path)
+        try:
+            fs.info(path)  # `exists` of some drivers says no whenever the storage fails
+        except FileNotFoundError:
+            return False
+        return True
 
     def read(self, columns: list[str]) -> pa.Table:
         """Some columns of every row, in no particular order."""

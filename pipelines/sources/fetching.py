@@ -17,6 +17,7 @@ from pipelines.sources.parquet_images import ROW_GROUPS, image_bytes
 
 REQUESTS_AT_ONCE = 16
 LONGEST_READ = 32 * 2**20  # bytes of neighbouring tar members read together
+LARGEST_FILE = 512 * 10**6  # bytes; larger ones are not read
 LARGEST_GAP = 64 * 1024  # bytes between members that are cheaper to read than to skip
 
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
@@ -38,11 +39,12 @@ def fetch(
     storage_options: dict[str, Any] | None = None,
     attempts: int = 3,
     backoff_s: float = 0.5,
+    max_bytes: int = LARGEST_FILE,
 ) -> list[Fetched]:
     """Fetch listing rows, in order. Never raises for an image: its error is in its place.
 
-    Errors that may pass (time-outs, resets, throttling, server errors) are tried `attempts` times, waiting
-    `backoff_s`, then twice as long, and so on.
+    Errors that may pass (time-outs, resets, throttling, server errors, files that came short) are tried `attempts`
+    times, waiting `backoff_s`, then twice as long, and so on. What has more than `max_bytes` is an error, unread.
     """
     sources = rows.to_pylist()
     results: list[Fetched] = [Fetched() for _ in sources]
@@ -55,10 +57,17 @@ def fetch(
 
     def plain(index: int) -> None:
         source = sources[index]
-        data, error, tries = trying(lambda: _read(source["uri"], storage_options))
-        if data is not None and source["source_size"] >= 0 and len(data) != source["source_size"]:
-            error = OSError(f"the file changed: {source['source_size']} bytes when listed, {len(data)} when read")
-            data = None
+        uri, listed = source["uri"], source["source_size"]
+
+        def whole() -> bytes:
+            data = _read(uri, storage_options, end=max_bytes + 1 if is_local(uri) else None)
+            if len(data) < listed:
+                raise OSError(_changed(listed, len(data)))
+            return data
+
+        data, error, tries = trying(whole)
+        if data is not None and len(data) > listed >= 0:
+            data, error = None, OSError(_changed(listed, len(data)))
         results[index] = Fetched(data, error, tries)
 
     def members(container: str, indices: list[int]) -> None:
@@ -87,6 +96,8 @@ def fetch(
     for index, source in enumerate(sources):
         if source["error"]:
             results[index] = Fetched(None, FileNotFoundError(source["error"]))
+        elif source["row_group"] is None and source["source_size"] > max_bytes:
+            results[index] = Fetched(None, ValueError(_too_large(source["source_size"], max_bytes)))
         elif source["offset"] is not None:
             tars[source["container"]].append(index)
         elif source["row_group"] is not None:
@@ -106,6 +117,14 @@ def fetch(
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             list(pool.map(lambda job: job(), jobs))
     return results
+
+
+def _changed(listed: int, read: int) -> str:
+    return f"the file changed: {listed} bytes when listed, {read} when read"
+
+
+def _too_large(size: int, most: int) -> str:
+    return f"the file has {size} bytes, more than the {most} that are read of one image (run.max_file_mb)"
 
 
 def _runs(indices: list[int], sources: list[dict[str, Any]]) -> list[list[int]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.sources.errors import InputError
+from pipelines.sources.errors import InputError, StorageError, failed_storage, said
 from pipelines.sources.filesystems import is_local, local_path, open_filesystem
 from pipelines.sources.listing import Listing, Rows
 from pipelines.sources.manifests import is_manifest_name, list_manifest, read_text_manifest
@@ -42,6 +42,7 @@ def list_images(
 
     Raises:
         InputError: INPUT is missing, empty, unreadable, of no known kind, or names an id twice.
+        StorageError: the storage did not answer.
     """
     local = is_local(input_uri)
     uri = os.path.abspath(os.path.expanduser(local_path(input_uri))) if local else input_uri.rstrip("/")
@@ -55,11 +56,14 @@ def list_images(
         raise InputError(f"INPUT {input_uri} may not be read: check permissions or credentials ({error}).") from None
     except FileNotFoundError:
         raise InputError(f"INPUT {input_uri} does not exist: check the path.") from None
-    except OSError as error:
-        raise InputError(f"INPUT {input_uri} cannot be read: {str(error).splitlines()[0]}.") from None
     except Exception as error:
-        if type(error).__module__.startswith(("botocore", "aiohttp", "google", "azure", "gcsfs")):
-            raise InputError(f"INPUT {input_uri} cannot be reached: {str(error).splitlines()[0]}") from None
+        if failed_storage(error):
+            raise StorageError(
+                f"INPUT {input_uri} cannot be reached: {said(error)}. Check its endpoint and your credentials, or run "
+                "the same command again."
+            ) from None
+        if isinstance(error, OSError):
+            raise InputError(f"INPUT {input_uri} cannot be read: {said(error)}.") from None
         raise
 
 
@@ -80,7 +84,7 @@ def _list(
     if os.path.isdir(path) if local else fs.isdir(path):
         walked = walk_local(path, exclude) if local else walk_remote(fs, path, exclude)
         return _list_files(fs, walked, asked, local=local, storage_options=storage_options)
-    if os.path.isfile(path) if local else fs.isfile(path):
+    if os.path.isfile(path) if local else _is_object(fs, path):
         entry = local_file(path) if local else remote_entry(fs, path, path.rpartition("/")[0], fs.info(path))
         return _list_file(fs, entry, asked, uri, local=local, storage_options=storage_options)
     if (alternatives := expand_braces(path)) != [path]:
@@ -92,13 +96,21 @@ def _list(
     raise InputError(f"INPUT {asked} does not exist: give a folder, prefix, glob, .tar, manifest or Parquet dataset.")
 
 
+def _is_object(fs: Any, path: str) -> bool:
+    """fsspec's own answer is no whenever the storage fails."""
+    try:
+        return fs.info(path)["type"] == "file"
+    except FileNotFoundError:
+        return False
+
+
 def _alternatives(fs: Any, paths: list[str], asked: str, *, local: bool, exclude: str | None) -> Iterator[FileEntry]:
     """Every file that one of `paths` (files, folders or globs) names, once; keys are relative to what they share."""
     root = os.path.commonpath([glob_root(path) for path in paths])
     seen: set[str] = set()
     for path in paths:
         found: Iterable[FileEntry]
-        if os.path.isfile(path) if local else fs.isfile(path):
+        if os.path.isfile(path) if local else _is_object(fs, path):
             found = [local_file(path, root) if local else remote_entry(fs, path, root, fs.info(path))]
         elif os.path.isdir(path) if local else fs.isdir(path):
             found = walk_local(path, exclude, root=root) if local else walk_remote(fs, path, exclude, root=root)
@@ -184,6 +196,8 @@ def _list_parquets(fs: Any, entries: list[FileEntry], asked: str, storage_option
                 names = parquet.schema_arrow.names
                 table = parquet.read([name for name in ("uri", "id", "label") if name in names] or names[:1])
         except (pa.ArrowException, OSError) as error:
+            if failed_storage(error):
+                raise
             rows.broken.append(broken_container(entry, error))
             continue
         rows.extend([list_manifest(table, entry.uri.rpartition("/")[0] or "/", asked, storage_options)])

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 
-from pipelines.sources.errors import InputError
+from pipelines.sources.errors import InputError, failed_storage
 from pipelines.sources.filesystems import is_local, local_path, local_uri, open_filesystem, version_of
 from pipelines.sources.listing import Rows
 
@@ -176,6 +176,8 @@ def _remote_facts(uri: str, storage_options: dict[str, Any] | None) -> tuple[int
         info = fs.info(path)
         return int(info.get("size") or 0), version_of(info), None
     except OSError as error:
+        if failed_storage(error):
+            raise
         return -1, "", f"{uri}: {error}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.sources.errors import InputError
+from pipelines.sources.errors import InputError, failed_storage
 from pipelines.sources.filesystems import open_filesystem
 from pipelines.sources.listing import BrokenContainer, Rows
 from pipelines.sources.walk import FileEntry
@@ -55,6 +55,8 @@ def list_parquet(fs: Any, entries: Sequence[FileEntry], asked: str) -> Rows:
                 for group in range(parquet.num_row_groups):
                     found += [(entry, *row) for row in _rows_of(parquet, group, column)]
         except (pa.ArrowException, OSError) as error:
+            if failed_storage(error):
+                raise
             rows.broken.append(broken_container(entry, error))
     paths = [path for _, _, path, _, _, _ in found]
     use_paths = None not in paths and len(set(paths)) == len(paths)
@@ -120,8 +122,12 @@ class RowGroupCache:
                     found = file.seek(0, 2)
                     if found != size:
                         raise OSError(f"{container} changed: {size} bytes when listed, {found} when read")
-                    parquet = pq.ParquetFile(file)
-                    name = image_column(parquet.schema_arrow)
+                    footer = pq.read_metadata(file)
+                    schema = footer.schema.to_arrow_schema()
+                    name = image_column(schema)
+                    # as it is stored: one image repeated a million times takes the place of one
+                    leaf = f"{name}.bytes" if pa.types.is_struct(schema.field(name).type) else name
+                    parquet = pq.ParquetFile(file, metadata=footer, read_dictionary=[leaf])
                     self._column = parquet.read_row_group(group, columns=[name])[name]
                 self._key = key
             return self._column

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
+from pipelines.sources.errors import failed_storage
 from pipelines.sources.listing import BrokenContainer, Rows
 from pipelines.sources.names import as_text, extension, is_hidden, is_image_name
 from pipelines.sources.walk import FileEntry
@@ -49,6 +50,8 @@ def _list_tar(fs: Any, entry: FileEntry, *, local: bool) -> Rows:
                         members.append((member.name, member.offset_data, member.size, member.issparse()))
                 damage = damage or _wrong_end(file, archive.offset)
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            if failed_storage(error):
+                raise
             damage = str(error) or type(error).__name__
     for name, offset, size, sparse in members:
         _add_member(rows, entry, name, offset, size, sparse, labels)

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+from deltalake import DeltaTable
+from deltalake.exceptions import CommitFailedError
 from hand_made import source, write_shard
 from small_runs import settings
 
@@ -15,7 +17,7 @@ from pipelines.commit import Committer, drop_images
 from pipelines.failures import failure_row
 from pipelines.shards import ShardReport
 from pipelines.store import Store
-from pipelines.tables import CommitConflict
+from pipelines.tables import CommitConflict, Table
 
 
 def shard(store: Store, run_id: str, ids: list[str], version: str = "v1", value: float = 1.0) -> ShardReport:
@@ -114,6 +116,98 @@ def test_a_stale_commit_is_refused_by_the_log(store: Store) -> None:
     other.images.commit([report.images], [], "r2")
     with pytest.raises(CommitConflict):
         store.images.commit([report.images], [], "r1")
+
+
+CONFLICT = CommitFailedError("Failed to commit transaction: 0")  # what delta-rs says of its own repeated request
+BROKEN_OFF = OSError("Generic S3 error: error reading a body from connection")
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, raced: Table, error: Exception, *, landed: bool) -> list[int]:
+    """The next commit to a table raises, having landed or not; the list says when it did."""
+    original, calls = DeltaTable.create_write_transaction, list[int]()
+
+    def transaction(delta: DeltaTable, *arguments: object, **named: object) -> None:
+        if delta is raced._delta and not calls:
+            calls.append(1)
+            if landed:
+                original(delta, *arguments, **named)  # type: ignore[arg-type]
+            raise error
+        original(delta, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", transaction)
+    monkeypatch.setattr("pipelines.tables.FIRST_PAUSE_SECONDS", 0)
+    return calls
+
+
+@pytest.mark.parametrize("table", ["patches", "images", "failures"])
+@pytest.mark.parametrize(
+    ("error", "landed"),
+    [(CONFLICT, True), (BROKEN_OFF, True), (BROKEN_OFF, False)],
+    ids=["repeated by delta-rs", "answer lost", "request lost"],
+)
+def test_a_commit_whose_answer_is_lost_is_made_once(
+    store: Store, table: str, error: Exception, landed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that is replaced beside new ones and a failure: the commit that rewrites most."""
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b", "c"])], versions(["a", "b", "c"]))
+    before = {name: getattr(store, name).version for name in ("patches", "images", "failures")}
+    calls = fail_once(monkeypatch, getattr(store, table), error, landed=landed)
+    reports = [shard(store, "r2", ["b"], "v2", 2.0), shard(store, "r2", ["d"], "v2"), failed("e", "r2", "v2")]
+    outcome = Committer(store, "r2", {"b"}).commit(reports, versions(["b", "d", "e"], "v2"))
+    assert calls and (outcome.extracted, outcome.failed, outcome.done_elsewhere) == (2, 1, 0)
+    assert {name: getattr(store, name).version for name in before} == {name: v + 1 for name, v in before.items()}
+    assert rows(store) == {"a": "v1", "b": "v2", "c": "v1", "d": "v2"}
+    assert store.failures.read(["image_id"]).to_pylist() == [{"image_id": "e"}]
+    sound(store)
+
+
+def test_a_commit_of_another_run_is_not_taken_for_a_lost_answer(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Store.open_existing(store.uri, store.config)
+    assert other
+    late = shard(store, "r1", ["a", "b"])
+    Committer(other, "r2", set()).commit([shard(other, "r2", ["b", "c"])], versions(["b", "c"]))
+    calls = fail_once(monkeypatch, store.images, BROKEN_OFF, landed=False)
+    outcome = Committer(store, "r1", set()).commit([late], versions(["a", "b"]))
+    assert calls and (outcome.extracted, outcome.done_elsewhere) == (1, 1)
+    assert rows(store) == versions_only(["a", "b", "c"])
+    sound(store)
+
+
+def test_a_storage_that_stays_away_ends_the_commit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def transaction(*arguments: object, **named: object) -> None:
+        raise BROKEN_OFF
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", transaction)
+    monkeypatch.setattr("pipelines.tables.FIRST_PAUSE_SECONDS", 0)
+    with pytest.raises(OSError, match="Generic S3 error"):
+        Committer(store, "r1", set()).commit([shard(store, "r1", ["a"])], versions(["a"]))
+
+
+def test_a_repair_that_crosses_a_slow_commit_takes_nothing_from_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images are committed, and their patches found in place, after the repair looked and before it removes them."""
+    monkeypatch.setattr("pipelines.store.ORPHAN_GRACE_SECONDS", 0)
+    other = Store.open_existing(store.uri, store.config)
+    assert other
+    report = shard(store, "r1", ["a"])
+    assert report.patches and report.images
+    store.patches.commit([report.patches], [], "r1")
+    other.refresh()
+    original = other.patches.commit
+
+    def commit(*arguments: object) -> None:
+        if not store.images.files():
+            assert report.patches and report.images
+            store.images.commit([report.images], [], "r1")
+            store.patches.refresh()
+            assert report.patches.path in store.patches.files(), "so the job has nothing to put right"
+        original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(other.patches, "commit", commit)
+    assert other.repair("r2")["orphans_removed"] == 0
+    assert rows(store) == {"a": "v1"}
+    sound(store)
 
 
 def test_patches_whose_images_never_came_are_removed(store: Store) -> None:
