@@ -444,6 +444,46 @@ def evaluate_parts(
 
 
 @app.command()
+def report(
+    store: StoreArgument,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="FILE", help="Default: report.html in the store.")
+    ] = None,
+    sample: Annotated[int | None, typer.Option("--sample", min=1, help="How many images to show.")] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option("--images", metavar="ID|FILE", help="An image_id, or a file that lists some; repeatable."),
+    ] = None,
+    query: Annotated[
+        str | None,
+        typer.Option("--query", metavar="SQL", help="Which images: SELECT image_id FROM images WHERE ... (DuckDB)."),
+    ] = None,
+    png: Annotated[str | None, typer.Option("--png", metavar="DIR", help="Also write the plots as PNG files.")] = None,
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """See it: photos with what was found in them, and where a patch occurs in all others, as one HTML file."""
+
+    def job(settings: Any) -> Any:
+        from pipelines.report import run
+
+        return run(
+            settings,
+            store=store,
+            output=output,
+            sample=sample,
+            images=images,
+            query=query,
+            png=png,
+            dry_run=dry_run,
+        )
+
+    _run_job(job, cli_output.print_report, config, overrides, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
 def verify(
     store: StoreArgument,
     config: ConfigFiles = None,

@@ -245,6 +245,18 @@ def print_parts(result: Any) -> None:
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
 
 
+def print_report(result: Any) -> None:
+    shown = f"{result.images:,} images ({result.how})"
+    if result.status == "dry_run":
+        print(f"\nwould show {shown} in {result.output}. Nothing was written.")
+        return
+    gone = f", {result.without_photo:,} without their photo" if result.without_photo else ""
+    print(f"{shown}{gone}: {', '.join(result.sections)} ({result.seconds:.1f} s).")
+    if result.plots:
+        print(f"{len(result.plots):,} plots: {result.plots[0].rsplit('/', 1)[0]}")
+    print(f"Report: {result.output} ({decimal(result.bytes)}); open it in a browser.")
+
+
 def print_verify(result: Any) -> None:
     for problem in result.problems:
         print(problem)

@@ -433,6 +433,25 @@ class CompactSettings(Section):
     )
 
 
+class ReportSettings(Section):
+    sample: int = Field(48, ge=1, description="Images that are shown where neither --images nor --query chooses them.")
+    most_images: int = Field(300, ge=1, description="At most so many are shown, whatever was chosen.")
+    photo_side: int = Field(320, ge=32, le=2048, description="Pixels of a photo's longer side in the page.")
+    descriptor: str = Field(
+        "descriptor", description="Column of patches that is shown and compared, such as descriptor_key9."
+    )
+    dimensions: int = Field(
+        64, ge=1, le=512, description="Of the descriptors that travel in the page, a byte each; fewer is smaller."
+    )
+    most_patches: int = Field(
+        1024, ge=1, description="Patches of an image that travel in the page; of a finer grid every n-th row and column."
+    )
+    pairs: int = Field(12, ge=0, description="Pairs of images whose matches are drawn, for each matches/NAME.")
+    clusters: int = Field(24, ge=0, description="Clusters that have a card, for each clusters/NAME.")
+    nearest: int = Field(8, ge=0, description="Images whose nearest ones are shown.")
+    seed: int = Field(0, ge=0, description="Of the sample of images.")
+
+
 class StorageSettings(Section):
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -456,6 +475,7 @@ class Config(Section):
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     compact: CompactSettings = Field(default_factory=CompactSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+    report: ReportSettings = Field(default_factory=ReportSettings)
     storage: StorageSettings = Field(default_factory=StorageSettings)
 
     @model_validator(mode="after")

@@ -1,0 +1,92 @@
+"""report: what is in a store, to look at, as one HTML file that needs nothing else; and the same plots as PNG files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines import storage
+from pipelines.config import Config
+from pipelines.errors import JobError, RequestError
+from pipelines.report.choose import choose
+from pipelines.report.contents import Results, read_contents
+from pipelines.report.page import make_page
+from pipelines.report.sheets import make_sheets
+from pipelines.store import Store
+from pipelines.tables import explain_write_error
+
+
+@dataclass
+class Result:
+    """What a report shows and where it is, or would be."""
+
+    store: str
+    output: str
+    status: str = "running"  # done | dry_run
+    images: int = 0
+    how: str = ""  # they were chosen
+    without_photo: int = 0  # of them: their original is gone or cannot be read
+    sections: list[str] = field(default_factory=list)
+    bytes: int = 0
+    plots: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    messages: list[str] = field(default_factory=list)
+
+    exit_code = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.__dict__ | {"seconds": round(self.seconds, 2)}
+
+
+def run(
+    config: Config,
+    *,
+    store: str,
+    output: str | None = None,
+    sample: int | None = None,
+    images: str | Sequence[str] | None = None,
+    query: str | None = None,
+    png: str | None = None,
+    dry_run: bool = False,
+) -> Result:
+    """Make the report of a store. It reads tables and photos; no model runs, and nothing else in the store changes.
+
+    output: file or URI, default STORE/report.html. sample: how many images. images: image_ids, or files that list some.
+    query: SQL that chooses them. png: a folder or URI that the plots are written to besides.
+
+    Raises RequestError for images, queries and settings that the store cannot answer, JobError for damaged tables and
+    for places that cannot be written.
+    """
+    started = time.monotonic()
+    opened = Store.open(store, config)
+    target = storage.normalise(output) if output else storage.join(opened.uri, "report.html")
+    if not target.lower().endswith((".html", ".htm")):
+        raise RequestError(f"The report is an HTML file, but --output is {output}: give a name such as report.html.")
+    results = Results.of(opened)
+    named = [images] if isinstance(images, str) else list(images or ())
+    parts, matches = results.parts.values(), results.matches.values()
+    choice = choose(opened, config.report, sample, named, query, parts, matches)
+    result = Result(opened.uri, target, images=len(choice.rows), how=choice.how, messages=choice.messages)
+    if dry_run:
+        result.status = "dry_run"
+        return result
+    contents = read_contents(opened, config, choice, results)
+    result.without_photo = contents.without_photo
+    page = make_page(contents)
+    result.sections, result.bytes = page.sections, len(page.html)
+    _write(target, page.html, config)
+    if png is not None:
+        for name, data in make_sheets(contents):
+            result.plots.append(storage.join(storage.normalise(png), name))
+            _write(result.plots[-1], data, config)
+    result.status, result.seconds = "done", time.monotonic() - started
+    return result
+
+
+def _write(uri: str, data: bytes, config: Config) -> None:
+    try:
+        storage.write_bytes(uri, data, config.storage.options)
+    except OSError as error:
+        raise explain_write_error(error, uri) or JobError(f"{uri} cannot be written: {error}.") from None

@@ -1,0 +1,83 @@
+"""`--query`: images chosen in SQL over a store's tables, by DuckDB."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pipelines import storage
+from pipelines.cluster_tables import ClusterTables
+from pipelines.cosegment_tables import PartTables
+from pipelines.errors import RequestError
+from pipelines.match_tables import MatchTables
+from pipelines.sources.filesystems import is_local
+from pipelines.store import Store
+from pipelines.tables import Table
+
+if TYPE_CHECKING:
+    import duckdb
+
+
+def image_ids_of(store: Store, query: str) -> list[str]:
+    """The column image_id of a query's rows, each once, in their order.
+
+    Raises RequestError for a query that is wrong, has no such column or finds nothing, and without DuckDB.
+    """
+    try:
+        import duckdb
+    except ImportError:
+        raise RequestError('--query needs DuckDB: pip install "dinoray[sql]", or choose with --images.') from None
+    with duckdb.connect() as connection:
+        tables = dict(_tables(store))
+        for name, table in tables.items():
+            _add_view(connection, name, table)
+        try:
+            found = connection.execute(query)
+            columns = [about[0] for about in found.description or ()]
+            rows = found.fetchall() if "image_id" in columns else []
+        except duckdb.Error as error:
+            said = " ".join(str(error).split())
+            raise RequestError(f"--query cannot be run ({said}). The tables are {', '.join(tables)}.") from None
+    if "image_id" not in columns:
+        raise RequestError(
+            f"--query gives {', '.join(columns) or 'no columns'}, but a column image_id says which images to show: "
+            "such as SELECT image_id FROM images WHERE label = 'cat'."
+        )
+    at = columns.index("image_id")
+    ids = list(dict.fromkeys(str(row[at]) for row in rows if row[at] is not None))
+    if not ids:
+        raise RequestError("--query finds no image.")
+    return ids
+
+
+def _tables(store: Store) -> Iterator[tuple[str, Table]]:
+    """Every table of a store under the name that a query gives it: parts/animals/images is parts_animals_images."""
+    yield from (("images", store.images), ("patches", store.patches), ("failures", store.failures))
+    options = store.config.storage.options
+    for name, clusters in ClusterTables.all_in(store.uri, options).items():
+        yield _named("clusters", name, "centroids"), clusters.centroids
+        yield _named("clusters", name, "assignments"), clusters.assignments
+    for name, parts in PartTables.all_in(store.uri, options).items():
+        yield _named("parts", name, "images"), parts.images
+        yield _named("parts", name, "patches"), parts.patches
+    for name, matches in MatchTables.all_in(store.uri, options).items():
+        yield _named("matches", name, "pairs"), matches.pairs
+        yield _named("matches", name, "matches"), matches.matches
+
+
+def _named(*parts: str) -> str:
+    return "_".join(re.sub(r"\W", "_", part) for part in parts)
+
+
+def _add_view(connection: duckdb.DuckDBPyConnection, name: str, table: Table) -> None:
+    """The files of the version that is open, as their table's log names them."""
+    files = [storage.join(table.uri, path) for path in table.files()]
+    if not files:
+        empty = table.schema.empty_table()
+        connection.register(name, empty)
+        return
+    if not is_local(table.uri):
+        connection.register_filesystem(storage.filesystem(table.uri, table.options)[0])
+    quoted = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
+    connection.execute(f'CREATE VIEW "{name}" AS SELECT * FROM read_parquet([{quoted}])')
