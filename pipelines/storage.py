@@ -13,8 +13,8 @@ from typing import Any
 from pipelines.errors import DinorayError, JobError, RequestError
 from pipelines.sources.errors import InputError, drivers_own, failed_storage
 from pipelines.sources.errors import said as said
+from pipelines.sources.filesystems import DELTA_PREFIXES, open_filesystem
 from pipelines.sources.filesystems import is_local as is_local
-from pipelines.sources.filesystems import open_filesystem
 
 Options = dict[str, Any]
 
@@ -75,7 +75,7 @@ def delta_options(uri: str, options: Options | None = None) -> dict[str, str]:
     libraries read the usual environment variables. S3 commits use conditional puts (`If-None-Match`).
     """
     given = dict(options or {})
-    result = {key: str(value) for key, value in given.items() if key.upper().startswith(("AWS_", "GOOGLE_", "AZURE_"))}
+    result = {key: str(value) for key, value in given.items() if key.upper().startswith(DELTA_PREFIXES)}
     if uri.startswith(("s3://", "s3a://")):
         client = {**given.get("client_kwargs", {}), **given}
         named = {
@@ -93,7 +93,14 @@ def delta_options(uri: str, options: Options | None = None) -> dict[str, str]:
     elif uri.startswith(("gs://", "gcs://")) and isinstance(given.get("token"), str):
         result["GOOGLE_SERVICE_ACCOUNT_PATH"] = given["token"]
     elif uri.startswith(("az://", "abfs://", "abfss://")):
-        named = {"account_name": "AZURE_STORAGE_ACCOUNT_NAME", "account_key": "AZURE_STORAGE_ACCOUNT_KEY"}
+        named = {
+            "account_name": "AZURE_STORAGE_ACCOUNT_NAME",
+            "account_key": "AZURE_STORAGE_ACCOUNT_KEY",
+            "sas_token": "AZURE_STORAGE_SAS_TOKEN",
+            "client_id": "AZURE_STORAGE_CLIENT_ID",
+            "client_secret": "AZURE_STORAGE_CLIENT_SECRET",
+            "tenant_id": "AZURE_STORAGE_TENANT_ID",
+        }
         result |= {delta: str(given[ours]) for ours, delta in named.items() if given.get(ours)}
     return result
 

@@ -9,6 +9,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from pipelines.sources.errors import InputError
 
+DELTA_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")  # of storage options that are delta-rs's own
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "content_md5", "checksum")
 _TIME_KEYS = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
@@ -34,12 +35,17 @@ def local_uri(path: str) -> str:
         return "file://" + quote_from_bytes(os.fsencode(path))
 
 
+def of_fsspec(options: dict[str, Any]) -> dict[str, Any]:
+    """Without those that only delta-rs knows; a driver would hand them on to every request."""
+    return {key: value for key, value in options.items() if not key.upper().startswith(DELTA_PREFIXES)}
+
+
 def open_filesystem(uri: str, storage_options: dict[str, Any] | None = None) -> tuple[Any, str]:
     """The filesystem of a URI and the path on it. Raises InputError for protocols that cannot be opened here."""
     import fsspec
 
     protocol = uri.split("://")[0] if "://" in uri else "file"
-    options = {} if is_local(uri) else storage_options or {}
+    options = {} if is_local(uri) else of_fsspec(storage_options or {})
     if protocol in _EXTRAS:  # fsspec remembers listings for the life of a process, and would hide what is new
         options = {"use_listings_cache": False, **options}
     try:
