@@ -77,13 +77,14 @@ def region_query(codes: np.ndarray) -> np.ndarray:
 
 def cosines(codes: np.ndarray, query: np.ndarray) -> np.ndarray:
     """Cosine of each of the codes (n, d) with a query (d,) of `region_query`: (n,) float64; 0 for those of length 0."""
-    products = codes.astype(np.int64) @ query.astype(np.int64)
+    products = codes.astype(np.float64) @ query.astype(np.float64)  # exact: sums of whole numbers below 2 ** 53
     return products * inverse_lengths(codes) * inverse_lengths(query[None])[0]
 
 
 def inverse_lengths(rows: np.ndarray) -> np.ndarray:
     """One over the Euclidean length of rows of whole numbers (n, d): (n,) float64; 0 for those of length 0."""
-    squares = (rows.astype(np.int64) ** 2).sum(axis=1).astype(np.float64)
+    whole = rows.astype(np.float64)
+    squares = np.einsum("nd,nd->n", whole, whole)
     return np.divide(1.0, np.sqrt(squares), out=np.zeros(len(rows)), where=squares > 0)
 
 
