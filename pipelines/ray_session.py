@@ -87,10 +87,15 @@ def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, f
                     logging_level="ERROR",
                     log_to_driver=False,
                 )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (
+            Exception
+        ) as error:  # Ray raises it plain where the machine was too busy for its processes to start in time
             said = str(error).splitlines()[0].rstrip(".")
             if address == "local":
-                raise JobError(f"A local Ray could not be started: {said}.") from None
+                raise JobError(
+                    f"A local Ray could not be started: {said}. Give it a machine that is less busy, or more memory, "
+                    "and run the same command again."
+                ) from None
             raise JobError(
                 f"The Ray cluster at {address} could not be reached ({said}): check run.address, that Ray's version is "
                 f"{ray.__version__} there too, and whether it asks for a token (RAY_AUTH_MODE=token)."
