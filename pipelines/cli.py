@@ -6,18 +6,55 @@ Loads neither torch nor Ray nor pyarrow: jobs are imported when they are called,
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from pipelines import cli_output
+from pipelines import cli_output, json_log
 from pipelines.errors import exit_code_of
 
+LOG_JSON = "--log-json"
+
+
+class Commands(TyperGroup):
+    """All commands. With --log-json standard error is lines of JSON, whatever happens."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        arguments = list(sys.argv[1:] if args is None else args)
+        if LOG_JSON not in arguments:
+            return super().main(arguments, prog_name, complete_var, standalone_mode, windows_expand_args, **extra)
+        words = [argument for argument in arguments if not argument.startswith("-")]
+        with json_log.json_log(" ".join(words[: 2 if words[:1] == ["evaluate"] else 1])):
+            json_log.event("started")
+            sys.exit(self._exit_code(arguments, prog_name))
+
+    def _exit_code(self, arguments: list[str], prog_name: str | None) -> int:
+        try:
+            return super().main(arguments, prog_name, standalone_mode=False) or 0
+        except Exception as error:
+            if not hasattr(error, "format_message"):
+                json_log.broke(error)
+                return 1
+            code = int(getattr(error, "exit_code", 2))  # of arguments that cannot be parsed
+            _complain(error.format_message(), code, as_json="--json" in arguments)
+            return code
+
+
 app = typer.Typer(
+    cls=Commands,
     name="dinoray",
     help="Turn image datasets into tables of DINO-ViT features, on a laptop or a Ray cluster.",
     no_args_is_help=True,
@@ -30,6 +67,8 @@ ConfigFiles = Annotated[list[Path] | None, typer.Option("-c", "--config", help="
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; wins over files.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the effective configuration and the plan; do nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output; the rest on standard error.")]
+# `Commands` sees to it, so that what goes wrong before a command is called is a line too
+LogJson = Annotated[bool, typer.Option(LOG_JSON, help="Standard error as lines of JSON: progress, messages, errors.")]
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URI of a store.")]
 
 
@@ -50,6 +89,7 @@ def extract(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Images to tables: one row per image, one row per patch, one row per failure. Run it again to add what is new."""
 
@@ -89,6 +129,7 @@ def estimate(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """What an extraction will take: bytes, files, FLOPs, hours and cost, from extracting a sample. Nothing is kept."""
 
@@ -127,6 +168,7 @@ def cluster(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Patches, or whole images, to clusters: k-means over the store. The same command continues one that was killed."""
 
@@ -161,6 +203,7 @@ def cosegment(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Sets of images to masks: their common foreground and its parts. Run it again to add what is new."""
 
@@ -188,6 +231,7 @@ def train(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Images to weights: DINO self-distillation on your own images. The same command continues one that was stopped."""
 
@@ -207,6 +251,7 @@ def index(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Embeddings or patches to an index for search. Run it again to bring it up to date."""
 
@@ -233,6 +278,7 @@ def search(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """The images nearest to an image, or the patches nearest to a part of it and where they are."""
 
@@ -264,6 +310,7 @@ def correspond(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Pairs of images to tables: which patch matches which. Run it again to add what is new."""
 
@@ -281,9 +328,7 @@ class TaskGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in self.commands:
             message = f"There is no task {args[0]!r} to evaluate: choose {' or '.join(self.commands)}."
-            if "--json" in args:
-                print(json.dumps({"error": message, "exit_code": 2}))
-            print(f"dinoray: {message}", file=sys.stderr)
+            _complain(message, 2, as_json="--json" in args)
             raise typer.Exit(2)
         return super().resolve_command(ctx, args)
 
@@ -302,6 +347,7 @@ def evaluate_pck(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Point correspondence on annotated pairs of images: the fraction of key points carried over correctly (PCK)."""
 
@@ -328,6 +374,7 @@ def evaluate_knn(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Whether the nearest images, voting, find an image's label: k-NN accuracy of the embeddings."""
     _run_job(
@@ -349,6 +396,7 @@ def evaluate_linear(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Whether a linear classifier of the embeddings finds an image's label: linear-probe accuracy."""
     _run_job(
@@ -379,6 +427,7 @@ def evaluate_retrieval(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Whether the nearest images have the same label: recall@k and mean average precision (mAP)."""
 
@@ -402,6 +451,7 @@ def evaluate_segmentation(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """The common foreground against annotated masks: Jaccard, precision and CorLoc."""
 
@@ -431,6 +481,7 @@ def evaluate_parts(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Parts against part labels or key points: normalised mutual information (NMI) and adjusted Rand index (ARI)."""
 
@@ -463,6 +514,7 @@ def report(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """See it: photos with what was found in them, and where a patch occurs in all others, as one HTML file."""
 
@@ -490,6 +542,7 @@ def verify(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Check that a store holds what it says: every image all its patches, files and log agreeing. Exit 1 if not."""
 
@@ -510,6 +563,7 @@ def compact(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Merge the small files that many runs leave, and remove what no snapshot within compact.retention_hours needs."""
 
@@ -528,6 +582,7 @@ def run(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """The jobs of PIPELINE.yaml over one store, each only where there is something to do; for schedulers."""
 
@@ -549,6 +604,7 @@ def stats(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """A store at a glance: rows, files, bytes, failures by reason, and its runs."""
 
@@ -567,6 +623,7 @@ def settings(
     config: ConfigFiles = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Every setting: its value after -c and --set, and what it does."""
 
@@ -589,6 +646,16 @@ def main() -> None:
     app()
 
 
+def _complain(message: str, code: int, *, as_json: bool, said: str = "") -> None:
+    """Say an error where it is looked for: on standard error, and with --json on standard output too."""
+    if as_json:
+        print(json.dumps({"error": message, "exit_code": code}))
+    if json_log.active():
+        json_log.failed(message, code)
+    else:
+        print(f"dinoray: {said or message}", file=sys.stderr)
+
+
 def _run_job(
     job: Callable[[Any], Any],
     show: Callable[[Any], None],
@@ -605,6 +672,7 @@ def _run_job(
     try:
         with interruptible():
             config = load_config(files or (), overrides or ())
+            json_log.hide(config.storage.options)
             if dry_run and not as_json:
                 import yaml
 
@@ -617,9 +685,7 @@ def _run_job(
                 return
             result = job(config)
     except KeyboardInterrupt:
-        if as_json:
-            print(json.dumps({"error": "interrupted", "exit_code": 130}))
-        print("dinoray: interrupted.", file=sys.stderr)
+        _complain("interrupted", 130, as_json=as_json, said="interrupted.")
         raise typer.Exit(130) from None
     except Exception as error:
         from pipelines.storage import explain_failed_storage
@@ -628,15 +694,16 @@ def _run_job(
         code = exit_code_of(told)
         if code is None:
             raise
-        message = " ".join(str(told).split())
-        if as_json:
-            print(json.dumps({"error": message, "exit_code": code}))
-        print(f"dinoray: {message}", file=sys.stderr)
+        _complain(" ".join(str(told).split()), code, as_json=as_json)
         raise typer.Exit(code) from None
+    content = result.as_dict() if hasattr(result, "as_dict") else result.without_secrets()
     for message in getattr(result, "messages", ()):
-        print(f"dinoray: {message}", file=sys.stderr)
+        if json_log.active():
+            json_log.event("message", message, level=logging.WARNING)
+        else:
+            print(f"dinoray: {message}", file=sys.stderr)
+    json_log.finished(content)
     if as_json:
-        content = result.as_dict() if hasattr(result, "as_dict") else result.without_secrets()
         if dry_run:
             content = {"settings": config.without_secrets(), **content}
         print(json.dumps(content, ensure_ascii=False))

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines import storage
+from pipelines import json_log, storage
 from pipelines.config import Config
 from pipelines.errors import JobError, exit_code_of
 from pipelines.pipeline_file import JobRequest, Pipeline
@@ -131,6 +131,7 @@ def _run_job(job: JobRequest, outcome: JobOutcome, result: Result) -> bool:
     finally:
         outcome.seconds = time.monotonic() - began
     content = done.as_dict()
+    json_log.finished(content, command=job.command)
     outcome.result, outcome.run_id = content, content.get("run_id", "")
     outcome.status, outcome.exit_code = getattr(done, "status", "done"), done.exit_code
     result.messages += [f"{job.title}: {message}" for message in getattr(done, "messages", ())]

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.status import Status
 
+from pipelines import json_log
+
 LOG_SECONDS = 15.0
 RATE_WINDOW_SECONDS = 60.0
 
@@ -27,7 +29,7 @@ class ProgressLine:
         self.failed = 0
         self.note = ""  # what else the line says
         self._recent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
-        self._logged_at = time.monotonic()
+        self._began = self._logged_at = time.monotonic()
         self._first: tuple[float, int] | None = None  # when workers were warm, and what was done then
         self._bar: Progress | None = None
         if sys.stderr.isatty():
@@ -53,7 +55,10 @@ class ProgressLine:
             self._bar.update(self._task, completed=self.done + self.failed, description=self.text())
         elif now - self._logged_at >= LOG_SECONDS:
             self._logged_at = now
-            print(self.text(), file=sys.stderr, flush=True)
+            if json_log.active():
+                json_log.event("progress", self.text(), **self.figures())
+            else:
+                print(self.text(), file=sys.stderr, flush=True)
 
     def restart(self, done: int, failed: int) -> None:
         """Begin another attempt at what is left: only settled images count."""
@@ -74,10 +79,26 @@ class ProgressLine:
         (then, before), (now, after) = self._first, self._recent[-1]
         return (after - before) / (now - then)
 
+    @property
+    def seconds_left(self) -> float | None:
+        rate = self.images_per_second
+        return (self.total - self.done - self.failed) / rate if rate > 0 else None
+
+    def figures(self) -> dict[str, float | None]:
+        """What the line says, for those who count on."""
+        return {
+            self.what: self.done,
+            "failed": self.failed,
+            "total": self.total,
+            f"{self.what}_per_second": self.images_per_second,
+            "seconds": time.monotonic() - self._began,
+            "seconds_left": self.seconds_left,
+        }
+
     def text(self) -> str:
         finished = self.done + self.failed
         rate = self.images_per_second
-        left = timedelta(seconds=round((self.total - finished) / rate)) if rate > 0 else "?"
+        left = timedelta(seconds=round(self.seconds_left)) if self.seconds_left is not None else "?"
         of = f"{finished:,} of {self.total:,} {self.what}"
         return f"{of}, {rate:,.1f} {self.what}/s, {self.note or f'{self.failed:,} failed'}, {left} left"
 

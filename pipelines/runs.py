@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from deltalake.exceptions import DeltaError
 
-from pipelines import storage
+from pipelines import json_log, storage
 from pipelines.config import Config
 from pipelines.errors import DinorayError, JobError
 from pipelines.tables import explain_write_error
@@ -78,7 +78,8 @@ def recorded(report: RunReport, result: JobResult, started: float, **first: Any)
     """
     try:
         report.write(**first)
-        yield
+        with json_log.about(command=report.content["command"], run_id=report.content["run_id"]):
+            yield
         if result.status == "running":
             result.status = "done"
     except KeyboardInterrupt:

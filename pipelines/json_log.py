@@ -1,0 +1,189 @@
+"""Structured logs (--log-json): one JSON object a line on standard error, in place of sentences and the progress line.
+
+Every line has time (ISO 8601, UTC), level, event, command, and run_id from when it is known; most have a message. The
+standard library's logging carries them, so that warnings and records of libraries become lines of the same form, and
+what anything else prints to standard error becomes one too. Credentials never appear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import io
+import json
+import logging
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+LOGGER = logging.getLogger("dinoray")
+HIDDEN = "..."
+SHORTEST_SECRET = 4  # characters; replacing shorter ones would take whole words apart
+
+_IN_URI = re.compile(r"(?<=://)[^/\s@]+@")  # user:password@
+_IN_QUERY = re.compile(r"([?&][\w.-]*(?:sig|token|secret|password|credential|key)[\w.-]*=)[^&\s\"']+", re.IGNORECASE)
+_STORAGE_OVERRIDE = re.compile(r"\bstorage\w*\.([\w.]+)=([^\s'\"]+)")
+_HARMLESS = ("endpoint", "region", "account_name", "project", "profile", "anon", "version", "style")  # in a key's name
+
+
+class _Open:
+    """The log that is being written, if one is."""
+
+    about: dict[str, Any] | None = None  # what every line says
+    secrets: frozenset[str] = frozenset()
+
+
+@contextlib.contextmanager
+def json_log(command: str) -> Iterator[None]:
+    """Within: standard error is lines of JSON. What it is afterwards, and the state of logging, is as before."""
+    shown = sys.stderr
+    # a duplicate, since Ray's start points the descriptor itself elsewhere for a while
+    stream = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8") if shown is sys.__stderr__ else shown
+    root, handler = logging.getLogger(), _Lines(stream)
+    before, level = root.handlers, LOGGER.level
+    root.handlers = [handler]
+    LOGGER.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # else every step of a bar would be a line
+    _Open.about, _Open.secrets = {"command": command}, frozenset()
+    printed = _Printed()
+    sys.stderr = printed
+    try:
+        yield
+    finally:
+        printed.finish()
+        sys.stderr = shown
+        logging.captureWarnings(False)
+        root.handlers = before
+        LOGGER.setLevel(level)
+        _Open.about, _Open.secrets = None, frozenset()
+        if stream is not shown:
+            stream.close()
+
+
+def active() -> bool:
+    return _Open.about is not None
+
+
+@contextlib.contextmanager
+def about(**said: Any) -> Iterator[None]:
+    """Within: every line says this too, such as run_id."""
+    outside = _Open.about
+    if outside is not None:
+        _Open.about = outside | said
+    try:
+        yield
+    finally:
+        if outside is not None:
+            _Open.about = outside
+
+
+def hide(options: Mapping[str, Any]) -> None:
+    """Let no line show the values of these storage options, nested ones included."""
+    found = set()
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            hide(value)
+        elif isinstance(value, str) and len(value) >= SHORTEST_SECRET and not any(name in key for name in _HARMLESS):
+            found.add(value)
+    _Open.secrets |= found
+
+
+def event(name: str, message: str = "", *, level: int = logging.INFO, **fields: Any) -> None:
+    """Write a line; outside of `json_log` nothing."""
+    if active():
+        LOGGER.log(level, "%s", message, extra={"event": name, "fields": fields})
+
+
+def failed(message: str, exit_code: int) -> None:
+    """The line of an error that has a sentence."""
+    event("failed", message, level=logging.ERROR, exit_code=exit_code)
+
+
+def broke(error: Exception) -> None:
+    """The line of a bug, whose traceback is a field."""
+    told = {"error": type(error).__name__, "exit_code": 1, "traceback": "".join(traceback.format_exception(error))}
+    event("failed", f"{type(error).__name__}: {error}", level=logging.CRITICAL, **told)
+
+
+def finished(content: Mapping[str, Any], **more: Any) -> None:
+    """The line of a job's end: the numbers of its result, named as --json names them; seconds: the whole run's."""
+    words = {key: content[key] for key in ("run_id", "name", "device", "kind") if content.get(key)}
+    numbers = {key: value for key, value in content.items() if isinstance(value, bool | int | float)}
+    seconds = content.get("seconds")
+    if isinstance(seconds, Mapping) and "total" in seconds:
+        numbers["seconds"] = seconds["total"]
+    status = content.get("status", "done")
+    event("finished", **{"status": status, "exit_code": 0} | words | numbers | more)
+
+
+class _Lines(logging.Handler):
+    """Writes each record as a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=self._stream, flush=True)
+        except Exception:
+            self.handleError(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = dt.datetime.fromtimestamp(record.created, dt.UTC).isoformat(timespec="milliseconds")
+        line = {"time": time, "level": record.levelname.lower(), "event": getattr(record, "event", "message")}
+        line |= _Open.about or {}
+        if message := " ".join(record.getMessage().split()):
+            line["message"] = message
+        if record.name != LOGGER.name:
+            line["logger"] = record.name
+        if record.exc_info:
+            line["traceback"] = logging.Formatter().formatException(record.exc_info)
+        return json.dumps(_printable(line | getattr(record, "fields", {})), ensure_ascii=False, allow_nan=False)
+
+
+class _Printed(io.TextIOBase):
+    """Standard error for everything else: a line that is printed becomes a line of JSON."""
+
+    def __init__(self) -> None:
+        self._begun = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = re.split(r"[\r\n]", self._begun + text)
+        for line in lines:
+            if line.strip():
+                event("message", line)
+        return len(text)
+
+    def writable(self) -> bool:
+        return True
+
+    def finish(self) -> None:
+        self.write("\n")
+
+
+def _printable(value: Any) -> Any:
+    """As JSON has it, without secrets; numbers that are none become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _printable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(one) for one in value]
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return _without_secrets(str(value))
+
+
+def _without_secrets(text: str) -> str:
+    given = {
+        value for key, value in _STORAGE_OVERRIDE.findall(text) if not any(name in key for name in _HARMLESS)
+    }  # of a --set that was refused before anything knew it
+    for secret in sorted(_Open.secrets | given, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_URI.sub(f"{HIDDEN}@", text))
