@@ -131,7 +131,7 @@ def index_uri(store: str, name: str) -> str:
 def index_names(store: Store) -> list[str]:
     """Names of the indices of a store."""
     names = result_names(store.uri, "index", store.config.storage.options)
-    return [name for name in names if _latest(files_present(store, name))]
+    return [name for name in names if latest_manifest(store, name)]
 
 
 def files_present(store: Store, name: str) -> set[str]:
@@ -143,12 +143,17 @@ def files_present(store: Store, name: str) -> set[str]:
         return set()
 
 
+def latest_manifest(store: Store, name: str) -> int:
+    """The number of the manifest that counts; 0 where there is none."""
+    return _latest(files_present(store, name))
+
+
 def read_manifest(store: Store, name: str) -> Manifest | None:
     """The manifest of an index, or None when there is none yet.
 
     Raises RequestError for an index of another spec or a newer dinoray, JobError for a damaged one.
     """
-    return read_numbered_manifest(store, name, _latest(files_present(store, name)))
+    return read_numbered_manifest(store, name, latest_manifest(store, name))
 
 
 def read_numbered_manifest(store: Store, name: str, number: int) -> Manifest | None:

@@ -17,18 +17,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines import json_log, storage
+from pipelines.cluster_tables import ClusterTables
 from pipelines.config import Config
+from pipelines.cosegment_tables import PartTables
 from pipelines.errors import JobError, exit_code_of
+from pipelines.index_files import index_names, latest_manifest
+from pipelines.match_tables import MatchTables
 from pipelines.pipeline_file import JobRequest, Pipeline
 from pipelines.ray_session import ray_session
 from pipelines.runs import RunReport, new_run_id
 from pipelines.store import Store, read_description
 
 ALWAYS = ("extract", "verify", "compact")  # what they look at is not in the tables' versions alone
-WITHOUT_RAY = ("index", "verify", "compact")
+WITHOUT_RAY = ("index", "report", "verify", "compact")
 GOES_ON = (0, 3)  # 3: too many images failed; those that did not are in the store
 # Sections of the settings that decide what a job makes, besides its arguments.
-SECTIONS = {"index": "index", "cluster": "cluster", "cosegment": "cosegment", "correspond": "correspond"}
+SECTIONS = {
+    "index": "index",
+    "cluster": "cluster",
+    "cosegment": "cosegment",
+    "correspond": "correspond",
+    "report": "report",
+}
 
 
 @dataclass
@@ -172,7 +182,8 @@ def _why(job: JobRequest, store: str) -> str:
         return "did not run before in this pipeline"
     if before["settings"] != now["settings"]:
         return "its settings changed"
-    changed = [name for name, version in now["versions"].items() if before["versions"].get(name) != version]
+    names = {**now["versions"], **before["versions"]}
+    changed = [name for name in names if before["versions"].get(name) != now["versions"].get(name)]
     return f"{' and '.join(changed)} changed since" if changed else ""
 
 
@@ -184,14 +195,28 @@ def _state(job: JobRequest, store: str) -> dict[str, Any]:
     asked = job.config.model_dump(mode="json")
     decides = {key: asked[key] for key in (SECTIONS[job.command],) if key in asked}
     content = json.dumps([job.command, job.arguments, decides, opened.fingerprint], sort_keys=True)
-    return {
-        "settings": hashlib.sha256(content.encode()).hexdigest()[:16],
-        "versions": {"images": opened.images.version, "patches": opened.patches.version},
-    }
+    versions = {"images": opened.images.version, "patches": opened.patches.version}
+    if job.command == "report":
+        versions |= _result_versions(opened)
+    return {"settings": hashlib.sha256(content.encode()).hexdigest()[:16], "versions": versions}
+
+
+def _result_versions(store: Store) -> dict[str, int]:
+    """The versions of what other jobs made, by its folder: a report shows all of it."""
+    options = store.config.storage.options
+    clusters, parts = ClusterTables.all_in(store.uri, options), PartTables.all_in(store.uri, options)
+    versions = {f"clusters/{name}": tables.assignments.version for name, tables in clusters.items()}
+    versions |= {f"parts/{name}": two.images.version for name, two in parts.items()}
+    matches = MatchTables.all_in(store.uri, options)
+    versions |= {f"matches/{name}": found.pairs.version for name, found in matches.items()}
+    return versions | {f"index/{name}": latest_manifest(store, name) for name in index_names(store)}
 
 
 def _memory_uri(job: JobRequest, store: str) -> str:
-    return storage.join(store, "pipeline", f"{job.command}-{job.arguments['name']}.json")
+    name = job.arguments.get("name")
+    if name is None:  # a report, which is known by where it goes
+        name = hashlib.sha256(str(job.arguments.get("output")).encode()).hexdigest()[:12]
+    return storage.join(store, "pipeline", f"{job.command}-{name}.json")
 
 
 def _remembered(job: JobRequest, store: str) -> dict[str, Any] | None:

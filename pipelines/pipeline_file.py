@@ -18,11 +18,12 @@ ARGUMENTS: dict[str, dict[str, bool]] = {
     "cluster": {"name": True, "update": False, "elbow": False},
     "cosegment": {"name": True, "sets": False, "masks": False, "overlays": False},
     "correspond": {"name": True, "pairs": False},
+    "report": {"output": False, "sample": False, "images": False, "query": False, "png": False},
     "compact": {},
     "verify": {},
 }
 _TOP = ("store", "settings", "jobs")
-_KINDS = {"prune": bool, "retry_failed": bool, "update": bool, "elbow": bool, "limit": int}
+_KINDS = {"prune": bool, "retry_failed": bool, "update": bool, "elbow": bool, "limit": int, "sample": int}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class JobRequest:
 
     @property
     def title(self) -> str:
-        name = self.arguments.get("name")
+        name = self.arguments.get("name") or self.arguments.get("output")
         return f"{self.command} {name}" if name else self.command
 
 

@@ -18,6 +18,8 @@ PARTS = ("e69f00", "56b4e9", "009e73", "f0e442", "0072b2", "d55e00", "cc79a7")
 # Bright on photographs: for lines between two of them.
 LINES = ("e69f00", "56b4e9", "00c48c", "f0e442", "3d9be9", "ff7a1a", "ff9bd2", "ffffff", "b8f36d", "c9a6ff")
 
+FAINT = 140  # of 255: how much the least of an amount covers the photo below
+
 PCA_ROWS = 100_000  # that the colours are fitted to at most
 _MOST_EXTREME = 1.0  # per cent of patches at either end that may be too bright or too dark to tell
 
@@ -33,6 +35,13 @@ def amounts(values: np.ndarray) -> np.ndarray:
     at = np.clip(np.nan_to_num(values), 0, 1) * (len(anchors) - 1)
     channels = [np.interp(at, np.arange(len(anchors)), anchors[:, channel]) for channel in range(3)]
     return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+def amounts_over(values: np.ndarray) -> np.ndarray:
+    """The same with alpha, to lie over a photo: (..., 4) uint8. What is little covers less; NaN covers nothing."""
+    share = np.clip(np.nan_to_num(values), 0, 1)
+    alpha = np.where(np.isnan(values), 0, FAINT + np.floor((255 - FAINT) * share + 0.5)).astype(np.uint8)
+    return np.concatenate([amounts(values), alpha[..., None]], axis=-1)
 
 
 def amount_table() -> list[str]:

@@ -101,10 +101,10 @@ def read_contents(store: Store, config: Config, choice: Choice, results: Results
     ]
     sizes = {one: (row["width"], row["height"]) for one, row in about.items()}
     small = {one: fitted(*size, settings.photo_side) for one, size in sizes.items()}
-    layers: list[Layer | None] = [saliency_layer(patches), descriptor_layer(patches, settings.seed)]
-    layers += [cluster_layer(at, one, patches) for at, one in enumerate(clusterings) if one.grids]
+    layers: list[Layer | None] = [descriptor_layer(patches, settings.seed), saliency_layer(patches)]
     for at, (name, two) in enumerate(results.parts.items()):
         layers += segment_layers(at, name, read_segments(two, small), sizes)
+    layers += [cluster_layer(at, one, patches) for at, one in enumerate(clusterings) if one.grids]
     pairs = {name: read_pairs(found, ids, settings.pairs) for name, found in results.matches.items()}
     neighbours = nearest_photos(store, rows, settings)
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.report.clusterings import Clustering
-from pipelines.report.colours import KINDS, OTHER_KIND, PARTS, amounts, descriptor_colours, rgb
+from pipelines.report.colours import KINDS, OTHER_KIND, PARTS, amounts_over, descriptor_colours, rgb
 from pipelines.report.patches import Box, ImagePatches
 from pipelines.report.segments import Segment
 
@@ -47,10 +47,9 @@ def saliency_layer(patches: Mapping[str, ImagePatches]) -> Layer | None:
     overlays = {}
     for image_id, one in patches.items():
         if one.saliency is not None:
-            drawn = np.dstack([amounts(one.saliency), np.where(np.isnan(one.saliency), 0, 255).astype(np.uint8)])
-            overlays[image_id] = Overlay(_png(drawn), one.place)
+            overlays[image_id] = Overlay(_png(amounts_over(one.saliency)), one.place)
     about = (
-        "How much the model looks at each patch when it sums the photo up in one description. It was never told what "
+        "How much the model looks at each patch when it sums the photo up in one description. Nobody told it what "
         "matters; bright patches are what it finds telling, most often the main thing in the photo."
     )
     return Layer("saliency", "Saliency", about, overlays, ("ignored", "looked at most")) if overlays else None

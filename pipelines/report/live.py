@@ -47,35 +47,46 @@ class Live:
 def make_live(
     patches: Mapping[str, ImagePatches], labels: Mapping[str, str | None], settings: ReportSettings
 ) -> Live | None:
-    """The live view of some images, in the order of `labels`, by image_id; None where no patch is stored."""
+    """The live view of some images, by image_id; None where no patch is stored.
+
+    Those of the label that it begins with come first, the others in the order of `labels`.
+    """
     ids = [one for one in labels if one in patches]
-    maps = [patches[one] for one in ids]
-    there = np.concatenate([one.stored.reshape(-1) for one in maps]) if maps else np.zeros(0, bool)
+    there = np.concatenate([patches[one].stored.reshape(-1) for one in ids]) if ids else np.zeros(0, bool)
     if not there.any():
         return None
-    grids = [(one.stored.shape[0], one.stored.shape[1]) for one in maps]
-    firsts = np.concatenate([[0], np.cumsum([height * width for height, width in grids])])
-    full = np.concatenate([one.descriptor.reshape(firsts[at + 1] - firsts[at], -1) for at, one in enumerate(maps)])
-    compact = compact_descriptors(full[there], settings.dimensions, settings.seed)
+    stacked = np.concatenate([patches[one].descriptor.reshape(patches[one].stored.size, -1) for one in ids])
+    compact = compact_descriptors(stacked[there], settings.dimensions, settings.seed)
     width = -(-compact.codes.shape[1] // PADDED_TO) * PADDED_TO
-    codes = np.zeros((len(full), width), np.int8)
+    codes = np.zeros((len(stacked), width), np.int8)
     codes[there, : compact.codes.shape[1]] = compact.codes
-    image_of = np.repeat(np.arange(len(ids)), np.diff(firsts))
-    measured = _measure(codes, full, firsts, image_of, there, grids, settings.seed)
-    start = _start(codes, firsts, maps, [labels.get(one) for one in ids])
-    return Live(ids, grids, codes, firsts, compact.kept, *measured, start)
+
+    ends = np.cumsum([patches[one].stored.size for one in ids])
+    began, row, column = _start(
+        codes, np.array([0, *ends]), [patches[one] for one in ids], [labels[one] for one in ids]
+    )
+    first = ids[began]
+    alike = [labels[first] is not None and labels[one] == labels[first] for one in ids]
+    order = sorted(range(len(ids)), key=lambda at: (at != began, not alike[at], at))
+    ids = [ids[at] for at in order]
+    rows = np.concatenate([np.arange(ends[at - 1] if at else 0, ends[at]) for at in order])
+    codes, stacked, there = codes[rows], stacked[rows], there[rows]
+    grids = [(patches[one].stored.shape[0], patches[one].stored.shape[1]) for one in ids]
+    firsts = np.concatenate([[0], np.cumsum([patches[one].stored.size for one in ids])])
+    measured = _measure(codes, stacked, firsts, there, grids, settings.seed)
+    return Live(ids, grids, codes, firsts, compact.kept, *measured, (0, row, column))
 
 
 def _measure(
     codes: np.ndarray,
     full: np.ndarray,
     firsts: np.ndarray,
-    image_of: np.ndarray,
     there: np.ndarray,
     grids: Sequence[tuple[int, int]],
     seed: int,
 ) -> tuple[float, float, float | None, float | None]:
     """(low, high, agreement, one_off) as Live has them, on a sample of patches."""
+    image_of = np.repeat(np.arange(len(grids)), np.diff(firsts))
     drawn = np.flatnonzero(there)
     drawn = np.random.default_rng(seed).choice(drawn, min(QUERIES, len(drawn)), replace=False)
     images = [at for at in range(len(grids)) if there[firsts[at] : firsts[at + 1]].any()]

@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from pipelines.report.clusterings import Clustering
-from pipelines.report.colours import LINES, OTHER_KIND, amount_table
+from pipelines.report.colours import FAINT, LINES, OTHER_KIND, amount_table
 from pipelines.report.contents import Contents, Shown
 from pipelines.report.glance import looked_at_all
 from pipelines.report.layers import cluster_colours
@@ -147,6 +147,7 @@ def _live_data(contents: Contents, live: Live, photos: list[dict[str, Any]], pla
         "low": live.low,
         "high": live.high,
         "colours": amount_table(),
+        "faint": FAINT,
         "start": live.start,
     }
 

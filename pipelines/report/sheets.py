@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dino_ops.compact_descriptors import cosines, region_query
 from pipelines.report.clusterings import Clustering
-from pipelines.report.colours import LINES, OTHER_KIND, amounts, rgb
+from pipelines.report.colours import LINES, OTHER_KIND, amounts, amounts_over, rgb
 from pipelines.report.contents import Contents, Shown
 from pipelines.report.layers import Layer, Overlay, cluster_colours
 from pipelines.report.matched_pairs import MatchedPair
@@ -20,7 +20,6 @@ from pipelines.report.matched_pairs import MatchedPair
 WIDTH, HEIGHT, GAP = 1600, 200, 8  # pixels: of a sheet, of a photo on it, between photos
 OPACITY = 0.75
 HEAT = 0.62
-FAINT = 140  # of 255, see live.js
 PAPER, INK, MISSING = (255, 255, 255), (29, 27, 38), (139, 139, 146)
 FONT = 15
 
@@ -170,7 +169,7 @@ def _similarity(contents: Contents, photos: Sequence[Image.Image]) -> Image.Imag
             if not there.any():
                 continue
             level = (similar - live.low) / (live.high - live.low)
-            heat = np.dstack([amounts(level.reshape(grid)), _cover(level, there).reshape(grid)])
+            heat = amounts_over(np.where(there, level, np.nan).reshape(grid))
             picture = _covered(photo, Overlay(_png(Image.fromarray(heat)), place), one, HEAT)
             at = int(np.where(there, similar, -np.inf).argmax())
         _mark(picture, one, place, grid, at, own=number == asked)
@@ -178,11 +177,6 @@ def _similarity(contents: Contents, photos: Sequence[Image.Image]) -> Image.Imag
     ordered = [picture for _, picture in sorted(drawn, key=lambda item: item[0])]
     legend = _scale("unrelated", "alike", f"{live.low:.2f}", f"{live.high:.2f}")
     return _stacked([_sheet(ordered), legend])
-
-
-def _cover(level: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Alpha of a heat map, as live.js has it: what is unrelated covers its photo less than what is alike."""
-    return np.where(there, FAINT + np.rint((255 - FAINT) * np.clip(level, 0, 1)), 0).astype(np.uint8)
 
 
 def _mark(

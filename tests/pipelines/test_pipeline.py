@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from hand_made import add_images, source
+from shown_store import add_matches
 from small_runs import SMALL_MODEL, settings
 from stores import sound
 from typer.testing import CliRunner
@@ -131,6 +133,20 @@ def test_other_settings_of_a_job_make_it_run_and_no_other(tmp_path: Path, jobs: 
     assert jobs.ran() == ["extract"]
 
 
+def test_a_report_is_made_again_when_anything_that_it_shows_changed(tmp_path: Path, jobs: Jobs, store: Store) -> None:
+    file = written(tmp_path, asked(store, "report", {"report": {"output": "cats.html", "sample": 5}}))
+    assert run(file).status == "done"
+    assert jobs.ran() == ["report", "report cats.html"]
+    assert run(file).status == "unchanged" and jobs.ran() == []
+    add_matches(store, {("a.jpg", "b.jpg"): [0.5]})
+    assert run(file).jobs[1].why == "matches/nearest changed since" and jobs.ran() == ["report", "report cats.html"]
+    assert run(file, settings={"report": {"pairs": 3}}).status == "done" and len(jobs.ran()) == 2
+    assert run(file).jobs[0].why == "its settings changed"
+    shutil.rmtree(Path(store.uri, "matches"))
+    jobs.ran()
+    assert run(file).jobs[0].why == "matches/nearest changed since"
+
+
 def test_what_changes_while_a_job_runs_is_seen_the_next_time(
     tmp_path: Path, jobs: Jobs, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +242,7 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, content: str, says: str) -> N
 def test_the_example_is_a_pipeline() -> None:
     found = read_pipeline(ROOT / "configs" / "nightly.yaml", {})
     assert [job.command for job in found.jobs] == [
-        *("extract", "index", "cluster", "cosegment", "correspond", "compact", "verify")
+        *("extract", "index", "cluster", "cosegment", "correspond", "compact", "report", "verify")
     ]
     assert found.jobs[2].config.cluster.k == 1000 and found.jobs[2].config.run.max_failed_fraction == 0.05
 

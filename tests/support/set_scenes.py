@@ -49,9 +49,17 @@ def scene(seed: int, *, empty: bool = False, size: int = GRID) -> Scene:
 
 
 def add_scenes(
-    store: Store, run: int, scenes: dict[str, Scene], pictures: Path | None = None, version: str = "v1"
+    store: Store,
+    run: int,
+    scenes: dict[str, Scene],
+    pictures: Path | None = None,
+    version: str = "v1",
+    uris: dict[str, str] | None = None,
 ) -> None:
-    """Commit one shard of images; their label is their folder, none at the top. Older rows of the same images go."""
+    """Commit one shard of images; their label is their folder, none at the top. Older rows of the same images go.
+
+    pictures: a folder that files of them are written to; or uris, where they are already.
+    """
     run_id = f"2020010{run}T000000Z-00000{run}"
     writer, versions = ShardWriter(store.uri, store.config, run_id), {}
     for at, image_id in enumerate(sorted(scenes)):
@@ -62,7 +70,10 @@ def add_scenes(
             scenes[image_id].picture.save(file)
             size = file.stat().st_size
         facts = {"label": folder.rpartition("/")[2] or None, "source_size": size, "source_version": version}
-        writer.add({"position": at, "image_id": image_id, "uri": str(file), **facts}, scenes[image_id].features)
+        writer.add(
+            {"position": at, "image_id": image_id, "uri": (uris or {}).get(image_id, str(file)), **facts},
+            scenes[image_id].features,
+        )
         versions[image_id] = (size, version)
     patches, images = writer.close()
     report = ShardReport("shard", writer.positions, writer.image_ids, patches, images)

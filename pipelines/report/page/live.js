@@ -4,7 +4,6 @@
   const source = document.getElementById("live-data");
   if (!source) return;
   const FINE = 32767;
-  const FAINT = 140; // of 255: what is unrelated covers its photo less than what is alike
   const data = JSON.parse(source.textContent);
   const width = data.dimensions; // a multiple of 8
   const codes = decode(data.codes);
@@ -17,7 +16,7 @@
   data.colours.forEach((colour, at) => {
     const value = parseInt(colour, 16);
     const [red, green, blue] = [value >> 16, (value >> 8) & 255, value & 255];
-    const alpha = FAINT + Math.round(((255 - FAINT) * at) / 255);
+    const alpha = data.faint + Math.round(((255 - data.faint) * at) / 255);
     colours[at] = little
       ? ((alpha << 24) | (blue << 16) | (green << 8) | red) >>> 0
       : ((red << 24) | (green << 16) | (blue << 8) | alpha) >>> 0;
@@ -31,6 +30,7 @@
     figure, svg: figure.querySelector("svg"), caption: figure.querySelector("figcaption"),
   }));
 
+  const weak = data.low + 0.3 * (data.high - data.low); // a best match that is hardly one
   let first = 0;
   const images = [...gallery.children].map((tile, number) => {
     const about = data.images[number];
@@ -173,6 +173,7 @@
       image.tile.classList.toggle("source", own);
       image.tile.classList.toggle("hit", !own && image.at >= 0);
       image.tile.classList.toggle("first", leading.has(image));
+      image.tile.classList.toggle("weak", !own && image.top1 < weak);
       if (own) {
         clear(image);
         place(image.mark, box);
