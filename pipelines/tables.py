@@ -169,10 +169,12 @@ class Table:
 
     def _has_commit(self, commit_id: str, after: int) -> bool:
         """Whether a commit is among those that came after a version."""
-        if self.version == after:
-            return False
-        entries = self._read_log(lambda: self._delta.history(self.version - after))
-        return any(entry.get("commit_id") == commit_id for entry in entries)
+        for version in range(after + 1, self.version + 1):
+            fs, path = filesystem(join(self.uri, "_delta_log", f"{version:020}.json"), self.options)
+            entries = [json.loads(line) for line in fs.cat_file(path).splitlines() if line.strip()]
+            if any(entry.get("commitInfo", {}).get("commit_id") == commit_id for entry in entries):
+                return True
+        return False
 
     def _add_action(self, file: DataFile, now_ms: int) -> AddAction:
         stats = {

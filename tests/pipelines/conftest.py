@@ -27,6 +27,7 @@ def ray() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",  # without it Ray joins a cluster that somebody started on this machine
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=300 * 2**20,
