@@ -93,7 +93,7 @@ def hide(options: Mapping[str, Any]) -> None:
     _Open.secrets |= found
 
 
-def event(name: str, message: str = "", *, level: int = logging.INFO, **fields: Any) -> None:
+def event(name: str, message: str = "", /, *, level: int = logging.INFO, **fields: Any) -> None:
     """Write a line; outside of `json_log` nothing."""
     if active():
         LOGGER.log(level, "%s", message, extra={"event": name, "fields": fields})

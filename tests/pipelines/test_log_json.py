@@ -215,6 +215,18 @@ def test_numbers_that_are_none_are_null(monkeypatch: pytest.MonkeyPatch) -> None
     assert (line["loss"], line["rate"], line["seconds"]) == (None, None, {"total": 0.3})
 
 
+def test_a_result_with_a_name_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of index, cluster and the other jobs that have one; also where no lines are asked for, as in `run`."""
+    result = {"name": "images", "status": "done", "exit_code": 0, "vectors": 3}
+    json_log.finished(result)
+    log = io.StringIO()
+    monkeypatch.setattr("sys.stderr", log)
+    with json_log.json_log("run"):
+        json_log.finished(result, command="index")
+    line = lines_of(log.getvalue())[-1]
+    assert (line["name"], line["command"], line["vectors"]) == ("images", "index", 3)
+
+
 def test_progress_is_lines_with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     log, now = io.StringIO(), 100.0
     monkeypatch.setattr(log, "isatty", lambda: True)  # no bar, even on a terminal
