@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dino_ops.nearest import unit
 from dino_ops.pca import fit_pca
 
 # Of viridis (CC0), whose lightness rises evenly; what lies between is interpolated.
@@ -52,22 +53,24 @@ def amount_table() -> list[str]:
 def descriptor_colours(maps: Sequence[np.ndarray], stored: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
     """Colours of descriptor maps (gh, gw, D), the same for like patches in all of them: each (gh, gw, 3) uint8.
 
-    Four principal components of all stored patches together; the first mostly tells an object from its surroundings,
-    the other three become red, green and blue, each stretched once for all images. Where there are fewer components,
-    the colours that they lack are grey. stored: (gh, gw), which patches there are; the others are black.
+    Four principal components of the directions of all stored patches together; the first mostly tells an object from
+    its surroundings, the other three become red, green and blue, each stretched once for all images. Where there are
+    fewer components, the colours that they lack are grey. stored: (gh, gw), which patches there are; the others are
+    black.
     """
-    rows = np.concatenate([one[there] for one, there in zip(maps, stored, strict=True)])
-    if not len(rows):
+    directions = [unit(one[there].astype(np.float32)) for one, there in zip(maps, stored, strict=True)]
+    if not sum(len(one) for one in directions):
         return [np.zeros((*there.shape, 3), np.uint8) for there in stored]
+    rows = np.concatenate(directions)
     pca = fit_pca(rows, min(4, *rows.shape), seed, max_rows=PCA_ROWS)
     channels = pca.transform(rows)[:, 1:]
     low, high = np.percentile(channels, (_MOST_EXTREME, 100 - _MOST_EXTREME), axis=0)
     span = np.where(high > low, high - low, 1)
     coloured = []
-    for one, there in zip(maps, stored, strict=True):
+    for own, there in zip(directions, stored, strict=True):
         drawn = np.zeros((*there.shape, 3), np.uint8)
         drawn[there] = 127
-        values = np.clip((pca.transform(one[there])[:, 1:] - low) / span, 0, 1)
+        values = np.clip((pca.transform(own)[:, 1:] - low) / span, 0, 1)
         drawn[there, : values.shape[1]] = np.rint(values * 255)
         coloured.append(drawn)
     return coloured

@@ -159,4 +159,4 @@ def _interest(one: ImagePatches) -> np.ndarray:
     rows, columns = (slice(first, None, one.step) for first in one.origin)
     padded = np.pad(np.nan_to_num(one.saliency[rows, columns]), 1)
     height, width = one.stored.shape
-    return sum(padded[y : y + height, x : x + width] for y in range(3) for x in range(3)) / 9
+    return np.mean([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)

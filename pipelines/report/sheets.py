@@ -47,7 +47,7 @@ def make_sheets(contents: Contents) -> Iterator[tuple[str, bytes]]:
     sizes = {one.image_id: one for one in contents.images}
     for name, pairs in contents.pairs.items():
         for number, pair in enumerate(pairs, 1):
-            yield f"matches-{_slug(name)}-{number:02}.png", _png(_pair(pair, shown, sizes))
+            yield f"matches-{_slug(name)}-{number:02}.png", _png(_pair(pair, sizes))
     everything = shown | {image_id: _photo(one) for image_id, one in contents.others.items()}
     for number, neighbours in enumerate(contents.neighbours, 1):
         rows = [
@@ -60,9 +60,8 @@ def make_sheets(contents: Contents) -> Iterator[tuple[str, bytes]]:
             yield f"clusters-{_slug(clustering.name)}-members.png", _png(_stacked(cards))
 
 
-def _photo(one: Shown) -> Image.Image:
-    """At the sheet's height."""
-    size = max(1, round(one.width * HEIGHT / one.height)), HEIGHT
+def _photo(one: Shown, height: int = HEIGHT) -> Image.Image:
+    size = max(1, round(one.width * height / one.height)), height
     picture = one.photo.picture
     return Image.new("RGB", size, MISSING) if picture is None else picture.resize(size, Image.Resampling.LANCZOS)
 
@@ -201,9 +200,9 @@ def _mark(
     draw((x - half_x, y - half_y, x + half_x, y + half_y), outline=(255, 255, 255), width=2)
 
 
-def _pair(pair: MatchedPair, photos: dict[str, Image.Image], sizes: dict[str, Shown]) -> Image.Image:
+def _pair(pair: MatchedPair, sizes: dict[str, Shown]) -> Image.Image:
     """Drawn at twice the sheet's height."""
-    a, b = (photos[one].resize((photos[one].width * 2, 2 * HEIGHT)) for one in (pair.image_a, pair.image_b))
+    a, b = (_photo(sizes[one], 2 * HEIGHT) for one in (pair.image_a, pair.image_b))
     offset = a.width + 2 * GAP
     drawing = Image.new("RGB", (offset + b.width, 2 * HEIGHT), PAPER)
     drawing.paste(a, (0, 0))

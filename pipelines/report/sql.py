@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     import duckdb
 
 
+MOST_ROWS = 1_000_000  # of a query's, of which a sample may be shown
+
+
 def image_ids_of(store: Store, query: str) -> list[str]:
-    """The column image_id of a query's rows, each once, in their order.
+    """The column image_id of a query's first million rows, each once, in their order.
 
     Raises RequestError for a query that is wrong, has no such column or finds nothing, and without DuckDB.
     """
@@ -35,7 +38,7 @@ def image_ids_of(store: Store, query: str) -> list[str]:
         try:
             found = connection.execute(query)
             columns = [about[0] for about in found.description or ()]
-            rows = found.fetchall() if "image_id" in columns else []
+            rows = found.fetchmany(MOST_ROWS) if "image_id" in columns else []
         except duckdb.Error as error:
             said = " ".join(str(error).split())
             raise RequestError(f"--query cannot be run ({said}). The tables are {', '.join(tables)}.") from None
