@@ -179,6 +179,14 @@ class RunSettings(Section):
         None, gt=0, description="Memory of a local Ray's object store; default: Ray's own, 30 % of the machine's."
     )
 
+    metrics_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Port at which a local Ray serves Prometheus metrics; needs the `metrics` extra. A cluster's Ray "
+        "was given its own: ray start --metrics-export-port.",
+    )
+
     @field_validator("batch_size")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:

@@ -127,7 +127,7 @@ def _measure(config: Config, rows: pa.Table, result: Result) -> None:
     done = extract.Result(run_id="sample", store=result.store)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Store.create(storage.join(folder, "store"), config)
-        extract.extract_pending(scratch, plan, config, done, facts)
+        extract.extract_pending(scratch, plan, config, done, facts, "estimate")
         scratch.refresh()
         sizes = {name: sum(file.size for file in table.files().values()) for name, table in _tables(scratch)}
         patches = sum(file.rows for file in scratch.patches.files().values())

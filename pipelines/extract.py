@@ -24,6 +24,7 @@ from pipelines.config import Config
 from pipelines.errors import RequestError
 from pipelines.failures import failure_row
 from pipelines.interrupts import interruptible, uninterrupted
+from pipelines.metrics import ImageMetrics
 from pipelines.progress import ProgressLine
 from pipelines.ray_session import ray_session
 from pipelines.runs import RunReport, new_run_id, recorded
@@ -137,12 +138,14 @@ def run(
     return result
 
 
-def extract_pending(store: Store, plan: Plan, config: Config, result: Result, facts: ModelFacts) -> None:
-    """Extract and commit every pending image, in passes over what is still undone."""
+def extract_pending(
+    store: Store, plan: Plan, config: Config, result: Result, facts: ModelFacts, command: str = "extract"
+) -> None:
+    """Extract and commit every pending image, in passes over what is still undone. command: names it in metrics."""
     from pipelines.workers import plan_workers, stream_reports  # Ray and torch are needed from here on
 
-    work = PendingWork(store, plan, config, result)
     with ray_session(config.run) as resources, interruptible(), ProgressLine(len(plan.pending)) as progress:
+        work = PendingWork(store, plan, config, result, ImageMetrics(command))
         layout = plan_workers(resources, config, facts, len(plan.pending))
         began = time.monotonic()
         try:
@@ -169,7 +172,10 @@ def extract_pending(store: Store, plan: Plan, config: Config, result: Result, fa
 class PendingWork:
     """Which pending images are settled, and the reports that wait for the next commit."""
 
-    def __init__(self, store: Store, plan: Plan, config: Config, result: Result) -> None:
+    def __init__(
+        self, store: Store, plan: Plan, config: Config, result: Result, metrics: ImageMetrics | None = None
+    ) -> None:
+        self._metrics = metrics
         self.pending = plan.pending
         self.settled = np.zeros(len(plan.pending), bool)
         self.attempt = 0
@@ -193,6 +199,9 @@ class PendingWork:
         for stage, seconds in report.seconds.items():
             result.seconds[stage] = result.seconds.get(stage, 0.0) + seconds
         result.bytes_read += report.bytes_read
+        if self._metrics:
+            self._metrics.spent(report.seconds)
+            self._metrics.read(report.bytes_read)
         result.device = result.device or report.device
         if report.error:
             self._note_error(report)
@@ -227,10 +236,16 @@ class PendingWork:
         result.extracted += outcome.extracted
         result.failed += outcome.failed
         result.done_elsewhere += outcome.done_elsewhere
-        result.bytes_written += sum(report.bytes_written for report in reports)
-        reasons = Counter(f"{f['stage']}: {f['error']}" for report in reports for f in report.failures)
+        written = sum(report.bytes_written for report in reports)
+        result.bytes_written += written
+        failures = Counter((f["stage"], f["error"]) for report in reports for f in report.failures)
+        reasons = Counter({f"{stage}: {error}": count for (stage, error), count in failures.items()})
         result.failures_by_reason = dict(Counter(result.failures_by_reason) + reasons)
-        result.seconds["commit"] = result.seconds.get("commit", 0.0) + time.monotonic() - started
+        seconds = time.monotonic() - started
+        result.seconds["commit"] = result.seconds.get("commit", 0.0) + seconds
+        if self._metrics:
+            self._metrics.committed(outcome.extracted, written, failures)
+            self._metrics.spent({"commit": seconds})
 
     def give_up(self) -> None:
         """Record what no attempt could finish as failures."""

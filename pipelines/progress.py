@@ -8,6 +8,7 @@ import time
 from collections import deque
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -84,7 +85,7 @@ class ProgressLine:
         rate = self.images_per_second
         return (self.total - self.done - self.failed) / rate if rate > 0 else None
 
-    def figures(self) -> dict[str, float | None]:
+    def figures(self) -> dict[str, Any]:
         """What the line says, for those who count on."""
         return {
             self.what: self.done,

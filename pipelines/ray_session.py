@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import socket
@@ -15,6 +16,7 @@ from pipelines.cpus import available_cpus
 from pipelines.errors import DinorayError, JobError, RequestError
 
 CONNECT_SECONDS = 5
+METRICS_PACKAGES = ("grpc", "opencensus", "opentelemetry", "prometheus_client")  # of ray[default]
 SPARE_CPUS = 2  # Ray waits for ever when actor pools leave no CPU for anything else
 
 
@@ -30,6 +32,7 @@ def ray_session(run: RunSettings) -> Iterator[dict[str, float]]:
     """
     address = run.address or os.environ.get("RAY_ADDRESS") or "local"
     _check_address(address)
+    _check_metrics_port(run.metrics_port, address)
     # read when Ray is imported
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep seeing what they saw
@@ -71,6 +74,28 @@ def _check_address(address: str) -> None:
         ) from None
 
 
+def _check_metrics_port(port: int | None, address: str) -> None:
+    """Ray would start all the same, and serve nothing."""
+    if port is None:
+        return
+    if address != "local":
+        raise RequestError(
+            f"run.metrics_port is {port}, but the Ray cluster at {address} serves metrics where it was told to when it "
+            "started (ray start --metrics-export-port): leave run.metrics_port out."
+        )
+    if not all(importlib.util.find_spec(name) for name in METRICS_PACKAGES):
+        raise RequestError(
+            f"run.metrics_port is {port}, but the packages of Ray's metrics agent are not installed: "
+            'pip install "dinoray[metrics]".'
+        )
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("", port))
+        except OSError as error:
+            raise RequestError(f"run.metrics_port {port} cannot be used ({error}): give another port.") from None
+
+
 def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, float]]:
     import ray
 
@@ -86,6 +111,7 @@ def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, f
                     object_store_memory=int(run.object_store_gb * 2**30) if run.object_store_gb else None,
                     logging_level="ERROR",
                     log_to_driver=False,
+                    _metrics_export_port=run.metrics_port,
                 )
         except (
             Exception

@@ -24,6 +24,7 @@ from pipelines.config import Config
 from pipelines.cpus import available_cpus
 from pipelines.failures import STORAGE_ERROR, failure_row
 from pipelines.image_spec import image_spec
+from pipelines.metrics import BusyDevice
 from pipelines.projection import read_projections
 from pipelines.shards import ShardReport, ShardWriter
 from pipelines.sources import fetch
@@ -245,6 +246,7 @@ class FusedWorker:
         self.setup = setup
         self.extractor = make_extractor(setup)
         self.device = f"{self.extractor.device} {self.extractor.precision}"
+        self.busy = BusyDevice()
         self.projections = read_projections(setup.store, setup.config)
         self.ahead = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self.chunk = FIRST_CHUNK
@@ -268,6 +270,7 @@ class FusedWorker:
             started = time.perf_counter()
             features = extract_each(self.extractor, decoded, setup.run_id) if decoded.prepared else []
             model_seconds = time.perf_counter() - started
+            self.busy.computed(model_seconds)
             tally.count(decoded, model_seconds)
             self._adapt_chunk(len(features), model_seconds)
             started = time.perf_counter()
@@ -321,6 +324,7 @@ class ModelWorker:
         self.setup = setup
         self.extractor = make_extractor(setup)
         self.device = f"{self.extractor.device} {self.extractor.precision}"
+        self.busy = BusyDevice()
         self.model_is_free = threading.Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -329,7 +333,9 @@ class ModelWorker:
         with self.model_is_free:
             started = time.perf_counter()
             features = extract_each(self.extractor, decoded, self.setup.run_id) if decoded.prepared else []
-            tally.count(decoded, time.perf_counter() - started)
+            model_seconds = time.perf_counter() - started
+            self.busy.computed(model_seconds)
+            tally.count(decoded, model_seconds)
         return pack((decoded.sources, features, tally.take()))
 
 
