@@ -50,7 +50,8 @@ class Opened:
     """A page in the browser, and everything that it complained of or asked for."""
 
     def __init__(self, chromium: Any, file: Path, **options: Any) -> None:
-        self.context = chromium.new_context(viewport={"width": 1280, "height": 900}, **options)
+        # reduced motion: what is pointed at does not scroll away meanwhile
+        self.context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce", **options)
         self.page = self.context.new_page()
         self.said: list[str] = []
         self.asked: list[str] = []
@@ -189,7 +190,7 @@ def test_everything_can_be_done_with_the_keyboard(opened: Opened) -> None:
     press("Enter")
     opened.settle()
     assert page.is_enabled("#live-release")
-    page.wait_for_function("document.getElementById('live-said').textContent.startsWith('Kept.')")
+    page.wait_for_selector("#live-said:has-text('Kept.')", state="attached")
     best = max((one[1], opened.ids[at]) for at, one in enumerate(opened.answers()) if one)
     assert f"Most similar: {best[1]} ({best[0]:.2f})" in page.text_content("#live-said")
     press("Escape")

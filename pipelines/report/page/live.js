@@ -42,7 +42,7 @@
       left: `${(100 * left) / W}%`, top: `${(100 * top) / H}%`,
       width: `${(100 * wide) / W}%`, height: `${(100 * high) / H}%`,
     });
-    const context = canvas.getContext("2d");
+    const context = canvas.getContext("2d", { willReadFrequently: true }); // small, and only written: kept off the GPU
     const pixels = context.createImageData(columns, rows);
     const best = tile.querySelector(".best");
     best.setAttribute("r", String(0.035 * Math.max(W, H)));
