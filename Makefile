@@ -46,8 +46,8 @@ bench: install  ## Speed, memory and size as ratios; appends to benchmarks/resul
 	$(BIN)/python -m benchmarks.cluster
 	$(BIN)/python -m benchmarks.train
 
-soak: install  ## Kill runs at random moments, again and again (SOAK_ROUNDS=20)
-	DINORAY_SOAK_ROUNDS=$(or $(SOAK_ROUNDS),20) $(BIN)/python -m pytest -m slow tests/pipelines/test_killed.py
+soak: install  ## Disturb runs in every way at random moments (SOAK_MINUTES=20 SOAK_SEED=any)
+	SOAK_MINUTES=$(or $(SOAK_MINUTES),20) $(BIN)/python -m pytest -q tests/pipelines/test_soak.py
 
 constraints: install  ## Pin what is installed now
 	$(BIN)/pip freeze --exclude-editable --exclude dinoray > constraints.txt

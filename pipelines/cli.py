@@ -653,7 +653,7 @@ def _complain(message: str, code: int, *, as_json: bool, said: str = "") -> None
     if json_log.active():
         json_log.failed(message, code)
     else:
-        print(f"dinoray: {said or message}", file=sys.stderr)
+        print(f"dinoray: {cli_output.printable(said or message)}", file=sys.stderr)
 
 
 def _run_job(
@@ -701,7 +701,7 @@ def _run_job(
         if json_log.active():
             json_log.event("message", message, level=logging.WARNING)
         else:
-            print(f"dinoray: {message}", file=sys.stderr)
+            print(f"dinoray: {cli_output.printable(message)}", file=sys.stderr)
     json_log.finished(content)
     if as_json:
         if dry_run:

@@ -8,6 +8,12 @@ from typing import Any
 from rich.filesize import decimal
 
 
+def printable(text: str) -> str:
+    """A stranger's text, such as a file's name, as a terminal may show it: on one line, and what would move the
+    cursor, colour, ring or turn the direction of writing is spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def print_extract(result: Any) -> None:
     if result.status == "dry_run":
         print(f"\n{result.listed:,} images listed: {result.pending:,} to extract ({result.changed:,} of them changed),")
@@ -145,13 +151,15 @@ def print_index(result: Any) -> None:
 
 def print_search(result: Any) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     patches = result.of == "patches"
     table = Table("", "similarity", "image_id", "label", *(("row", "col", "y", "x") if patches else ()))
     for rank, row in enumerate(result.results, 1):
         place = [str(row["row"]), str(row["col"]), f"{row['y']:.1f}", f"{row['x']:.1f}"] if patches else []
-        table.add_row(str(rank), f"{row['similarity']:.4f}", row["image_id"], row.get("label") or "", *place)
+        names = (escape(printable(row[name] or "")) for name in ("image_id", "label"))
+        table.add_row(str(rank), f"{row['similarity']:.4f}", *names, *place)
     Console().print(table)
     if result.saved:
         print(f"Picture: {result.saved}")
@@ -189,7 +197,7 @@ def print_pck(result: Any) -> None:
         for score in result.scores:
             if score["threshold"] == threshold:
                 values = ["".join(f"{value:8.3f}" for value in score[mean]) for mean in ("per_pair", "per_point")]
-                print(f"{score['category']:{width}}{score['pairs']:8,}{values[0]}   {values[1]}")
+                print(f"{printable(score['category']):{width}}{score['pairs']:8,}{values[0]}   {values[1]}")
     print(f"\nReport: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
 
 
@@ -223,7 +231,7 @@ def print_segmentation(result: Any) -> None:
     print(f"{'':{width}}{'images':>8}" + "".join(f"{measure:>11}" for measure in measures))
     for score in result.scores:
         values = "".join(f"{score[measure]:11.4f}" for measure in measures)
-        print(f"{score['set']:{width}}{score['images']:8,}{values}")
+        print(f"{printable(score['set']):{width}}{score['images']:8,}{values}")
     for measure in measures:
         print(f"{measure}: {result.conventions[measure]}.")
     if result.resized:
@@ -239,7 +247,9 @@ def print_parts(result: Any) -> None:
             items = score["items"]
             print(f"{items}: {result.conventions[items]}.")
             print(f"{'':{width}}{'images':>8}{'count':>14}{'NMI':>9}{'ARI':>9}")
-        print(f"{score['set']:{width}}{score['images']:8,}{score['count']:14,}{score['nmi']:9.4f}{score['ari']:9.4f}")
+        print(
+            f"{printable(score['set']):{width}}{score['images']:8,}{score['count']:14,}{score['nmi']:9.4f}{score['ari']:9.4f}"
+        )
     for what in ("nmi", "ari", "set"):
         print(f"{what}: {result.conventions[what]}.")
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
@@ -259,7 +269,7 @@ def print_report(result: Any) -> None:
 
 def print_verify(result: Any) -> None:
     for problem in result.problems:
-        print(problem)
+        print(printable(problem))
     if result.problems:
         count = len(result.problems)
         print(f"{count} problem{'s' if count > 1 else ''} in {result.store}.", file=sys.stderr)
@@ -298,6 +308,7 @@ def print_pipeline(result: Any) -> None:
 
 def print_stats(result: Any) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -326,11 +337,11 @@ def print_stats(result: Any) -> None:
         highlight=False,
     )
     for reason, count in result.failures_by_reason.items():
-        console.print(f"  {count:,} failed: {reason}", markup=False, highlight=False)
+        console.print(f"  {count:,} failed: {printable(reason)}", markup=False, highlight=False)
     runs = Table("run", "status", "extracted", "failed", "images/s", "device", title="runs", title_justify="left")
     for run in result.runs[-10:]:
         values = [run.get(key) for key in ("run_id", "status", "extracted", "failed", "images_per_second", "device")]
-        runs.add_row(*("" if value is None else str(value) for value in values))
+        runs.add_row(*("" if value is None else escape(printable(str(value))) for value in values))
     console.print(runs)
     if result.trends:
         _print_trends(console, result)

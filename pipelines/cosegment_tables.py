@@ -87,6 +87,8 @@ class PartTables:
             self.refresh()
             orphans = self.patches.files().keys() - self._named()
         apply_remaining(self.patches, FileChange(remove=sorted(orphans)), run_id)
+        if orphans:
+            self.images.refresh()  # a slow job may have named them after we looked: they are put back below
         lost = self._named() - self.patches.files().keys()
         found = [shard for shard in sorted(lost) if self.patches.has_file(shard)]
         apply_remaining(self.patches, FileChange(add=[describe_file(self.patches, shard) for shard in found]), run_id)

@@ -169,6 +169,11 @@ def read_numbered_manifest(store: Store, name: str, number: int) -> Manifest | N
         manifest = Manifest(**content | {"segments": [Segment(**segment) for segment in content["segments"]]})
     except (KeyError, TypeError):
         raise JobError(f"{uri}/{file} is damaged: remove {uri} and run `dinoray index` again.") from None
+    if foreign := sorted(str(name) for name in manifest.files if not is_ours(str(name))):
+        raise JobError(
+            f"{uri}/{file} names a file that no index has ({foreign[0]!r}): it was damaged or written by something "
+            f"else; remove {uri} and run `dinoray index` again."
+        )
     if manifest.fingerprint != store.fingerprint:
         raise RequestError(
             f"The index {name} was made of features of another spec ({manifest.fingerprint}, the store has "

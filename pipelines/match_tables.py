@@ -69,7 +69,7 @@ class MatchTables:
     def repair(self, run_id: str) -> dict[str, int]:
         """Undo what a killed run left between its commits; the pairs table decides what is true.
 
-        Safe beside a running job: its files are given time to be named, and it checks them itself afterwards.
+        Safe beside a running job: its files are given time to be named, and both look again after their own commits.
         """
         orphans = self.matches.files().keys() - self._named()
         if orphans:
@@ -77,6 +77,8 @@ class MatchTables:
             self.refresh()
             orphans = self.matches.files().keys() - self._named()
         apply_remaining(self.matches, FileChange(remove=sorted(orphans)), run_id)
+        if orphans:
+            self.pairs.refresh()  # a slow job may have named them after we looked: they are put back below
         lost = self._named() - self.matches.files().keys()
         found = [shard for shard in sorted(lost) if self.matches.has_file(shard)]
         apply_remaining(self.matches, FileChange(add=[describe_file(self.matches, shard) for shard in found]), run_id)

@@ -190,16 +190,24 @@ class Table:
         return write_parquet(self.uri, name, rows, self.options)
 
     def read_file(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        with open_parquet(join(self.uri, name), self.options) as parquet:
+        with open_parquet(self._place(name), self.options) as parquet:
             return parquet.read(columns)
 
     def has_file(self, name: str) -> bool:
-        fs, path = filesystem(join(self.uri, name), self.options)
+        fs, path = filesystem(self._place(name), self.options)
         try:
             fs.info(path)  # `exists` of some drivers says no whenever the storage fails
         except FileNotFoundError:
             return False
         return True
+
+    def _place(self, name: str) -> str:
+        """Where a file of this table is. Raises JobError for a name, of a row or of the log, that leads elsewhere."""
+        if name.startswith("/") or "://" in name or ".." in name.split("/"):
+            raise JobError(
+                f"{self.uri} names {name!r} as its file, which lies outside: the store is not to be trusted."
+            )
+        return join(self.uri, name)
 
     def read(self, columns: list[str]) -> pa.Table:
         """Some columns of every row, in no particular order."""

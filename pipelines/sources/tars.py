@@ -14,6 +14,7 @@ from pipelines.sources.walk import FileEntry
 
 TARS_AT_ONCE = 8
 LONGEST_LABEL = 4096  # bytes of a .cls member that are read
+LONGEST_HEADER = 16 * 2**20  # bytes of one read of a header; names and records of pax never come near
 REMOTE_BLOCK = 1 << 20  # headers are far apart; larger blocks would read the images too
 
 
@@ -33,7 +34,7 @@ def _list_tar(fs: Any, entry: FileEntry, *, local: bool) -> Rows:
     damage = ""
     with fs.open(entry.path, "rb", **options) as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
+            with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:  # type: ignore[arg-type]
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # else it keeps every header
                     if not member.isreg():
@@ -59,6 +60,19 @@ def _list_tar(fs: Any, entry: FileEntry, *, local: bool) -> Rows:
         sentence = f"{damage}; {len(rows)} whole images were found before that"
         rows.broken.append(BrokenContainer(entry.uri, entry.key, entry.version, "DamagedTar", sentence))
     return rows
+
+
+class _Headers:
+    """A tar as tarfile sees it: a header that claims to be huge is damage, and is not read into memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header claims to have {size} bytes")
+        return self._file.read(size)
 
 
 def _wrong_end(file: BinaryIO, offset: int) -> str:

@@ -281,7 +281,8 @@ def test_a_node_of_the_cluster_is_killed(undisturbed: tuple[Path, Path], tmp_pat
     store = tmp_path / "store"
     with local_cluster() as cluster:
         overrides = (f"run.address={cluster.address}", "run.workers=3", "run.cpus_per_worker=1")
-        with started(Place(str(source), str(store), overrides=overrides)) as process:
+        joining = Place(str(source), str(store), overrides=overrides)
+        with started(joining) as process:
             wait_for(lambda: commits(store, "images") >= 1, process)
             cluster.remove_node(sorted(cluster.worker_nodes, key=str)[0], allow_graceful=False)
             assert process.wait(timeout=400) == 0

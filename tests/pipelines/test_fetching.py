@@ -144,6 +144,43 @@ def test_a_file_that_vanished_or_changed_its_size_is_an_error_in_its_place(tmp_p
     assert same.data == b"abc"
 
 
+def test_an_answer_that_came_short_is_asked_for_again(flaky: FlakyFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some storage breaks off without saying so."""
+    flaky.pipe_file("/in/a.jpg", b"abcdef")
+    flaky.pipe_file("/in/b.jpg", b"abcdef")
+    table = list_images("flaky://in").table
+    original, cuts = FlakyFileSystem.cat_file, {"/in/a.jpg": 2, "/in/b.jpg": 9}
+
+    def cut(self: FlakyFileSystem, path: str, *arguments: Any, **named: Any) -> bytes:
+        data = original(self, path, *arguments, **named)
+        cuts[path] -= 1
+        return data[:4] if cuts[path] >= 0 else data
+
+    monkeypatch.setattr(FlakyFileSystem, "cat_file", cut)
+    mended, short = fetch(table, attempts=3, backoff_s=0.001)
+    assert (mended.data, mended.attempts) == (b"abcdef", 3)
+    assert short.data is None and str(short.error) == "the file changed: 6 bytes when listed, 4 when read"
+
+
+def test_what_is_too_large_is_not_read(flaky: FlakyFileSystem, tmp_path: Path) -> None:
+    flaky.pipe_file("/in/a.jpg", b"x" * 11)
+    flaky.pipe_file("/in/b.tar", tar_of([("large.jpg", b"y" * 11), ("small.jpg", b"z" * 10)]))
+    table = list_images("flaky://in").table
+    flaky.requests.clear()
+    plain, large, small = fetch(table, max_bytes=10)
+    assert small.data == b"z" * 10 and len(flaky.requests) == 1
+    for one in (plain, large):
+        assert isinstance(one.error, ValueError) and str(one.error).startswith(
+            "the file has 11 bytes, more than the 10"
+        )
+    (tmp_path / "grows.jpg").write_bytes(b"x")
+    table = list_images(str(tmp_path)).table
+    with open(tmp_path / "grows.jpg", "wb") as file:
+        file.truncate(1 << 40)
+    (grown,) = fetch(table, max_bytes=10)
+    assert "the file changed: 1 bytes when listed, 11 when read" in str(grown.error)
+
+
 def tar_of(members: list[tuple[str, bytes]]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:

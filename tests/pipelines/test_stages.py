@@ -122,6 +122,20 @@ def test_slow_models_take_few_images_at_a_time(
     assert sum(sizes) == 60 and set(sizes[2:]) == {1}
 
 
+def test_files_are_held_a_few_at_a_time(photos: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their bytes; one that has more than all may have is held alone, and those inside Parquet are reckoned."""
+    rows = listed(photos(6))
+    sizes = pa.array([40, 50, 20, 300, 90, 10], pa.int64())
+    rows = rows.set_column(rows.schema.get_field_index("source_size"), "source_size", sizes)
+    monkeypatch.setattr(stages, "FETCHED_BYTES", 100)
+    assert [len(few) for few in stages._by_bytes(rows)] == [2, 1, 1, 2]
+    assert pa.concat_tables(list(stages._by_bytes(rows))).equals(rows)
+    assert list(stages._by_bytes(rows.slice(0, 0))) == []
+    inside = rows.set_column(rows.schema.get_field_index("row_group"), "row_group", pa.array([0] * 6, pa.int32()))
+    monkeypatch.setattr(stages, "FETCHED_BYTES", 4 * stages.BYTES_IN_PARQUET)
+    assert [len(few) for few in stages._by_bytes(inside)] == [4, 2]
+
+
 def test_other_weights_than_the_stores_are_refused(photos: Callable[..., Path], tmp_path: Path) -> None:
     """A node of the cluster may have another file under the same name."""
     file = tmp_path / "weights.pth"

@@ -36,14 +36,14 @@ def sorted_patches(store: Path) -> pa.Table:
 def assert_same(store: Path, expected: Path, *, versions: bool = True) -> None:
     """Both stores are sound and hold the same images, failures and patches, once each.
 
-    Who wrote a row and when may differ, and without `versions` when the files were written. So may the last bits of
-    values: a matrix product rounds differently in batches of other sizes.
+    Who wrote a row and when may differ, and without `versions` where the files are and when they were written. So may
+    the last bits of values: a matrix product rounds differently in batches of other sizes.
     """
     sound(store)
-    facts = ["image_id", "uri", "label", "width", "height", "grid_width"]
+    facts = ["image_id", "label", "width", "height", "grid_width"]
     of_failures = ["image_id", "stage", "error"]
     if versions:
-        facts += ["source_size", "source_version"]
+        facts += ["uri", "source_size", "source_version"]
         of_failures += ["source_version"]
     for table, columns in (("images", facts), ("failures", of_failures)):
         ours, theirs = (_rows(one / table, columns) for one in (store, expected))
