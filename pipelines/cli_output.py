@@ -158,7 +158,7 @@ def print_search(result: Any) -> None:
     table = Table("", "similarity", "image_id", "label", *(("row", "col", "y", "x") if patches else ()))
     for rank, row in enumerate(result.results, 1):
         place = [str(row["row"]), str(row["col"]), f"{row['y']:.1f}", f"{row['x']:.1f}"] if patches else []
-        names = (escape(printable(row[name] or "")) for name in ("image_id", "label"))
+        names = (escape(printable(row.get(name) or "")) for name in ("image_id", "label"))
         table.add_row(str(rank), f"{row['similarity']:.4f}", *names, *place)
     Console().print(table)
     if result.saved:
@@ -247,9 +247,8 @@ def print_parts(result: Any) -> None:
             items = score["items"]
             print(f"{items}: {result.conventions[items]}.")
             print(f"{'':{width}}{'images':>8}{'count':>14}{'NMI':>9}{'ARI':>9}")
-        print(
-            f"{printable(score['set']):{width}}{score['images']:8,}{score['count']:14,}{score['nmi']:9.4f}{score['ari']:9.4f}"
-        )
+        counts = f"{score['images']:8,}{score['count']:14,}"
+        print(f"{printable(score['set']):{width}}{counts}{score['nmi']:9.4f}{score['ari']:9.4f}")
     for what in ("nmi", "ari", "set"):
         print(f"{what}: {result.conventions[what]}.")
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
