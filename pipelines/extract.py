@@ -22,7 +22,7 @@ from pipelines import sources, storage
 from pipelines.commit import Committer, drop_images
 from pipelines.config import Config
 from pipelines.errors import RequestError
-from pipelines.failures import failure_row
+from pipelines.failures import STORAGE_ERROR, failure_row
 from pipelines.interrupts import interruptible, uninterrupted
 from pipelines.metrics import ImageMetrics
 from pipelines.progress import ProgressLine
@@ -326,6 +326,11 @@ def _record_damage(store: Store, listing: sources.Listing, result: Result) -> No
 
 
 def _judge(result: Result, config: Config) -> None:
+    if kept := sum(count for why, count in result.failures_by_reason.items() if why.endswith(f": {STORAGE_ERROR}")):
+        result.messages.append(
+            f"{kept} images could not be fetched or stored because the storage failed: the same command tries them "
+            "again."
+        )
     tried = result.extracted + result.failed
     if result.exit_code == 0 and tried and result.failed / tried > config.run.max_failed_fraction:
         result.exit_code = 3
