@@ -261,6 +261,22 @@ def test_storage_that_goes_away_is_a_sentence_and_the_same_command_continues(
 
 
 @pytest.mark.slow
+def test_what_the_storage_keeps_back_is_a_failure_until_the_next_run(
+    s3: S3Server, proxy: FaultyProxy, in_bucket: tuple[str, Path], place: str, tmp_path: Path
+) -> None:
+    source, expected = in_bucket
+    proxy.plan = lambda method, path: "500" if method == "GET" and "/003.jpg" in path else None
+    disturbed = Place(source, f"s3://{place}/store", proxy.server)
+    ended = run(disturbed)
+    assert ended.code == 0 and ended.result["extracted"] == IMAGES - 1
+    assert ended.result["failures_by_reason"] == {"decode: ImageError": 1, "fetch: StorageError": 1}
+    assert "1 images could not be fetched or stored because the storage failed" in ended.error
+    direct = Place(source, disturbed.store, s3)
+    finish(direct)
+    judge(local_copy(direct, s3, tmp_path / "store"), expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_runs_at_the_same_time_in_one_bucket(
     s3: S3Server, proxy: FaultyProxy, in_bucket: tuple[str, Path], place: str, tmp_path: Path, count: int
