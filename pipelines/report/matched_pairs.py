@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -43,7 +44,8 @@ def read_pairs(tables: MatchTables, image_ids: Sequence[str], most: int) -> list
     rows = rows.filter(pc.and_(pc.is_in(rows["image_b"], value_set=there), pc.greater(rows["kept"], 0)))
     ranked = sorted(rows.to_pylist(), key=lambda row: (-(row["score"] or 0), row["image_a"], row["image_b"]))
     used: set[str] = set()
-    first, later = [], []
+    first: list[dict[str, Any]] = []
+    later: list[dict[str, Any]] = []
     for row in ranked:
         pair = {row["image_a"], row["image_b"]}
         (later if pair & used else first).append(row)

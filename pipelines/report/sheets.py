@@ -241,15 +241,15 @@ def _cards(contents: Contents, clustering: Clustering, shown: dict[str, Image.Im
                 pieces.append(picture)
         if not pieces:
             continue
-        row = Image.new("RGB", (190 + sum(round(one.width * 96 / one.height) + GAP for one in pieces), 96), PAPER)
+        small = [piece.resize((max(1, round(piece.width * 96 / piece.height)), 96)) for piece in pieces]
+        row = Image.new("RGB", (190 + sum(piece.width + GAP for piece in small), 96), PAPER)
         pen = ImageDraw.Draw(row)
         pen.rectangle((0, 38, 20, 58), fill=rgb(colours.get(cluster, OTHER_KIND)))
         pen.text((32, 48), f"cluster {cluster}", fill=INK, font=_font(), anchor="lm")
         left = 190
-        for one in pieces:
-            small = one.resize((max(1, round(one.width * 96 / one.height)), 96))
-            row.paste(small, (left, 0))
-            left += small.width + GAP
+        for piece in small:
+            row.paste(piece, (left, 0))
+            left += piece.width + GAP
         rows.append(row)
     return rows
 
