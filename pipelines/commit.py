@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class FileChange:
-    """Files to add to and remove from a table in one commit."""
+    """Files to add to and remove from a table in one commit. rearranges: all rows stay, in other files."""
 
     add: list[DataFile] = field(default_factory=list)
     remove: list[str] = field(default_factory=list)
+    rearranges: bool = False
 
     def reversed(self, table_files: dict[str, DataFile]) -> FileChange:
-        return FileChange([table_files[path] for path in self.remove], [file.path for file in self.add])
+        added = [file.path for file in self.add]
+        return FileChange([table_files[path] for path in self.remove], added, self.rearranges)
 
 
 @dataclass
@@ -153,9 +155,9 @@ def commit_in_order(first: tuple[Table, FileChange], last: tuple[Table, FileChan
     """
     table, change = first
     before = table.files()
-    table.commit(change.add, change.remove, run_id)
+    table.commit(change.add, change.remove, run_id, rearranges=change.rearranges)
     try:
-        last[0].commit(last[1].add, last[1].remove, run_id)
+        last[0].commit(last[1].add, last[1].remove, run_id, rearranges=last[1].rearranges)
     except CommitConflict:
         apply_remaining(table, change.reversed(before), run_id)
         raise
@@ -167,7 +169,8 @@ def apply_remaining(table: Table, change: FileChange, run_id: str) -> None:
     def attempt() -> None:
         files = table.files()
         add = [file for file in change.add if file.path not in files]
-        table.commit(add, [path for path in change.remove if path in files], run_id)
+        remove = [path for path in change.remove if path in files]
+        table.commit(add, remove, run_id, rearranges=change.rearranges)
 
     retry_on_conflict(attempt)
 

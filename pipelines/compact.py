@@ -2,7 +2,8 @@
 
 Every group of files is merged and committed on its own, compare-and-set, so that a run can be killed at any moment and
 be given beside others: whoever commits first wins, and compact leaves those files for the next time. Rows, key order,
-encodings and the shape of row groups stay; images name the new file of their patches.
+encodings and the shape of row groups stay; images name the new file of their patches. The log says of each commit that
+it changed no row, so that indices and jobs stay up to date.
 """
 
 from __future__ import annotations
@@ -160,21 +161,21 @@ def _merge(tables: LinkedTables, group: list[DataFile], target: int, result: Res
         merged = merge_files(data, group, tables.new_name(group, run_id))
         written.append((data, merged))
         old = [file.path for file in group]
-        change = FileChange([merged], old)
+        change = FileChange([merged], old, rearranges=True)
         if leading is None:
             with uninterrupted():
-                data.commit(change.add, change.remove, run_id)
+                data.commit(change.add, change.remove, run_id, rearranges=True)
         else:
             naming = _naming(leading, group)
             for copy in _renamed(leading, naming, dict.fromkeys(old, merged.path), target, run_id):
                 written.append((leading, copy))
             copies = [file for table, file in written if table is leading]
-            of_leading = FileChange(copies, [file.path for file in naming])
+            of_leading = FileChange(copies, [file.path for file in naming], rearranges=True)
             with uninterrupted():
                 commit_in_order((data, change), (leading, of_leading), run_id)
                 # another run's repair may have taken the new file for an orphan just before it was named
                 data.refresh()
-                apply_remaining(data, FileChange(add=change.add), run_id)
+                apply_remaining(data, FileChange(add=change.add, rearranges=True), run_id)
             result.merged += len(naming)
     except CommitConflict:
         result.conflicts += 1

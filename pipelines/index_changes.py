@@ -37,7 +37,7 @@ class Changes:
 def everything(store: Store) -> Changes:
     """All images, as an index lacks them that there is not."""
     files = sorted(store.images.files())
-    return Changes(image_rows(store.images, files), DEAD.empty_table(), 0, store.images.version, files)
+    return Changes(image_rows(store.images, files), DEAD.empty_table(), 0, store.images.content_version, files)
 
 
 def find_changes(store: Store, name: str, before: Manifest) -> Changes:
@@ -46,7 +46,7 @@ def find_changes(store: Store, name: str, before: Manifest) -> Changes:
     Files of the images table never change, and an image has one row in it. So files that the index covers hold nothing
     new, and while all of them are still there nothing is gone either: then only the files that were added are read.
     """
-    version, files, covered = store.images.version, sorted(store.images.files()), set(before.images_files)
+    version, files, covered = store.images.content_version, sorted(store.images.files()), set(before.images_files)
     if covered.issubset(files):
         added = image_rows(store.images, [file for file in files if file not in covered])
         return Changes(added, DEAD.empty_table(), 0, version, files)

@@ -146,7 +146,7 @@ def _compare_with_table(
     store: Store, manifest: Manifest, name: str, alive: pa.Table, images: pa.Table, findings: Findings
 ) -> None:
     lacking, extra = _missing_from(alive, images), _missing_from(images, alive)
-    if manifest.images_version == store.images.version:
+    if manifest.images_version == store.images.content_version:
         findings.problems += [f"{image_id} is in images, but not in the index" for image_id in lacking]
         findings.problems += [
             f"{image_id} is in the index, but images does not have it like that" for image_id in extra
@@ -154,8 +154,8 @@ def _compare_with_table(
         return
     findings.notes.append(
         f"The index {name} is older than the store (it covers version {manifest.images_version} of the images table, "
-        f"which is at {store.images.version}): it lacks {len(lacking):,} images, and {len(extra):,} in it are changed "
-        "or gone. `dinoray index` brings it up to date."
+        f"which is at {store.images.content_version}): it lacks {len(lacking):,} images, and {len(extra):,} in it are "
+        "changed or gone. `dinoray index` brings it up to date."
     )
 
 

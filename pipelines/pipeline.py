@@ -195,7 +195,7 @@ def _state(job: JobRequest, store: str) -> dict[str, Any]:
     asked = job.config.model_dump(mode="json")
     decides = {key: asked[key] for key in (SECTIONS[job.command],) if key in asked}
     content = json.dumps([job.command, job.arguments, decides, opened.fingerprint], sort_keys=True)
-    versions = {"images": opened.images.version, "patches": opened.patches.version}
+    versions = {"images": opened.images.content_version, "patches": opened.patches.content_version}
     if job.command == "report":
         versions |= _result_versions(opened)
     return {"settings": hashlib.sha256(content.encode()).hexdigest()[:16], "versions": versions}
@@ -205,10 +205,10 @@ def _result_versions(store: Store) -> dict[str, int]:
     """The versions of what other jobs made, by its folder: a report shows all of it."""
     options = store.config.storage.options
     clusters, parts = ClusterTables.all_in(store.uri, options), PartTables.all_in(store.uri, options)
-    versions = {f"clusters/{name}": tables.assignments.version for name, tables in clusters.items()}
-    versions |= {f"parts/{name}": two.images.version for name, two in parts.items()}
+    versions = {f"clusters/{name}": tables.assignments.content_version for name, tables in clusters.items()}
+    versions |= {f"parts/{name}": two.images.content_version for name, two in parts.items()}
     matches = MatchTables.all_in(store.uri, options)
-    versions |= {f"matches/{name}": found.pairs.version for name, found in matches.items()}
+    versions |= {f"matches/{name}": found.pairs.content_version for name, found in matches.items()}
     return versions | {f"index/{name}": latest_manifest(store, name) for name in index_names(store)}
 
 

@@ -174,7 +174,7 @@ def _usable_index(store: Store, name: str, region: Box | None) -> Manifest:
         raise RequestError(
             f"The store {store.uri} has no index {name} ({there}): `dinoray index {store.uri} {name}` makes one."
         )
-    version = store.images.version
+    version = store.images.content_version
     if manifest.images_version != version:
         settings = {key: value for key, value in manifest.holds.items() if value and value != "embeddings"}
         again = "".join(f" --set index.{key}={value}" for key, value in settings.items())

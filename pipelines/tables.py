@@ -29,6 +29,7 @@ from pipelines.storage import Options, delta_options, filesystem, is_local, join
 
 READS_AT_ONCE = 16
 TRIES = 4  # of what remote storage left half done; delta-rs repeats refused requests itself
+CONTENT_VERSION = "content_version"  # in the log, of commits that leave all rows as they were
 FIRST_PAUSE_SECONDS = 0.2  # doubled from try to try
 
 _T = TypeVar("_T")
@@ -69,6 +70,7 @@ class Table:
         self.options = options or {}
         self._storage_options = delta_options(self.uri, options)
         self._delta = self._open_or_create()
+        self._content_version: tuple[int, int] | None = None  # (version, its content version)
 
     def _open_or_create(self) -> DeltaTable:
         """Raises JobError for a log that cannot be read, OSError where the table cannot be written."""
@@ -94,6 +96,24 @@ class Table:
     @property
     def version(self) -> int:
         return self._delta.version()
+
+    @property
+    def content_version(self) -> int:
+        """The version since which no commit changed rows: `compact` only moves them, a vacuum leaves them alone."""
+        if self._content_version is None or self._content_version[0] != self.version:
+            self._content_version = (self.version, self._find_content_version())
+        return self._content_version[1]
+
+    def _find_content_version(self) -> int:
+        for version in range(self.version, 0, -1):
+            entries = self._log_entries(version)
+            carried = [entry["commitInfo"].get(CONTENT_VERSION) for entry in entries if "commitInfo" in entry]
+            if any(carried):
+                return int(carried[0])
+            files = [entry.get("add") or entry.get("remove") for entry in entries]
+            if not entries or any(file["dataChange"] for file in files if file):
+                return version
+        return 0
 
     def refresh(self) -> None:
         """See what others committed."""
@@ -125,8 +145,10 @@ class Table:
             for path, size, rows, low, high in zip(*columns, *ranges, strict=True)
         }
 
-    def commit(self, add: Iterable[DataFile], remove: Iterable[str], run_id: str) -> None:
+    def commit(self, add: Iterable[DataFile], remove: Iterable[str], run_id: str, *, rearranges: bool = False) -> None:
         """Add and remove files in one commit on top of the version last seen; nothing to do commits nothing.
+
+        rearranges: the files added hold the rows of those removed.
 
         A commit whose answer was lost may have landed all the same: the log is asked, and nothing is done twice.
 
@@ -135,13 +157,14 @@ class Table:
             OSError, DeltaError: the storage failed; the commit did not land, or nobody can say.
         """
         now_ms = time.time_ns() // 1_000_000
-        actions: list[Any] = [self._add_action(file, now_ms) for file in add]
-        actions += [RemoveAction(path, True, now_ms) for path in remove]
+        actions: list[Any] = [self._add_action(file, now_ms, not rearranges) for file in add]
+        actions += [RemoveAction(path, not rearranges, now_ms) for path in remove]
         if not actions:
             return
         commit_id = uuid.uuid4().hex
         for attempt in range(TRIES):
             before = self.version
+            carried = {CONTENT_VERSION: str(self.content_version)} if rearranges else {}
             try:
                 self._delta.create_write_transaction(
                     actions,
@@ -149,7 +172,7 @@ class Table:
                     schema=self._delta.schema(),
                     partition_by=[],
                     commit_properties=CommitProperties(
-                        max_commit_retries=0, custom_metadata={"run_id": run_id, "commit_id": commit_id}
+                        max_commit_retries=0, custom_metadata={"run_id": run_id, "commit_id": commit_id, **carried}
                     ),
                 )
                 self.refresh()
@@ -169,21 +192,28 @@ class Table:
 
     def _has_commit(self, commit_id: str, after: int) -> bool:
         """Whether a commit is among those that came after a version."""
-        for version in range(after + 1, self.version + 1):
-            fs, path = filesystem(join(self.uri, "_delta_log", f"{version:020}.json"), self.options)
-            entries = [json.loads(line) for line in fs.cat_file(path).splitlines() if line.strip()]
-            if any(entry.get("commitInfo", {}).get("commit_id") == commit_id for entry in entries):
-                return True
-        return False
+        return any(
+            entry.get("commitInfo", {}).get("commit_id") == commit_id
+            for version in range(after + 1, self.version + 1)
+            for entry in self._log_entries(version)
+        )
 
-    def _add_action(self, file: DataFile, now_ms: int) -> AddAction:
+    def _log_entries(self, version: int) -> list[dict[str, Any]]:
+        """What the log says of a commit; nothing where it was cleaned up behind a checkpoint."""
+        fs, path = filesystem(join(self.uri, "_delta_log", f"{version:020}.json"), self.options)
+        try:
+            return [json.loads(line) for line in fs.cat_file(path).splitlines() if line.strip()]
+        except FileNotFoundError:
+            return []
+
+    def _add_action(self, file: DataFile, now_ms: int, data_change: bool) -> AddAction:
         stats = {
             "numRecords": file.rows,
             "minValues": {self.key: file.min_id},
             "maxValues": {self.key: file.max_id},
             "nullCount": {self.key: 0},
         }
-        return AddAction(file.path, file.size, {}, now_ms, True, json.dumps(stats))
+        return AddAction(file.path, file.size, {}, now_ms, data_change, json.dumps(stats))
 
     def write_file(self, name: str, rows: pa.Table) -> DataFile:
         """Write rows (whole images, in key order) as a file of this table; it shows only once committed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -95,11 +96,11 @@ def test_a_commit_that_lands_in_between_is_noticed(store: Store, table: str, mon
     original = raced.commit
     calls = []
 
-    def commit(*arguments: object) -> None:
+    def commit(*arguments: object, **more: object) -> None:
         if not calls:
             calls.append(1)
             Committer(other, "r2", set()).commit([shard(other, "r2", ["b", "z"])], versions(["b", "z"]))
-        original(*arguments)
+        original(*arguments, **more)
 
     monkeypatch.setattr(raced, "commit", commit)
     outcome = Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b"])], versions(["a", "b"]))
@@ -194,15 +195,15 @@ def test_a_repair_that_crosses_a_slow_commit_takes_nothing_from_it(
     assert report.patches and report.images
     store.patches.commit([report.patches], [], "r1")
     other.refresh()
-    original = other.patches.commit
+    original: Callable[..., None] = other.patches.commit
 
-    def commit(*arguments: object) -> None:
+    def commit(*arguments: object, **more: object) -> None:
         if not store.images.files():
             assert report.patches and report.images
             store.images.commit([report.images], [], "r1")
             store.patches.refresh()
             assert report.patches.path in store.patches.files(), "so the job has nothing to put right"
-        original(*arguments)  # type: ignore[arg-type]
+        original(*arguments, **more)
 
     monkeypatch.setattr(other.patches, "commit", commit)
     assert other.repair("r2")["orphans_removed"] == 0
@@ -225,7 +226,7 @@ def test_a_replacement_killed_half_way_is_put_back(store: Store) -> None:
     Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b"])], versions(["a", "b"]))
     committer = Committer(store, "r2", {"b"})
 
-    def dies(*arguments: object) -> None:
+    def dies(*arguments: object, **more: object) -> None:
         raise KeyboardInterrupt
 
     store.images.commit = dies  # type: ignore[method-assign]
@@ -255,11 +256,11 @@ def test_another_runs_repair_cannot_take_our_patches(store: Store) -> None:
     """A repair that sees our patches before our images removes them; we put them back."""
     original = store.images.commit
 
-    def commit(*arguments: object) -> None:
+    def commit(*arguments: object, **more: object) -> None:
         other = Store.open_existing(store.uri, store.config)
         assert other
         other.repair("r2")
-        original(*arguments)
+        original(*arguments, **more)
 
     store.images.commit = commit  # type: ignore[method-assign]
     Committer(store, "r1", set()).commit([shard(store, "r1", ["a"])], versions(["a"]))

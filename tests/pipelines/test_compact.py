@@ -16,10 +16,11 @@ from small_runs import settings
 from stores import sorted_patches, sound
 from typer.testing import CliRunner
 
-from pipelines import compact
+from pipelines import compact, index, search
 from pipelines.cli import app
 from pipelines.cluster_tables import training_of
 from pipelines.commit import Committer
+from pipelines.errors import RequestError
 from pipelines.match_tables import MatchTables
 from pipelines.schemas import ASSIGNMENTS, MATCHES, PAIRS
 from pipelines.shards import new_file_name
@@ -121,6 +122,26 @@ def test_extract_goes_on_after_it(tmp_path: Path) -> None:
     Committer(reopened, "20260102T000000Z-000000", {"002/3.jpg"}).commit([report], versions)
     assert sound(tmp_path).images == RUNS * IMAGES_A_RUN + 1
     assert store.uri == reopened.uri
+
+
+def test_indices_and_jobs_stay_up_to_date(tmp_path: Path) -> None:
+    """It moves rows and the vacuum removes files; both are commits, and neither makes anything older than the store."""
+    uri, asked = str(tmp_path), settings(KEEP_NOTHING)
+    store = small_runs_store(tmp_path)
+    index.run(asked, store=uri, name="images")
+    before = store.images.content_version
+    assert before == store.images.version == RUNS
+    assert compact.run(asked, store=uri).vacuumed
+    opened = Store.open(uri, asked)
+    assert opened.images.version > RUNS and opened.images.content_version == before
+    assert index.run(asked, store=uri, name="images").status == "unchanged"
+    found = search.run(asked, store=uri, name="images", image="002/3.jpg", top=1)
+    assert len(found.results) == 1
+    add_images(opened, "20260102T000000Z-000000", [source("new.jpg", 0)])
+    opened.refresh()
+    assert opened.images.content_version == opened.images.version > before
+    with pytest.raises(RequestError, match="older than the store"):
+        search.run(asked, store=uri, name="images", image="002/3.jpg", top=1)
 
 
 def test_a_run_that_commits_meanwhile_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -453,11 +453,11 @@ def test_two_runs_do_every_pair_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     raced = getattr(ours, table)
     original: Callable[..., None] = raced.commit
 
-    def commit(*arguments: object) -> None:
+    def commit(*arguments: object, **more: object) -> None:
         if raced.commit is commit:
             monkeypatch.setattr(raced, "commit", original)
             theirs.commit([other], "r10")
-        original(*arguments)
+        original(*arguments, **more)
 
     monkeypatch.setattr(raced, "commit", commit)
     (left,) = ours.commit([report], "r9")
