@@ -24,8 +24,9 @@ class Live:
     codes: (n, d) int8, zeros for a patch that is not stored; d is a multiple of 8. firsts: of each image its first
     patch, and n at the end. kept: see CompactDescriptors. low, high: cosines between which the colours go: that of
     patches that have nothing to do with each other, and that of good matches. agreement: the share of best matches that
-    the full descriptors give too, and one_off: that are at most one patch away from theirs; None with fewer than two
-    images. start: (image, row, column) to begin with.
+    the full descriptors give too, one_off: that are at most one patch away from theirs, and loss: by how much less
+    similar they are, by the full descriptors, on average; None with fewer than two images. start: (image, row, column)
+    to begin with.
     """
 
     image_ids: list[str]
@@ -37,6 +38,7 @@ class Live:
     high: float
     agreement: float | None
     one_off: float | None
+    loss: float | None
     start: tuple[int, int, int]
 
     def of(self, image: int) -> np.ndarray:
@@ -84,8 +86,8 @@ def _measure(
     there: np.ndarray,
     grids: Sequence[tuple[int, int]],
     seed: int,
-) -> tuple[float, float, float | None, float | None]:
-    """(low, high, agreement, one_off) as Live has them, on a sample of patches."""
+) -> tuple[float, float, float | None, float | None, float | None]:
+    """(low, high, agreement, one_off, loss) as Live has them, on a sample of patches."""
     image_of = np.repeat(np.arange(len(grids)), np.diff(firsts))
     drawn = np.flatnonzero(there)
     drawn = np.random.default_rng(seed).choice(drawn, min(QUERIES, len(drawn)), replace=False)
@@ -93,10 +95,10 @@ def _measure(
     similar = np.stack([cosines(codes, region_query(codes[[at]])) for at in drawn])
     if len(images) < 2:
         low = float(np.percentile(similar[:, there], UNRELATED))
-        return low, 1.0, None, None
+        return low, 1.0, None, None, None
     exact = _exact(full, drawn)
     similar[:, ~there] = exact[:, ~there] = -np.inf
-    others, bests, same, near = [], [], [], []
+    others, bests, same, near, losses = [], [], [], [], []
     for at, row, exact_row in zip(drawn, similar, exact, strict=True):
         others.append(row[there & (image_of != image_of[at])])
         for image in images:
@@ -106,11 +108,12 @@ def _measure(
             found, right = int(row[own].argmax()), int(exact_row[own].argmax())
             bests.append(row[own][found])
             same.append(found == right)
+            losses.append(exact_row[own][right] - exact_row[own][found])
             columns = grids[image][1]
             apart = np.abs(np.subtract(divmod(found, columns), divmod(right, columns)))
             near.append(apart.max() <= 1)
     low, high = float(np.percentile(np.concatenate(others), UNRELATED)), float(np.percentile(bests, RELATED))
-    return low, max(high, low + 0.01), float(np.mean(same)), float(np.mean(near))
+    return low, max(high, low + 0.01), float(np.mean(same)), float(np.mean(near)), float(np.mean(losses))
 
 
 def _exact(full: np.ndarray, drawn: np.ndarray) -> np.ndarray:

@@ -33,6 +33,8 @@ def image_ids_of(store: Store, query: str) -> list[str]:
         raise RequestError('--query needs DuckDB: pip install "dinoray[sql]", or choose with --images.') from None
     with duckdb.connect() as connection:
         tables = dict(_tables(store))
+        if not is_local(store.uri):
+            connection.register_filesystem(storage.filesystem(store.uri, store.config.storage.options)[0])
         for name, table in tables.items():
             _add_view(connection, name, table)
         try:
@@ -80,7 +82,5 @@ def _add_view(connection: duckdb.DuckDBPyConnection, name: str, table: Table) ->
         empty = table.schema.empty_table()
         connection.register(name, empty)
         return
-    if not is_local(table.uri):
-        connection.register_filesystem(storage.filesystem(table.uri, table.options)[0])
     quoted = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
     connection.execute(f'CREATE VIEW "{name}" AS SELECT * FROM read_parquet([{quoted}])')
