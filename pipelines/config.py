@@ -452,7 +452,9 @@ class ReportSettings(Section):
         64, ge=1, le=512, description="Of the descriptors that travel in the page, a byte each; fewer is smaller."
     )
     most_patches: int = Field(
-        1024, ge=1, description="Patches of an image that travel in the page; of a finer grid every n-th row and column."
+        1024,
+        ge=1,
+        description="Patches of an image that travel in the page; of a finer grid every n-th row and column.",
     )
     pairs: int = Field(12, ge=0, description="Pairs of images whose matches are drawn, for each matches/NAME.")
     clusters: int = Field(24, ge=0, description="Clusters that have a card, for each clusters/NAME.")
