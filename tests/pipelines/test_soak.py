@@ -3,6 +3,8 @@
 `make soak` runs it for SOAK_MINUTES (20) from SOAK_SEED, which it prints. Every disturbance has a store of its own.
 After each: the same command completes, verify is clean, every image is in images or failures exactly once, and the
 descriptors are those of a run that nobody disturbed.
+
+SOAK_WITHOUT_RAY=1 leaves Ray out, and with it the deaths of workers and nodes: for machines too busy to start it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from s3_server import BUCKET, S3Server
 from small_runs import photo
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "1"))
+WITH_RAY = not os.environ.get("SOAK_WITHOUT_RAY")
 IMAGES = 36
 LONGEST_ROUND = 10  # minutes, on a machine that has other things to do
 
@@ -57,13 +60,13 @@ class Soak:
         self.random = random.Random(seed)
         self.injected: Counter[str] = Counter()
         self.lost = self.twice = self.rounds = 0
-        self.joining = (f"run.address={cluster.address}", "run.cpus_per_worker=1")
+        self.joining = (f"run.address={cluster.address}", "run.cpus_per_worker=1") if cluster else ()
         self.prefix = f"s3://{BUCKET}/soak{seed}"
         self.source = make_photos(folder / "in", IMAGES)
         self.expected = folder / "expected"
-        finish(Place(str(self.source), str(self.expected), overrides=self.joining))
+        finish(Place(str(self.source), str(self.expected), overrides=self.joining, with_ray=WITH_RAY))
         self._put(self.source)
-        clean = Place(f"{self.prefix}/in", f"{self.prefix}/expected", server, self.joining)
+        clean = Place(f"{self.prefix}/in", f"{self.prefix}/expected", server, self.joining, with_ray=WITH_RAY)
         finish(clean)
         self.expected_in_bucket = local_copy(clean, server, folder / "expected-in-bucket")
 
@@ -74,10 +77,10 @@ class Soak:
 
     @property
     def disturbances(self) -> list[Callable[[], None]]:
+        of_ray = [self.worker_killed, self.node_killed] if self.cluster else []
         return [
+            *of_ray,
             self.driver_killed,
-            self.worker_killed,
-            self.node_killed,
             self.storage_fails,
             self.driver_killed_while_storage_fails,
             self.two_runs,
@@ -88,14 +91,16 @@ class Soak:
             self.clock_is_wrong,
         ]
 
-    def local(self, **more: Any) -> Place:
+    def local(self) -> Place:
         self.rounds += 1
-        return Place(str(self.source), str(self.folder / f"store{self.rounds}"), overrides=self.joining, **more)
+        store = str(self.folder / f"store{self.rounds}")
+        return Place(str(self.source), store, overrides=self.joining, with_ray=WITH_RAY)
 
     def remote(self, share: float) -> Place:
         self.rounds += 1
         self.proxy.plan = by_chance(self.random.randrange(2**32), share)
-        return Place(f"{self.prefix}/in", f"{self.prefix}/store{self.rounds}", self.proxy.server, self.joining)
+        store = f"{self.prefix}/store{self.rounds}"
+        return Place(f"{self.prefix}/in", store, self.proxy.server, self.joining, with_ray=WITH_RAY)
 
     def check(self, place: Place, *, attempts: int = 2, versions: bool = True) -> None:
         """The same command completes, and what it leaves is right."""
@@ -249,7 +254,7 @@ def seed() -> int:
 
 @pytest.fixture
 def soak(tmp_path: Path, s3: S3Server, seed: int) -> Iterator[Soak]:
-    with faulty_proxy(s3) as proxy, local_cluster() as cluster:
+    with faulty_proxy(s3) as proxy, local_cluster() if WITH_RAY else nullcontext() as cluster:
         yield Soak(tmp_path, s3, proxy, cluster, seed)
 
 

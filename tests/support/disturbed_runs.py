@@ -44,11 +44,14 @@ class Place:
     server: S3Server | None = None  # as the run sees it
     overrides: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    with_ray: bool = True
 
     @property
     def command(self) -> list[str]:
-        program = str(Path(sys.executable).with_name("dinoray"))
-        return [program, "extract", self.source, self.store, "--json", *as_options(*OPTIONS, *self.overrides)]
+        program = [str(Path(sys.executable).with_name("dinoray"))]
+        if not self.with_ray:
+            program = [sys.executable, str(Path(__file__).with_name("without_ray.py"))]
+        return [*program, "extract", self.source, self.store, "--json", *as_options(*OPTIONS, *self.overrides)]
 
     @property
     def variables(self) -> dict[str, str]:
@@ -193,7 +196,13 @@ def local_cluster(nodes: int = 3) -> Iterator[Any]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    for attempt in range(RAY_STARTS):
+        try:
+            cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+            break
+        except Exception as error:
+            if "timed out during startup" not in str(error) or attempt == RAY_STARTS - 1:
+                raise
     try:
         for _ in range(nodes - 1):
             cluster.add_node(**NODE)
