@@ -4,7 +4,8 @@
 After each: the same command completes, verify is clean, every image is in images or failures exactly once, and the
 descriptors are those of a run that nobody disturbed.
 
-SOAK_WITHOUT_RAY=1 leaves Ray out, and with it the deaths of workers and nodes: for machines too busy to start it.
+SOAK_WITHOUT_RAY=1 leaves Ray and the model out, and with them the deaths of workers and nodes: for machines too busy to
+start them, and for many runs in little time.
 """
 
 from __future__ import annotations

@@ -1,21 +1,62 @@
-"""The command `dinoray` with its workers in the driver's own process, for machines too busy to start Ray.
+"""The command `dinoray` with Ray and the model left out, for machines too busy to start them and for many runs in
+little time.
 
-Listing, plan, workers' code, commits and reports are those of every run; only Ray between them is left out.
+Listing, plan, fetching, decoding, shards, commits, failures and reports are those of every run. Workers run in the
+driver's own process, and descriptors are the colours of the patches, which another image has not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from pipelines import cli, extract, workers
+from pipelines import cli, extract, stages, workers
 from pipelines.config import Config
 from pipelines.shards import ShardReport
 from pipelines.stages import FusedWorker, WorkerSetup
 from pipelines.store import Store
+
+PATCH = 8  # pixels
+DIMENSIONS = 3 * PATCH * PATCH
+
+
+class Colours:
+    """In an Extractor's place: a patch is described by its pixels."""
+
+    patch_size, embed_dim, device, precision = PATCH, DIMENSIONS, "none", "exact"
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        pass
+
+    def extract(self, prepared: list[Any]) -> list[Any]:
+        return [self._one(image) for image in prepared]
+
+    def _one(self, image: Any) -> Any:
+        height, width = (side // PATCH for side in image.pixels.shape[:2])
+        tiles = image.pixels[: height * PATCH, : width * PATCH].reshape(height, PATCH, width, PATCH, 3)
+        descriptor = tiles.swapaxes(1, 2).reshape(height, width, DIMENSIONS).astype(np.float32) / 255
+        y, x = (axis.astype(np.float32) for axis in np.mgrid[:height, :width])
+        return SimpleNamespace(
+            descriptor=descriptor,
+            extra={},
+            saliency=descriptor.mean(-1),
+            embedding=descriptor.mean((0, 1)),
+            y=y,
+            x=x,
+            width=image.width,
+            height=image.height,
+            model_width=width * PATCH,
+            model_height=height * PATCH,
+        )
+
+
+def model_facts(config: Config) -> workers.ModelFacts:
+    return workers.ModelFacts(PATCH, {"descriptor": DIMENSIONS}, patches=100, depth=1, width=DIMENSIONS)
 
 
 def stream_reports(
@@ -34,6 +75,7 @@ def ray_session(*_: Any, **__: Any) -> Iterator[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    vars(workers)["stream_reports"] = stream_reports
+    vars(workers).update(stream_reports=stream_reports, model_facts=model_facts)
+    vars(stages).update(make_extractor=Colours)
     vars(extract).update(ray_session=ray_session, ImageMetrics=lambda command: None)
     cli.main()
