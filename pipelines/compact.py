@@ -86,6 +86,7 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
     report = RunReport("compact", opened.uri, config, result.run_id, {})
     with recorded(report, result, started, fingerprint=opened.fingerprint), interruptible(), StatusLine() as line:
         for pair in tables:
+            pair.data.complete_properties()
             for group in pair.groups(target):
                 line.show(f"merging {len(group)} files of {pair.data.uri.removeprefix(opened.uri + '/')}")
                 _merge(pair, group, target, result)

@@ -127,6 +127,8 @@ class Store:
         Safe beside a running job: its files are given time to be named, and both sides look again at what the other
         did after their own commit, so that whoever comes last puts right what crossed.
         """
+        for table in (self.images, self.patches, self.failures):
+            table.complete_properties()
         named = self._named_shards()
         orphans = self.patches.files().keys() - named
         if orphans:

@@ -85,9 +85,31 @@ class Table:
             ) from None
         try:
             # `ignore`: of two runs that start together one creates the table and the other opens it
-            return DeltaTable.create(self.uri, schema=self.schema, mode="ignore", storage_options=self._storage_options)
+            return DeltaTable.create(
+                self.uri,
+                schema=self.schema,
+                mode="ignore",
+                configuration=self._properties,
+                storage_options=self._storage_options,
+            )
         except (CommitFailedError, DeltaError):
             return self._read_log(lambda: DeltaTable(self.uri, storage_options=self._storage_options))
+
+    @property
+    def _properties(self) -> dict[str, str]:
+        """Which columns have statistics in the log.
+
+        Readers through Arrow would take the absent ones of other columns for bounds, and find no row for a condition.
+        """
+        return {"delta.dataSkippingStatsColumns": self.key}
+
+    def complete_properties(self) -> None:
+        """Give a table of an older dinoray the properties of a new one."""
+        known = self._delta.metadata().configuration
+        if any(known.get(name) != value for name, value in self._properties.items()):
+            with contextlib.suppress(CommitFailedError, DeltaError):  # another run was first: it did the same, or will
+                self._delta.alter.set_table_properties(self._properties)
+            self.refresh()
 
     @classmethod
     def exists(cls, uri: str, options: Options | None = None) -> bool:
