@@ -67,7 +67,8 @@ def fetch(
 
         data, error, tries = trying(whole)
         if data is not None and len(data) > listed >= 0:
-            data, error = None, OSError(_changed(listed, len(data)))
+            error = OSError(_changed(listed, len(data)))
+            data = None
         results[index] = Fetched(data, error, tries)
 
     def members(container: str, indices: list[int]) -> None:

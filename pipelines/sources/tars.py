@@ -34,9 +34,10 @@ def _list_tar(fs: Any, entry: FileEntry, *, local: bool) -> Rows:
     damage = ""
     with fs.open(entry.path, "rb", **options) as file:
         try:
-            with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:  # type: ignore[arg-type]
+            headers: Any = _Headers(file)
+            with tarfile.open(fileobj=headers, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members = []  # type: ignore[attr-defined]  # else it keeps every header
+                    vars(archive)["members"] = []  # else it keeps every header
                     if not member.isreg():
                         continue
                     if member.size < 0:  # some versions of tarfile would go backwards, for ever
