@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,s3]'
 	@touch $@
 
-demo: install  ## Extract features of real photographs into ./demo and query them
+demo: install  ## Extract features of real photographs into ./demo and query them (also without a model hub)
 	$(BIN)/python examples/demo.py
 
 test: install  ## The tests that matter at every change (minutes)

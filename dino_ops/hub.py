@@ -10,9 +10,13 @@ import timm
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
 from dino_ops.errors import ModelError
+from dino_ops.packaged import has_weights
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _PROBE_SECONDS = 4
+_WAYS = "give model.weights=/path/to/file, "
+_WAYS += "model.name=dinoray_tiny (small, comes with dinoray), " if has_weights("dinoray_tiny") else ""
+_WAYS += "or model.weights=random to try things out"
 
 
 def download_pretrained(timm_name: str) -> Path:
@@ -23,9 +27,7 @@ def download_pretrained(timm_name: str) -> Path:
     config = timm.get_pretrained_cfg(timm_name)
     repository = config.hf_hub_id if config is not None else None
     if not repository:
-        raise ModelError(
-            f"{timm_name} has no published weights: give model.weights=/path/to/file, or random to try things out"
-        )
+        raise ModelError(f"{timm_name} has no published weights: {_WAYS}")
     files = (config.hf_hub_filename,) if config.hf_hub_filename else _FILES
     for file in files:
         cached = try_to_load_from_cache(repository, file)
@@ -39,7 +41,7 @@ def download_pretrained(timm_name: str) -> Path:
             reason = str(e).splitlines()[0]
     raise ModelError(
         f"pretrained weights of {timm_name} are not in the local cache and cannot be downloaded from {repository} "
-        f"({reason}): give model.weights=/path/to/file, or random to try things out"
+        f"({reason}): {_WAYS}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Models by name: DINO, DINOv2 and DINOv3 under their authors' names, anything else plain under its timm name."""
+"""Models by name: DINO, DINOv2 and DINOv3 under their authors' names, our own, anything else plain by its timm name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -16,6 +17,7 @@ import torch
 from dino_ops.backbone import Backbone, Position
 from dino_ops.errors import ModelError
 from dino_ops.hub import download_pretrained
+from dino_ops.packaged import PACKAGED, packaged_weights
 from dino_ops.weights import fit_weights, load_state_dict
 
 SHORT_NAMES: dict[str, str] = {
@@ -37,6 +39,7 @@ SHORT_NAMES: dict[str, str] = {
     "dinov3_vitl16": "vit_large_patch16_dinov3.lvd1689m",
     "dinov3_vith16plus": "vit_huge_plus_patch16_dinov3.lvd1689m",
     "dinov3_vit7b16": "vit_7b_patch16_dinov3.lvd1689m",
+    "dinoray_tiny": "deit_tiny_patch16_224",  # ViT-Ti/16; of its timm names the one with ImageNet's mean and std
 }
 
 # Offered, besides the short names, as what an unfit weights file might be.
@@ -98,8 +101,9 @@ def create_model(
 ) -> Backbone:
     """Build a model and give it weights; it is on the CPU, in float32, in evaluation mode, without gradients.
 
-    name: short or timm name. weights: "pretrained" (from the hub, or its local cache), "random" (the same for the same
-    seed in every process), or the path of a .pth, .pt, .bin or .safetensors file. stride, position: see Backbone.
+    name: short or timm name. weights: "pretrained" (from the hub or its local cache; dinoray_tiny's from this package),
+    "random" (the same for the same seed in every process), or the path of a .pth, .pt, .bin or .safetensors file.
+    stride, position: see Backbone.
 
     Random state of the caller is left as it was. Raises ModelError for anything that does not fit.
     """
@@ -107,7 +111,7 @@ def create_model(
     if weights == "random":
         with _seeded(seed):
             return Backbone(_build(full_name), name, stride, position)
-    path = download_pretrained(full_name) if weights == "pretrained" else weights
+    path = _pretrained(name, full_name) if weights == "pretrained" else weights
     state = load_state_dict(path)
     with torch.device("meta"):
         template = _build(full_name)
@@ -118,14 +122,18 @@ def create_model(
     return Backbone(vit, name, stride, position)
 
 
+def _pretrained(name: str, full_name: str) -> Path:
+    return packaged_weights(name) if name in PACKAGED else download_pretrained(full_name)
+
+
 def _build(full_name: str, **options: Any) -> torch.nn.Module:
     return timm.create_model(full_name, pretrained=False, num_classes=0, **options)
 
 
 def _candidates() -> Iterator[tuple[str, torch.nn.Module]]:
-    """Known models without storage, to compare an unfit weights file with."""
+    """Known models without storage, to compare an unfit weights file with. Packaged ones are not what people bring."""
     with torch.device("meta"):
-        for name in (*SHORT_NAMES, *_COMMON_OTHERS):
+        for name in (*(name for name in SHORT_NAMES if name not in PACKAGED), *_COMMON_OTHERS):
             yield name, _build(timm_name(name))
 
 

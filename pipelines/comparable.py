@@ -27,8 +27,16 @@ def spec_with_weights(store: Store, config: Config, what: str) -> Config:
     """
     expected = store.spec["model"]["weights"]
     given = config.model.weights
+    asked = store.config.model_copy(update={"model": store.config.model.model_copy(update={"weights": given})})
     if expected == "pretrained" or expected.startswith("random:"):
         given = expected.partition(":")[0]
+    elif weights.is_packaged(asked):
+        if (found := weights.identity(asked)) != expected:
+            raise RequestError(
+                f"{what} needs the model, and the store was made with other weights ({expected[:15]}...) than those "
+                f"of {asked.model.name} that come with this dinoray ({found[:15]}...): give its own with --set "
+                "model.weights=FILE, or extract into a new STORE."
+            )
     elif given in weights.NAMED:
         raise RequestError(
             f"{what} needs the model, and the store was made with a weights file "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 
+from dino_ops.packaged import PACKAGED, packaged_weights
 from pipelines import storage
 from pipelines.config import Config
 from pipelines.errors import JobError, RequestError
@@ -21,17 +22,27 @@ NAMED = ("pretrained", "random")  # model.weights that are no file
 def identity(config: Config) -> str:
     """What the spec says of `model.weights`: `pretrained`, `random:SEED`, or `sha256:...` of the file's content.
 
-    Raises RequestError for a file that does not exist or cannot be read.
+    Weights that come with dinoray count by content too: another version may carry better ones under the same name.
+
+    Raises RequestError for a file that does not exist or cannot be read, ModelError for packaged weights that are
+    missing.
     """
     if config.model.weights == "random":
         return f"random:{RANDOM_SEED}"
-    if config.model.weights in NAMED:
+    if config.model.weights in NAMED and not is_packaged(config):
         return config.model.weights
     return f"sha256:{storage.sha256(local_file(config))}"
 
 
+def is_packaged(config: Config) -> bool:
+    """Whether the weights asked for are in a file of the installation."""
+    return config.model.weights == "pretrained" and config.model.name in PACKAGED
+
+
 def local_file(config: Config) -> str:
-    """The weights file on this machine, downloaded if it lies elsewhere. Raises RequestError as `identity` does."""
+    """The weights file on this machine, downloaded if it lies elsewhere. Raises as `identity` does."""
+    if is_packaged(config):
+        return str(packaged_weights(config.model.name))
     weights = config.model.weights
     uri = storage.normalise(weights)
     try:
@@ -51,13 +62,16 @@ def checked(config: Config, expected: str) -> str:
 
     Raises JobError when this machine sees another file than the driver did.
     """
-    if config.model.weights in NAMED:
+    packaged = is_packaged(config)
+    if config.model.weights in NAMED and not packaged:
         return config.model.weights
     path = local_file(config)
     if (found := f"sha256:{storage.sha256(path)}") != expected:
+        weights = f"of {config.model.name} that come with dinoray" if packaged else config.model.weights
+        same = "install the same dinoray on every machine" if packaged else "give the same file to every machine"
         raise JobError(
-            f"The weights {config.model.weights} on this worker are other ones ({found[:15]}...) than those of the "
-            f"store ({expected[:15]}...): give the same file to every machine, and run the same command again."
+            f"The weights {weights} on this worker are other ones ({found[:15]}...) than those of the store "
+            f"({expected[:15]}...): {same}, and run the same command again."
         )
     return path
 

@@ -326,7 +326,7 @@ def test_pretrained_weights_where_the_hub_is_switched_off(source: Path, store: P
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert time.monotonic() - started < 30, "10 s are meant; importing torch on a busy machine takes the rest"
     (line,) = done.stderr.splitlines()
-    says(line, "dino", "HF_HUB_OFFLINE is set", "model.weights=/path/to/file")
+    says(line, "dino", "HF_HUB_OFFLINE is set", "model.weights=/path/to/file", "model.weights=random")
     assert done.returncode == 2 and not store.exists()
 
 
