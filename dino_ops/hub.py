@@ -10,13 +10,13 @@ import timm
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
 from dino_ops.errors import ModelError
-from dino_ops.packaged import has_weights
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _PROBE_SECONDS = 4
-_WAYS = "give model.weights=/path/to/file, "
-_WAYS += "model.name=dinoray_tiny (small, comes with dinoray), " if has_weights("dinoray_tiny") else ""
-_WAYS += "or model.weights=random to try things out"
+_WAYS = (
+    "give model.weights=/path/to/file, or, to try things out, model.name=dinoray_tiny (small, comes with dinoray) or "
+    "model.weights=random"
+)
 
 
 def download_pretrained(timm_name: str) -> Path:

@@ -14,19 +14,15 @@ PACKAGED = ("dinoray_tiny",)
 FOLDER = Path(str(resources.files("dino_ops"))) / "pretrained"
 
 
-def has_weights(name: str) -> bool:
-    """Whether this version carries the weights of a model in PACKAGED."""
-    return (FOLDER / f"{name}.safetensors").is_file()
-
-
 def packaged_weights(name: str) -> Path:
     """Path of the weights of a model in PACKAGED, a .safetensors file in half precision under timm's names.
 
     Raises ModelError where the installation lacks it.
     """
-    if not has_weights(name):
+    path = FOLDER / f"{name}.safetensors"
+    if not path.is_file():
         raise ModelError(
-            f"this version of dinoray does not carry the weights of {name}, which are to come with a later one: give "
+            f"this installation of dinoray lacks the weights of {name} ({path}): install it again, or give "
             "model.weights=/path/to/file"
         )
-    return FOLDER / f"{name}.safetensors"
+    return path

@@ -2,9 +2,8 @@
 
     make demo
 
-Uses DINO's own weights when the model hub can be reached. Without it the demo says so and goes on with what there is:
-weights that come with dinoray, or random ones. Every table and command works the same; features of random weights mean
-little.
+Uses DINO's own weights when the model hub can be reached. Without it the demo says so and goes on with dinoray_tiny, the
+small weights that come with dinoray.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import skimage.data
 import sklearn.datasets
 
 from dino_ops.errors import ModelError
-from dino_ops.packaged import has_weights
 from pipelines import extract
 from pipelines.config import load_config
 
@@ -62,16 +60,11 @@ def main() -> None:
         result = extract.run(load_config(), input=str(photos), store=store)
     except ModelError as error:
         print(f"The model hub cannot be reached ({error}).")
-        if has_weights("dinoray_tiny"):
-            instead = "model.name=dinoray_tiny"
-            print(
-                "Going on with dinoray_tiny: a small ViT-Ti/16 trained by `dinoray train` on 9,469 photos of ten "
-                "kinds, good for trying things out and for testing, not for real work.\n"
-            )
-        else:
-            instead = "model.weights=random"
-            print("Going on with random weights: everything works, but the features mean little.\n")
-        asked = [instead]
+        print(
+            "Going on with dinoray_tiny: a small ViT-Ti/16 trained by `dinoray train` on 9,469 photos of ten kinds, "
+            "good for trying things out and for testing, not for real work.\n"
+        )
+        asked = ["model.name=dinoray_tiny"]
         result = extract.run(load_config(overrides=asked), input=str(photos), store=store)
 
     print(" ".join([f"$ dinoray extract {photos} {store}", *(f"--set {one}" for one in asked)]))

@@ -34,7 +34,8 @@ class ModelSettings(Section):
     name: str = Field(
         "dino_vits16",
         description="A timm model name, or dino_vits8 dino_vits16 dino_vitb8 dino_vitb16, dinov2_vits14 (vitb14, "
-        "vitl14, vitg14; each with _reg), dinov3_vits16 (vits16plus, vitb16, vitl16, vith16plus, vit7b16).",
+        "vitl14, vitg14; each with _reg), dinov3_vits16 (vits16plus, vitb16, vitl16, vith16plus, vit7b16). "
+        "dinoray_tiny is small, comes with dinoray and needs no network.",
     )
     weights: str = Field(
         "pretrained",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from packaged_files import CARD, WEIGHTS, needs_weights, stand_in
+from packaged_files import CARD, WEIGHTS, stand_in
 from safetensors.torch import load_file
 
 from dino_ops import hub, packaged
@@ -49,7 +49,7 @@ def test_pretrained_is_the_packaged_file_and_never_the_hub(monkeypatch: pytest.M
 
 def test_an_installation_without_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(packaged, "FOLDER", tmp_path)
-    with pytest.raises(ModelError, match=r"does not carry the weights of dinoray_tiny, .*: give model\.weights="):
+    with pytest.raises(ModelError, match=r"lacks the weights of dinoray_tiny .*: install it again, or give model\.weights="):
         create_model("dinoray_tiny")
     create_model("dinoray_tiny", "random")
 
@@ -88,7 +88,6 @@ def test_a_wheel_carries_weights_and_card(tmp_path: Path) -> None:
     assert Path(done.stdout.strip()).samefile(installed / "dino_ops" / "pretrained" / WEIGHTS.name)
 
 
-@needs_weights
 def test_the_file_is_small_and_in_half_precision_under_timms_names() -> None:
     assert WEIGHTS.stat().st_size <= LARGEST
     state = load_file(WEIGHTS)
@@ -100,7 +99,6 @@ def test_the_file_is_small_and_in_half_precision_under_timms_names() -> None:
     }
 
 
-@needs_weights
 def test_the_weights_are_trained() -> None:
     """Biases begin at 0 and norms at 1: none of them is left so."""
     initial = create_model("dinoray_tiny", "random").vit.state_dict()
@@ -108,7 +106,6 @@ def test_the_weights_are_trained() -> None:
     assert [name for name, tensor in trained.items() if torch.equal(tensor, initial[name])] == []
 
 
-@needs_weights
 def test_the_card_names_data_recipe_accuracy_and_limits() -> None:
     card = CARD.read_text()
     for word in ("Imagenette", "9,469", "dinoray train", "ViT-Ti/16", "k-NN", "PF-WILLOW", "MSRC", "random", "not for"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from packaged_files import WEIGHTS, needs_weights
+from packaged_files import WEIGHTS
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -88,11 +88,10 @@ def test_an_installation_without_the_weights(
     asked = ["extract", str(photos(2)), str(store), "--set", "model.name=dinoray_tiny"]
     result = CliRunner().invoke(app, asked)
     (line,) = result.stderr.splitlines()
-    assert result.exit_code == 2 and "does not carry the weights of dinoray_tiny" in line
+    assert result.exit_code == 2 and "lacks the weights of dinoray_tiny" in line
     assert not store.exists()
 
 
-@needs_weights
 @pytest.mark.usefixtures("ray")
 def test_features_without_a_network(
     photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -116,7 +115,6 @@ def test_features_without_a_network(
         assert np.linalg.norm(found - expected) < 5e-3 * np.linalg.norm(expected)
 
 
-@needs_weights
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray")
 def test_photos_of_a_kind_are_nearer_than_with_random_weights(data: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from packaged_files import WEIGHTS
 
 from pipelines import cli, config
 from pipelines.pipeline_file import read_pipeline
@@ -43,14 +42,9 @@ def test_the_demo_says_what_it_used_instead_of_the_hub(demo: tuple[Path, str]) -
     assert first.startswith("The model hub cannot be reached") and "HF_HUB_OFFLINE is set" in first
     store = Store.open(str(demo[0] / "demo" / "store"), config.load_config())
     command = f"$ dinoray extract {Path('demo') / 'photos'} {Path('demo') / 'store'}"
-    if WEIGHTS.is_file():
-        assert second.startswith("Going on with dinoray_tiny: a small ViT-Ti/16") and "not for real work" in second
-        assert store.spec["model"]["name"] == "dinoray_tiny"
-        assert f"{command} --set model.name=dinoray_tiny" in demo[1]
-    else:
-        assert second.startswith("Going on with random weights") and "mean little" in second
-        assert store.spec["model"]["weights"] == "random:0"
-        assert f"{command} --set model.weights=random" in demo[1]
+    assert second.startswith("Going on with dinoray_tiny: a small ViT-Ti/16") and "not for real work" in second
+    assert store.spec["model"]["name"] == "dinoray_tiny"
+    assert f"{command} --set model.name=dinoray_tiny" in demo[1]
 
 
 @pytest.mark.parametrize("number", range(3))

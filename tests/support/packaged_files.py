@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from dino_ops import packaged
 
 WEIGHTS = packaged.FOLDER / "dinoray_tiny.safetensors"
 CARD = packaged.FOLDER / "dinoray_tiny.md"
-
-needs_weights = pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"this checkout has no {WEIGHTS.name}")
 
 
 def stand_in(folder: Path, seed: int) -> Path:
