@@ -2,8 +2,8 @@
 
     make demo
 
-Uses DINO's own weights when the model hub can be reached. Without it the demo says so and goes on with dinoray_tiny, the
-small weights that come with dinoray.
+Uses DINO's own weights when the model hub can be reached. Without it the demo says so and goes on with dinoray_tiny,
+the small weights that come with dinoray.
 """
 
 from __future__ import annotations

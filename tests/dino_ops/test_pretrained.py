@@ -49,7 +49,9 @@ def test_pretrained_is_the_packaged_file_and_never_the_hub(monkeypatch: pytest.M
 
 def test_an_installation_without_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(packaged, "FOLDER", tmp_path)
-    with pytest.raises(ModelError, match=r"lacks the weights of dinoray_tiny .*: install it again, or give model\.weights="):
+    with pytest.raises(
+        ModelError, match=r"lacks the weights of dinoray_tiny .*: install it again, or give model\.weights="
+    ):
         create_model("dinoray_tiny")
     create_model("dinoray_tiny", "random")
 

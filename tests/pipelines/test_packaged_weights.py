@@ -121,7 +121,8 @@ def test_photos_of_a_kind_are_nearer_than_with_random_weights(data: Path, tmp_pa
     """500 photos that it was not trained on, each classified by the others."""
     accuracy = {}
     for weights in ("pretrained", "random"):
-        config = tiny(f"model.weights={weights}", "store.patches=none", "evaluate.neighbours=[10]")
+        asked = ("store.patches=none", "evaluate.neighbours=[10]", "image.shorter_side=96")
+        config = tiny(f"model.weights={weights}", *asked)
         store = str(tmp_path / weights)
         assert extract.run(config, input=str(data / "imagenette" / "val"), store=store).extracted == 500
         accuracy[weights] = classify.run(config, task="knn", store=store).accuracy["10"]
