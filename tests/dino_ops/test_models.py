@@ -99,7 +99,7 @@ def test_pretrained_without_network_fails_at_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens on the discard port
-    with pytest.raises(ModelError, match=r"answer.*weights=/path/to/file, .*or model.weights=random"):
+    with pytest.raises(ModelError, match=r"answer.*weights=/path/to/file, .*or model\.weights=random"):
         create_model("dino_vits16", "pretrained")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
@@ -116,5 +116,5 @@ def test_pretrained_comes_from_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_models_without_published_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match=r"has no published weights: give .*, or model\.weights=random"):
+    with pytest.raises(ModelError, match=r"has no published weights: give .* or model\.weights=random"):
         create_model("vit_base_patch16_plus_240", "pretrained")
