@@ -77,6 +77,7 @@ def test_knn_is_that_of_scikit_learn(tmp_path: Path) -> None:
     assert (Path(train) / "runs" / f"{found['run_id']}.json").exists()
 
 
+@pytest.mark.slow
 def test_without_a_test_store_images_are_told_apart_by_the_others(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", 90, 1)
     vectors, labels = embeddings_of(store)

@@ -336,6 +336,7 @@ def test_nothing_depends_on_the_clock(undisturbed: tuple[Path, Path], tmp_path: 
 # files that are not what was listed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray")
 def test_files_that_vanish_or_change_between_listing_and_reading(
     photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

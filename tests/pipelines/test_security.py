@@ -55,7 +55,7 @@ HOSTILE = [
     "\u202egpj.exe.jpg".encode(),  # turns the direction of writing
     b"not \xff\xfe text.jpg",
     b"$(touch owned).jpg",
-    b"..%2f..%2fup.jpg",
+    b"up%2f..%2f..%2f.jpg",
 ]
 
 
