@@ -126,4 +126,4 @@ def test_photos_of_a_kind_are_nearer_than_with_random_weights(data: Path, tmp_pa
         store = str(tmp_path / weights)
         assert extract.run(config, input=str(data / "imagenette" / "val"), store=store).extracted == 500
         accuracy[weights] = classify.run(config, task="knn", store=store).accuracy["10"]
-    assert accuracy["pretrained"] > accuracy["random"] + 0.1, accuracy
+    assert accuracy["pretrained"] > accuracy["random"] + 0.05, accuracy  # twice the standard error
