@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from pipelines import storage
 from pipelines.errors import JobError
 from pipelines.schemas import scale_column
 from pipelines.shards import decode
+from pipelines.tables import group_may_hold
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _read_shard(
         columns.append(scale_column(column))
     ids = sorted(wanted)
     for index in range(parquet.num_row_groups):
-        if not _may_hold(parquet.metadata.row_group(index), ids):
+        if not group_may_hold(parquet.metadata.row_group(index), ids):
             continue
         rows = parquet.read_row_group(index, columns=columns)
         rows = rows.filter(pc.is_in(rows["image_id"], value_set=pa.array(ids, pa.string())))
@@ -117,14 +117,6 @@ def _read_shard(
             if complete:  # an image that is not is reported as missing
                 maps.places[image_id] = (len(maps.descriptors) - 1, first, grid)
             first = end
-
-
-def _may_hold(row_group: Any, sorted_ids: list[str]) -> bool:
-    statistics = row_group.column(0).statistics
-    if statistics is None or not statistics.has_min_max:
-        return True
-    at = bisect_left(sorted_ids, statistics.min)
-    return at < len(sorted_ids) and sorted_ids[at] <= statistics.max
 
 
 class CountedFile(io.RawIOBase):

@@ -11,6 +11,7 @@ import json
 import os
 import time
 import uuid
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -51,10 +52,7 @@ class DataFile:
 
     def may_hold(self, sorted_ids: Sequence[str]) -> bool:
         """Whether any of `sorted_ids` lies in this file's key range."""
-        from bisect import bisect_left
-
-        at = bisect_left(sorted_ids, self.min_id)
-        return at < len(sorted_ids) and sorted_ids[at] <= self.max_id
+        return _any_between(sorted_ids, self.min_id, self.max_id)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -280,6 +278,19 @@ class Table:
                 rows = rows.filter(pc.is_in(rows["image_id"], value_set=value_set))
                 found.append(rows.append_column("file", pa.array([path] * len(rows), pa.string())).cast(schema))
         return pa.concat_tables(found)
+
+
+def group_may_hold(row_group: Any, sorted_ids: Sequence[str]) -> bool:
+    """Whether any of `sorted_ids` lies in the key range of a row group, as its metadata say."""
+    statistics = row_group.column(0).statistics
+    if statistics is None or not statistics.has_min_max:
+        return True
+    return _any_between(sorted_ids, statistics.min, statistics.max)
+
+
+def _any_between(sorted_ids: Sequence[str], low: str, high: str) -> bool:
+    at = bisect_left(sorted_ids, low)
+    return at < len(sorted_ids) and sorted_ids[at] <= high
 
 
 def write_parquet(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +10,7 @@ import pyarrow.compute as pc
 
 from pipelines import storage
 from pipelines.errors import JobError
-from pipelines.tables import Table, open_parquet
+from pipelines.tables import Table, group_may_hold, open_parquet
 
 FILES_LOOKED_AT = 64  # of a table, where any rows will do
 ROWS_LOOKED_AT = 4_096  # of each of them
@@ -35,7 +33,7 @@ def rows_of(table: Table, keys: Iterable[str], columns: Sequence[str], files: It
         try:
             with open_parquet(uri, table.options) as parquet:
                 for group in range(parquet.num_row_groups):
-                    if not _may_hold(parquet.metadata.row_group(group), wanted):
+                    if not group_may_hold(parquet.metadata.row_group(group), wanted):
                         continue
                     rows = parquet.read_row_group(group, columns=list(dict.fromkeys([table.key, *columns])))
                     rows = rows.filter(pc.is_in(rows[table.key], value_set=value_set))
@@ -67,11 +65,3 @@ def row_count(table: Table) -> int:
 
 def _many(files: Sequence[str]) -> bool:
     return len(files) > FILES_LOOKED_AT
-
-
-def _may_hold(row_group: Any, sorted_keys: list[str]) -> bool:
-    statistics = row_group.column(0).statistics
-    if statistics is None or not statistics.has_min_max:
-        return True
-    at = bisect_left(sorted_keys, statistics.min)
-    return at < len(sorted_keys) and sorted_keys[at] <= statistics.max

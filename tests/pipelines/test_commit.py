@@ -131,9 +131,9 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, raced: Table, error: Exception, *
         if delta is raced._delta and not calls:
             calls.append(1)
             if landed:
-                original(delta, *arguments, **named)  # type: ignore[arg-type]
+                original(delta, *arguments, **named)
             raise error
-        original(delta, *arguments, **named)  # type: ignore[arg-type]
+        original(delta, *arguments, **named)
 
     monkeypatch.setattr(DeltaTable, "create_write_transaction", transaction)
     monkeypatch.setattr("pipelines.tables.FIRST_PAUSE_SECONDS", 0)

@@ -143,6 +143,12 @@ def test_what_is_listed_and_fetched_is_whole(s3: S3Server, proxy: FaultyProxy, p
     assert sum(proxy.injected.values()) > 5
 
 
+def once(kind: str) -> Callable[[str, str], str | None]:
+    """One fault, at the first request."""
+    left = iter([kind])
+    return lambda method, path: next(left, None)
+
+
 def test_a_listing_is_whole_or_a_sentence(s3: S3Server, proxy: FaultyProxy, place: str) -> None:
     fs = file_system(s3)
     for n in range(5):
@@ -152,8 +158,7 @@ def test_a_listing_is_whole_or_a_sentence(s3: S3Server, proxy: FaultyProxy, plac
         list_images(f"s3://{place}", storage_options=proxy.server.options)
     assert "\n" not in str(raised.value)
     for kind in ("truncate", "lose", "refuse", "503"):
-        faults = iter([kind])
-        proxy.plan = lambda method, path, faults=faults: next(faults, None)  # type: ignore[misc]
+        proxy.plan = once(kind)
         assert len(list_images(f"s3://{place}", storage_options=proxy.server.options).table) == 5, kind
 
 

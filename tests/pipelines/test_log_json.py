@@ -136,12 +136,12 @@ def test_warnings_records_and_prints_of_libraries_are_lines(
 ) -> None:
     def noisy(*arguments: object, **more: object) -> Any:
         warnings.warn("the weather\nchanges", UserWarning, stacklevel=1)
-        logging.getLogger("some.library").warning("disk %s is slow", "sda")
-        logging.getLogger("some.library").info("nothing of interest")
+        logging.getLogger("another_package").warning("disk %s is slow", "sda")
+        logging.getLogger("another_package").info("nothing of interest")
         try:
             raise OSError("gone")
         except OSError:
-            logging.getLogger("some.library").exception("a read failed")
+            logging.getLogger("another_package").exception("a read failed")
         print("12 %\r50 %\r100 %\n\nprinted, and", file=sys.stderr)
         print("not ended", end="", file=sys.stderr)
         return checked
@@ -153,7 +153,7 @@ def test_warnings_records_and_prints_of_libraries_are_lines(
     lines = [line for line in lines_of(result.stderr) if line["event"] == "message"]
     warned, slow, failed, *printed = lines
     assert warned["level"] == "warning" and "UserWarning: the weather changes" in warned["message"]
-    assert (slow["message"], slow["logger"]) == ("disk sda is slow", "some.library")
+    assert (slow["message"], slow["logger"]) == ("disk sda is slow", "another_package")
     assert failed["level"] == "error" and "OSError: gone" in failed["traceback"]
     assert [line["message"] for line in printed[:4]] == ["12 %", "50 %", "100 %", "printed, and"]
     assert "not ended" in result.stderr

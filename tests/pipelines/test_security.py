@@ -196,10 +196,6 @@ def run_within(mib: int, program: str, *arguments: object) -> str:
     return done.stdout
 
 
-needs_limits = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
-
-
-@needs_limits
 def test_archives_and_files_that_claim_or_have_terabytes_take_no_memory(tmp_path: Path, little_memory: int) -> None:
     good = tmp_path / "good.jpg"
     photo(1).save(good)
@@ -247,7 +243,6 @@ def test_archives_and_files_that_claim_or_have_terabytes_take_no_memory(tmp_path
     assert "it ends inside lying.jpg" in said["lying.tar"]
 
 
-@needs_limits
 @pytest.mark.parametrize("kind", ["plain", pytest.param("struct", marks=pytest.mark.slow)])
 def test_an_image_repeated_in_a_parquet_file_takes_the_place_of_one(
     tmp_path: Path, little_memory: int, kind: str
@@ -312,7 +307,6 @@ def image_bombs() -> dict[str, bytes]:
     }
 
 
-@needs_limits
 @pytest.mark.slow  # test_decoding.py has two such files, in no time
 def test_images_that_ask_for_gigabytes_take_no_memory(tmp_path: Path, little_memory: int) -> None:
     good = tmp_path / "good.jpg"
