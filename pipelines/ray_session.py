@@ -30,6 +30,9 @@ def ray_session(run: RunSettings) -> Iterator[dict[str, float]]:
         RequestError: an address that Ray Data cannot work through.
         JobError: the cluster cannot be reached.
     """
+    if _Open.resources is not None:  # of a pipeline, whose jobs share it
+        yield dict(_Open.resources)
+        return
     address = run.address or os.environ.get("RAY_ADDRESS") or "local"
     _check_address(address)
     _check_metrics_port(run.metrics_port, address)
@@ -41,9 +44,6 @@ def ray_session(run: RunSettings) -> Iterator[dict[str, float]]:
 
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # after the import, which sets them
-    if _Open.resources is not None and ray.is_initialized():  # of a pipeline, whose jobs share it
-        yield dict(_Open.resources)
-        return
     ours = not ray.is_initialized()
     with native_stderr_hidden():
         yield from _session(run, address, ours)
