@@ -9,6 +9,7 @@ takes no other image with it.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -158,9 +159,10 @@ def extract_pending(
                 reports = stream_reports(
                     undone, block_size, layout, store, config, result.run_id, apart=work.attempt > 1
                 )
-                for shard_report in reports:
-                    progress.advance(shard_report.done, shard_report.failed)
-                    work.take(shard_report)
+                with contextlib.closing(reports):  # else Ray Data ends it when Ray has gone, and starts another one
+                    for shard_report in reports:
+                        progress.advance(shard_report.done, shard_report.failed)
+                        work.take(shard_report)
                 work.commit()
             work.give_up()
         finally:

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -21,7 +23,8 @@ from small_runs import as_options, photo, settings
 from stores import descriptors, sound
 
 from dino_ops import Extractor
-from pipelines import extract, stats
+from pipelines import extract, stats, workers
+from pipelines.errors import JobError
 from pipelines.extract import Result
 
 pytestmark = pytest.mark.usefixtures("ray")
@@ -334,3 +337,35 @@ def test_a_failing_write_is_tried_again(
     result = run(photos(8), store)
     assert marker.exists() and (result.extracted, result.failed) == (8, 0)
     assert sound(store).unreferenced_files == 0, "what the failed write began is removed"
+
+
+def test_a_run_that_fails_ends_its_work_before_ray_ends(
+    photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Data that is told to stop after Ray has gone starts another Ray, and hangs."""
+    order: list[str] = []
+    stream_reports, ray_session = workers.stream_reports, extract.ray_session
+
+    def stream(*given: Any, **named: Any) -> Iterator[Any]:
+        try:
+            yield from stream_reports(*given, **named)
+        finally:
+            order.append("the work ends")
+
+    @contextmanager
+    def session(*given: Any) -> Iterator[Any]:
+        with ray_session(*given) as resources:
+            try:
+                yield resources
+            finally:
+                order.append("Ray ends")
+
+    def fail(*given: Any) -> None:
+        raise JobError("the storage is gone")
+
+    monkeypatch.setattr(workers, "stream_reports", stream)
+    monkeypatch.setattr(extract, "ray_session", session)
+    monkeypatch.setattr(extract.PendingWork, "take", fail)
+    with pytest.raises(JobError, match="the storage is gone"):
+        run(photos(4), tmp_path / "store")
+    assert order == ["the work ends", "Ray ends"]
