@@ -159,7 +159,7 @@ def extract_pending(
                 reports = stream_reports(
                     undone, block_size, layout, store, config, result.run_id, apart=work.attempt > 1
                 )
-                with contextlib.closing(reports):  # else Ray Data ends it when Ray has gone, and starts another one
+                with contextlib.closing(reports):  # while Ray is there
                     for shard_report in reports:
                         progress.advance(shard_report.done, shard_report.failed)
                         work.take(shard_report)

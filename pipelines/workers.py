@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ REPORTS_PER_SECOND = 50  # that the driver should see at most, whatever the numb
 CPUS_OF_A_WORKER = 4.0
 WORKER_START_SECONDS = 4.0  # of a CPU: importing torch, reading weights
 GFLOP_A_CPU_SECOND = 50.0  # float32, one core
+READING_THREADS, READING_THREADS_SECONDS = "iter_threaded", 10.0  # Ray Data's, by name
 NO_PROGRESS_SECONDS = 1800  # a Ray that does nothing for this long is stuck, not slow
 
 
@@ -305,10 +307,19 @@ def _without_deprecation_warning() -> Iterator[None]:
 
 
 def _stream(dataset: Any) -> Iterator[pa.Table]:
-    """The blocks of a dataset as they are made. Raises what `explain_ray_error` makes of Ray's errors."""
+    """The blocks of a dataset as they are made. Raises what `explain_ray_error` makes of Ray's errors.
+
+    Close it while Ray is there: Ray Data that is told later to stop starts another Ray to do so, and hangs.
+    """
     from ray.exceptions import RayError
 
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except RayError as error:
         raise explain_ray_error(error, "the extraction") from None
+    finally:
+        # They live a moment longer than the iterator, and a reference that one of them drops when Ray has gone ends
+        # this process without a word.
+        for thread in threading.enumerate():
+            if thread.name == READING_THREADS:
+                thread.join(READING_THREADS_SECONDS)

@@ -127,7 +127,8 @@ def run(place: Place) -> Ended:
             break
     RUNS["started"] += 1
     RUNS["completed"] += done.returncode == 0
-    assert "Traceback" not in done.stderr and done.returncode in (0, 1), (done.returncode, done.stderr)
+    ended = (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr and done.returncode in (0, 1) and done.stdout, ended
     result = json.loads(done.stdout)
     if done.returncode == 1:
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("dinoray: ")]
