@@ -3,6 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_SLOW := $(VENV)/.installed-slow
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint format bench soak constraints clean
@@ -16,7 +18,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "dinoray needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,s3]'
+	$(PIP_INSTALL) --editable '.[dev,s3]'
+	@touch $@
+
+$(INSTALLED_SLOW): $(INSTALLED)
+	$(PIP_INSTALL) --editable '.[dev,s3,slow]'
 	@touch $@
 
 demo: install  ## Extract features of real photographs into ./demo and query them (also without a model hub)
@@ -25,7 +31,7 @@ demo: install  ## Extract features of real photographs into ./demo and query the
 test: install  ## The tests that matter at every change (minutes)
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: install  ## Those and the slow ones
+test-all: $(INSTALLED_SLOW)  ## Those and the slow ones (an hour or two; installs Spark, Jupyter's kernel, Ray's metrics)
 	$(BIN)/python -m pytest
 
 lint: install  ## Style and types
@@ -49,7 +55,7 @@ bench: install  ## Speed, memory and size as ratios; appends to benchmarks/resul
 soak: install  ## Disturb runs in every way at random moments (SOAK_MINUTES=20 SOAK_SEED=any)
 	SOAK_MINUTES=$(or $(SOAK_MINUTES),20) $(BIN)/python -m pytest -q tests/pipelines/test_soak.py
 
-constraints: install  ## Pin what is installed now
+constraints: $(INSTALLED_SLOW)  ## Pin what is installed now
 	$(BIN)/pip freeze --exclude-editable --exclude dinoray > constraints.txt
 
 clean:  ## Remove what these commands made
