@@ -116,6 +116,8 @@ def _run(report: dict[str, Any]) -> Run:
     seconds = result.get("seconds")
     rate = result.get("images_per_second") or result.get("pairs_per_second")
     counts = ("extracted", "segmented", "matched", "added", "vectors")
+    if result.get("what") == "train":  # of clusters, which adds no images to older ones
+        counts = ("vectors",)
     return Run(
         when=_when(report.get("started_at")),
         command=str(report.get("command", "")),

@@ -370,12 +370,16 @@ def test_failures_and_runs_are_told(tmp_path: Path, made: dict[str, Scene]) -> N
     for number in range(14):
         run = RunReport("extract", store.uri, spec(), f"202601{number + 1:02}T000000Z-000000", {})
         run.finish("done", result={"extracted": number, "images_per_second": 10.0 * number, "seconds": seconds})
+    for number, what in enumerate(("train", "update")):
+        run = RunReport("cluster", store.uri, spec(), f"202602{number + 1:02}T000000Z-000000", {})
+        run.finish("done", result={"what": what, "added": 3 * number, "vectors": 500, "seconds": seconds})
     store.refresh()
     found = contents_of(store).glance
+    assert [run.done for run in found.runs[:2]] == [3, 500], "images of an update, vectors of a training"
     assert [(error, count) for _, error, _, count in found.failures] == [("TruncatedError", 3), ("BombError", 1)]
     assert (found.images, found.failed, found.labels) == (8, 4, [("cat", 4), ("dog", 4)])
-    assert [run.done for run in found.runs] == list(range(13, 1, -1)), "the latest first, no more than fit"
-    assert found.runs[0].per_second == 130 and found.fastest == 130 and found.runs[0].seconds == 4
+    assert [run.done for run in found.runs[2:]] == list(range(13, 3, -1)), "the latest first, no more than fit"
+    assert found.runs[2].per_second == 130 and found.fastest == 130 and found.runs[2].seconds == 4
 
 
 def test_a_store_in_a_bucket(s3: S3Server, tmp_path: Path, made: dict[str, Scene]) -> None:
