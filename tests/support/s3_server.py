@@ -74,7 +74,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         master, volume, filer, s3 = _free_ports(4)
         command = [
             *(program, "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"),
-            *(f"-s3.port={s3}", f"-s3.config={identities}", "-s3.port.iceberg=0"),
+            *(f"-s3.port={s3}", f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
             *(f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"),
             *("-master.volumeSizeLimitMB=256", "-volume.max=50"),
         ]
