@@ -17,19 +17,19 @@ import pyarrow.compute as pc
 
 from pipelines.config import Config
 from pipelines.errors import RequestError
-from pipelines.interrupts import interruptible, uninterrupted
+from pipelines.interrupts import interruptible
 from pipelines.match_tables import VERSIONED, MatchTables, check_settings, matches_uri
+from pipelines.metrics import JobMetrics
 from pipelines.pairs import Pairs, choose_pairs, embeddings_of, scores, unordered_keys
 from pipelines.progress import ProgressLine
 from pipelines.ray_session import ray_session
 from pipelines.runs import RunReport, new_run_id, recorded
 from pipelines.schemas import PAIRS, descriptor_columns
 from pipelines.store import Store
+from pipelines.waiting_reports import WaitingReports
 
 if TYPE_CHECKING:
     from pipelines.match_worker import MatchReport
-
-COMMIT_SHARE = 0.3  # of run.commit_seconds that finished pairs may wait; the rest is the time of a task
 
 
 @dataclass
@@ -203,38 +203,39 @@ class Commits:
     def __init__(self, tables: MatchTables, config: Config, result: Result) -> None:
         self._tables = tables
         self._result = result
-        self._wait_seconds = config.run.commit_seconds * COMMIT_SHARE
-        self._waiting: list[MatchReport] = []
-        self._waiting_since = 0.0
+        self._metrics = JobMetrics("correspond", of="pairs")
+        self._waiting = WaitingReports(config.run.commit_seconds, self._commit)
         self._reads: dict[str, tuple[int, float]] = {}
 
     def take(self, report: MatchReport) -> None:
         """Count a report; commit when what waits has waited long enough."""
         self._reads |= report.reads
-        self._waiting_since = self._waiting_since if self._waiting else time.monotonic()
-        self._waiting.append(report)
-        if time.monotonic() - self._waiting_since >= self._wait_seconds:
-            self.commit()
+        self._metrics.spent(report.seconds)
+        self._waiting.add(report)
+        self._waiting.commit_when_due()
 
     def commit(self) -> None:
         """Commit what waits; an interruption comes after it."""
-        if self._waiting:
-            with uninterrupted():
-                self._commit()
+        self._waiting.commit()
 
-    def _commit(self) -> None:
+    def _commit(self, reports: list[MatchReport]) -> None:
         started = time.monotonic()
-        reports, self._waiting = self._waiting, []
         kept = [rows for report in self._tables.commit(reports, self._result.run_id) for rows in report.kept.values()]
         result, seconds = self._result, self._result.seconds
         result.done_elsewhere += sum(len(report.kept) for report in reports) - len(kept)
         result.matched += len(kept)
         result.matches += sum(kept)
         result.without_matches += kept.count(0)
-        result.bytes_written += sum(report.bytes_written for report in reports)
-        result.bytes_read = sum(read for read, _ in self._reads.values())
+        written = sum(report.bytes_written for report in reports)
+        result.bytes_written += written
+        read = sum(read for read, _ in self._reads.values())
+        self._metrics.read(read - result.bytes_read)
+        result.bytes_read = read
         seconds["read"] = sum(spent for _, spent in self._reads.values())
         for report in reports:
             for stage, spent in report.seconds.items():
                 seconds[stage] = seconds.get(stage, 0.0) + spent
-        seconds["commit"] = seconds.get("commit", 0.0) + time.monotonic() - started
+        took = time.monotonic() - started
+        seconds["commit"] = seconds.get("commit", 0.0) + took
+        self._metrics.spent({"commit": took})
+        self._metrics.committed(len(kept), written)

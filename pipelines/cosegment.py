@@ -25,7 +25,8 @@ from pipelines.cosegment_tables import VERSIONED, PartTables, SegmentReport, che
 from pipelines.cosegment_tasks import PendingSet, stream_reports
 from pipelines.cosegment_worker import SegmentSetup
 from pipelines.errors import JobError, RequestError
-from pipelines.interrupts import interruptible, uninterrupted
+from pipelines.interrupts import interruptible
+from pipelines.metrics import JobMetrics
 from pipelines.patch_maps import ImagePlace
 from pipelines.progress import ProgressLine
 from pipelines.ray_session import explain_ray_error, ray_session
@@ -33,8 +34,8 @@ from pipelines.runs import RunReport, new_run_id, recorded
 from pipelines.schemas import PARTS_IMAGES, descriptor_columns
 from pipelines.store import Store
 from pipelines.stored_images import locate
+from pipelines.waiting_reports import WaitingReports
 
-COMMIT_SHARE = 0.3  # of run.commit_seconds that finished masks may wait; the rest is the time of a task
 MOST_FAILED_SHOWN = 3
 
 
@@ -328,9 +329,8 @@ class Commits:
     def __init__(self, tables: PartTables, config: Config, result: Result) -> None:
         self._tables = tables
         self._result = result
-        self._wait_seconds = config.run.commit_seconds * COMMIT_SHARE
-        self._waiting: list[SegmentReport] = []
-        self._waiting_since = 0.0
+        self._metrics = JobMetrics("cosegment")
+        self._waiting = WaitingReports(config.run.commit_seconds, self._commit)
 
     def take(self, report: SegmentReport) -> None:
         """Count a report; commit when what waits has waited long enough."""
@@ -340,29 +340,28 @@ class Commits:
         result.bytes_written += report.bytes_written
         for stage, spent in report.seconds.items():
             result.seconds[stage] = result.seconds.get(stage, 0.0) + spent
-        if not report.images:
-            return
-        self._waiting_since = self._waiting_since if self._waiting else time.monotonic()
-        self._waiting.append(report)
-        if time.monotonic() - self._waiting_since >= self._wait_seconds:
-            self.commit()
+        self._metrics.spent(report.seconds)
+        self._metrics.read(report.bytes_read)
+        if report.images:
+            self._waiting.add(report)
+            self._waiting.commit_when_due()
 
     def commit(self) -> None:
         """Commit what waits; an interruption comes after it."""
-        if self._waiting:
-            with uninterrupted():
-                self._commit()
+        self._waiting.commit()
 
-    def _commit(self) -> None:
+    def _commit(self, reports: list[SegmentReport]) -> None:
         started = time.monotonic()
-        reports, self._waiting = self._waiting, []
         kept = sum(len(report.keys) for report in self._tables.commit(reports, self._result.run_id))
         result = self._result
         result.segmented += kept
         result.done_elsewhere += sum(len(report.keys) for report in reports) - kept
         result.without_foreground += sum(report.without_foreground for report in reports)
         result.noted += sum(report.noted for report in reports)
-        result.seconds["commit"] = result.seconds.get("commit", 0.0) + time.monotonic() - started
+        seconds = time.monotonic() - started
+        result.seconds["commit"] = result.seconds.get("commit", 0.0) + seconds
+        self._metrics.spent({"commit": seconds})
+        self._metrics.committed(kept, sum(report.bytes_written for report in reports))
 
 
 def _about_failed(result: Result) -> str:

@@ -24,20 +24,20 @@ from pipelines.commit import Committer, drop_images
 from pipelines.config import Config
 from pipelines.errors import RequestError
 from pipelines.failures import STORAGE_ERROR, failure_row
-from pipelines.interrupts import interruptible, uninterrupted
-from pipelines.metrics import ImageMetrics
+from pipelines.interrupts import interruptible
+from pipelines.metrics import JobMetrics
 from pipelines.progress import ProgressLine
 from pipelines.ray_session import ray_session
 from pipelines.runs import RunReport, new_run_id, recorded
 from pipelines.shards import ShardReport
 from pipelines.store import Plan, Store, refuse_memory
 from pipelines.tables import explain_write_error
+from pipelines.waiting_reports import WaitingReports
 
 if TYPE_CHECKING:
     from pipelines.workers import ModelFacts
 
 SMALL_BLOCK = 8  # images tried together after their worker died
-COMMIT_SHARE = 0.3  # of run.commit_seconds that a finished shard may wait; the rest is the shard's own time
 
 
 @dataclass
@@ -146,7 +146,7 @@ def extract_pending(
     from pipelines.workers import plan_workers, stream_reports  # Ray and torch are needed from here on
 
     with ray_session(config.run) as resources, interruptible(), ProgressLine(len(plan.pending)) as progress:
-        work = PendingWork(store, plan, config, result, ImageMetrics(command))
+        work = PendingWork(store, plan, config, result, JobMetrics(command))
         layout = plan_workers(resources, config, facts, len(plan.pending))
         began = time.monotonic()
         try:
@@ -175,7 +175,7 @@ class PendingWork:
     """Which pending images are settled, and the reports that wait for the next commit."""
 
     def __init__(
-        self, store: Store, plan: Plan, config: Config, result: Result, metrics: ImageMetrics | None = None
+        self, store: Store, plan: Plan, config: Config, result: Result, metrics: JobMetrics | None = None
     ) -> None:
         self._metrics = metrics
         self.pending = plan.pending
@@ -184,9 +184,7 @@ class PendingWork:
         self._committer = Committer(store, result.run_id, plan.changed)
         self._result = result
         self._store = store
-        self._wait_seconds = config.run.commit_seconds * COMMIT_SHARE
-        self._waiting: list[ShardReport] = []
-        self._waiting_since = 0.0
+        self._waiting = WaitingReports(config.run.commit_seconds, self._commit)
         self._errors: dict[int, dict[str, Any]] = {}  # position -> what went wrong last
 
     def undone(self) -> pa.Table:
@@ -215,20 +213,15 @@ class PendingWork:
             self.settled[[failure["position"] for failure in report.failures]] = True
             if report.images:
                 self.settled[report.positions] = True
-            self._waiting_since = self._waiting_since if self._waiting else time.monotonic()
-            self._waiting.append(report)
-        if self._waiting and time.monotonic() - self._waiting_since >= self._wait_seconds:
-            self.commit()
+            self._waiting.add(report)
+        self._waiting.commit_when_due()
 
     def commit(self) -> None:
         """Commit what waits; an interruption comes after it."""
-        if self._waiting:
-            with uninterrupted():
-                self._commit()
+        self._waiting.commit()
 
-    def _commit(self) -> None:
+    def _commit(self, reports: list[ShardReport]) -> None:
         started = time.monotonic()
-        reports, self._waiting = self._waiting, []
         positions = [p for report in reports for p in report.positions]
         positions += [failure["position"] for report in reports for failure in report.failures]
         rows = self.pending.take(pa.array(positions, pa.int64())).to_pylist()

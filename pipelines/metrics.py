@@ -9,40 +9,40 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 BUSY_SECONDS = 10.0  # over which the busy ratio of a device is taken
 
 
-class ImageMetrics:
-    """Counters of a job over images. Made inside a Ray session; kept by the driver, from what workers report."""
+class JobMetrics:
+    """Counters of a job over images or pairs. Made inside a Ray session; kept by the driver, from workers' reports."""
 
-    def __init__(self, command: str) -> None:
+    def __init__(self, command: str, of: Literal["images", "pairs"] = "images") -> None:
         from ray.util.metrics import Counter
 
         def counter(name: str, about: str, *tags: str) -> Any:
             made = Counter(f"dinoray_{name}_total", description=about, tag_keys=("command", *tags))
             return made.set_default_tags({"command": command})
 
-        self._images = counter("images", "Images whose rows were committed.")
+        self._done = counter(of, f"{of.capitalize()} whose rows were committed.")
         self._failed = counter("images_failed", "Images that were recorded as failures.", "stage", "error")
-        self._read = counter("read_bytes", "Bytes of image files that were read.")
+        self._read = counter("read_bytes", "Bytes of image files, or of tables, that were read.")
         self._written = counter("written_bytes", "Bytes of table files that were committed.")
         self._seconds = counter("stage_seconds", "Seconds spent, summed over workers.", "stage")
 
     def spent(self, seconds: Mapping[str, float]) -> None:
-        """stage -> seconds: fetch, decode, model, write, commit."""
+        """stage -> seconds, such as those of fetch, decode, model, write and commit."""
         for stage, value in seconds.items():
             _add(self._seconds, value, stage=stage)
 
     def read(self, size: int) -> None:
         _add(self._read, size)
 
-    def committed(self, images: int, size: int, failures: Mapping[tuple[str, str], int]) -> None:
-        """failures: (stage, error) -> images."""
-        _add(self._images, images)
+    def committed(self, done: int, size: int, failures: Mapping[tuple[str, str], int] | None = None) -> None:
+        """done: images or pairs. size: bytes. failures: (stage, error) -> images."""
+        _add(self._done, done)
         _add(self._written, size)
-        for (stage, error), count in failures.items():
+        for (stage, error), count in (failures or {}).items():
             _add(self._failed, count, stage=stage, error=error)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -154,7 +154,7 @@ def _block_size(config: Config, facts: ModelFacts, images: int, workers: int) ->
 
 def stream_reports(
     rows: pa.Table, block_size: int, layout: Layout, store: Store, config: Config, run_id: str, *, apart: bool
-) -> Iterator[ShardReport]:
+) -> Generator[ShardReport]:
     """Extract listing rows (with `position`) in blocks and yield what the workers report.
 
     A block whose worker dies is dropped here: the caller sees that its images are still undone.

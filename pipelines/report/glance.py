@@ -115,7 +115,7 @@ def _run(report: dict[str, Any]) -> Run:
     result = report.get("result") or {}
     seconds = result.get("seconds")
     rate = result.get("images_per_second") or result.get("pairs_per_second")
-    counts = ("extracted", "segmented", "matched", "added", "vectors")
+    counts: tuple[str, ...] = ("extracted", "segmented", "matched", "added", "vectors")
     if result.get("what") == "train":  # of clusters, which adds no images to older ones
         counts = ("vectors",)
     return Run(

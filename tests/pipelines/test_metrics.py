@@ -18,12 +18,12 @@ from small_runs import SMALL_MODEL, settings
 
 from pipelines import metrics
 from pipelines.errors import RequestError
-from pipelines.metrics import BusyDevice, ImageMetrics
+from pipelines.metrics import BusyDevice, JobMetrics
 from pipelines.ray_session import METRICS_PACKAGES, ray_session
 
 EXTRACT_AND_READ = """
 import json, sys, time, urllib.request
-from pipelines import extract
+from pipelines import correspond, cosegment, extract
 from pipelines.config import load_config
 from pipelines.ray_session import ray_session
 
@@ -31,13 +31,16 @@ folder, store, port, *overrides = sys.argv[1:]
 config = load_config([], [*overrides, f"run.metrics_port={port}"])
 with ray_session(config.run):
     result = extract.run(config, input=folder, store=store)
+    pairs = correspond.run(config, store=store, name="all", pairs="all")
+    parts = cosegment.run(config, store=store, name="parts", sets="label")
     no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     until = time.monotonic() + 60
     text = ""
-    while time.monotonic() < until and 'stage="commit"' not in text:
+    while time.monotonic() < until and text.count('stage="commit"') < 3:
         time.sleep(1)
         text = no_proxy.open(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-print(json.dumps({"result": result.as_dict(), "text": text}))
+results = {"extract": result.as_dict(), "correspond": pairs.as_dict(), "cosegment": parts.as_dict()}
+print(json.dumps({"results": results, "text": text}))
 """
 
 
@@ -85,7 +88,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
 
 
 def test_counts_add_up_by_stage_and_reason(counted: dict[tuple[str, ...], float]) -> None:
-    job = ImageMetrics("extract")
+    job = JobMetrics("extract")
     for _ in range(2):
         job.spent({"fetch": 0.5, "model": 2.0, "write": 0.0})
         job.read(1000)
@@ -161,7 +164,7 @@ def test_the_endpoint_serves_what_the_report_says(photos: Callable[..., Path], t
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout.splitlines()[-1])
-    result = content["result"]
+    result, pairs, parts = (content["results"][job] for job in ("extract", "correspond", "cosegment"))
     samples = [sample for family in text_string_to_metric_families(content["text"]) for sample in family.samples]
     ours = [sample for sample in samples if sample.name.startswith("ray_dinoray_")]
     assert ours and not any(str(tmp_path) in value for sample in ours for value in sample.labels.values())
@@ -174,7 +177,13 @@ def test_the_endpoint_serves_what_the_report_says(photos: Callable[..., Path], t
     assert value("images_total", command="extract") == result["extracted"] == 6
     assert result["failures_by_reason"] == {"decode: ImageError": 1}
     assert value("images_failed_total", stage="decode", error="ImageError") == 1
-    assert value("read_bytes_total") == result["bytes_read"] > 0
-    assert value("written_bytes_total") == result["bytes_written"] > 0
+    assert value("pairs_total", command="correspond") == pairs["matched"] > 0
+    assert value("images_total", command="cosegment") == parts["segmented"] == 6
+    for command, of_job in content["results"].items():
+        assert value("read_bytes_total", command=command) == of_job["bytes_read"] > 0
+        assert value("written_bytes_total", command=command) == of_job["bytes_written"] > 0
+        stages = {sample.labels.get("stage") for sample in ours if sample.labels.get("command") == command}
+        assert "commit" in stages
     for stage in ("fetch", "decode", "model", "write", "commit"):
-        assert value("stage_seconds_total", stage=stage) == pytest.approx(result["seconds"][stage], abs=1e-3)
+        found = value("stage_seconds_total", command="extract", stage=stage)
+        assert found == pytest.approx(result["seconds"][stage], abs=1e-3)

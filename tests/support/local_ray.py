@@ -31,6 +31,19 @@ class RayTaskError(RayError):
         self.cause = cause
 
 
+class Counter:
+    """Of ray.util.metrics, which nobody asks for its value here."""
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        pass
+
+    def set_default_tags(self, tags: dict[str, str]) -> Counter:
+        return self
+
+    def inc(self, value: float, tags: dict[str, str]) -> None:
+        pass
+
+
 class Task:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -61,11 +74,12 @@ def wait(references: list[Reference], num_returns: int = 1) -> tuple[list[Refere
 
 def use_local_ray(monkeypatch: pytest.MonkeyPatch, job: ModuleType, **resources: float) -> None:
     """Let a job's `ray_session` and `import ray` do everything in this process."""
-    ray, exceptions = ModuleType("ray"), ModuleType("ray.exceptions")
+    ray, exceptions, metrics = (ModuleType(name) for name in ("ray", "ray.exceptions", "ray.util.metrics"))
     vars(ray).update(remote=Task, get=get, put=Reference, wait=wait, exceptions=exceptions)
     vars(exceptions).update(RayError=RayError)
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)
+    vars(metrics).update(Counter=Counter)
+    for module in (ray, exceptions, metrics):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
 
     @contextmanager
     def session(_: Any) -> Iterator[dict[str, float]]:

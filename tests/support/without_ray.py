@@ -77,5 +77,5 @@ def ray_session(*_: Any, **__: Any) -> Iterator[dict[str, float]]:
 if __name__ == "__main__":
     vars(workers).update(stream_reports=stream_reports, model_facts=model_facts)
     vars(stages).update(make_extractor=Colours)
-    vars(extract).update(ray_session=ray_session, ImageMetrics=lambda command: None)
+    vars(extract).update(ray_session=ray_session, JobMetrics=lambda command: None)
     cli.main()
