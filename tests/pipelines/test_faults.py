@@ -314,7 +314,7 @@ def test_a_node_of_the_cluster_is_killed(undisturbed: tuple[Path, Path], tmp_pat
 def test_a_disk_that_fills_in_mid_run(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
     source, expected = undisturbed
     disk = tmp_path / "disk"
-    with mounted(disk, "size=2m"):
+    with mounted(disk, "size=500k"):
         ended = run(place := Place(str(source), str(disk / "store")))
         assert ended.code == 1 and "is full: free some space and run the same command again" in ended.error
         assert verify.run(settings(), store=str(disk / "store")).problems == []
