@@ -67,7 +67,7 @@ class Soak:
         self.expected = folder / "expected"
         finish(Place(str(self.source), str(self.expected), overrides=self.joining, with_ray=WITH_RAY))
         self._put(self.source)
-        clean = Place(f"{self.prefix}/in", f"{self.prefix}/expected", server, self.joining, with_ray=WITH_RAY)
+        clean = self._in_bucket("expected", server)
         finish(clean)
         self.expected_in_bucket = local_copy(clean, server, folder / "expected-in-bucket")
 
@@ -100,8 +100,13 @@ class Soak:
     def remote(self, share: float) -> Place:
         self.rounds += 1
         self.proxy.plan = by_chance(self.random.randrange(2**32), share)
-        store = f"{self.prefix}/store{self.rounds}"
-        return Place(f"{self.prefix}/in", store, self.proxy.server, self.joining, with_ray=WITH_RAY)
+        return self._in_bucket(f"store{self.rounds}", self.proxy.server)
+
+    def _in_bucket(self, store: str, server: S3Server) -> Place:
+        """Settings reach the workers of a cluster that was started before, the driver's environment does not."""
+        reaching = (f"storage.options.{key}={value}" for key, value in server.options.items())
+        overrides = (*self.joining, *reaching)
+        return Place(f"{self.prefix}/in", f"{self.prefix}/{store}", server, overrides, with_ray=WITH_RAY)
 
     def check(self, place: Place, *, attempts: int = 2, versions: bool = True) -> None:
         """The same command completes, and what it leaves is right."""
