@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipelines.aws_profile import profile_options
 from pipelines.errors import DinorayError, JobError, RequestError
 from pipelines.sources.errors import InputError, drivers_own, failed_storage
 from pipelines.sources.errors import said as said
@@ -72,7 +73,8 @@ def delta_options(uri: str, options: Options | None = None) -> dict[str, str]:
     """fsspec's storage options for `uri`, as delta-rs names them.
 
     Keys that delta-rs knows already (`AWS_...`, `GOOGLE_...`, `AZURE_...`) pass unchanged. Without options both
-    libraries read the usual environment variables. S3 commits use conditional puts (`If-None-Match`).
+    libraries read the usual environment variables and AWS's configuration files. S3 commits use conditional puts
+    (`If-None-Match`).
     """
     given = dict(options or {})
     result = {key: str(value) for key, value in given.items() if key.upper().startswith(DELTA_PREFIXES)}
@@ -86,6 +88,10 @@ def delta_options(uri: str, options: Options | None = None) -> dict[str, str]:
             "region_name": "AWS_REGION",
         }
         result |= {delta: str(client[ours]) for ours, delta in named.items() if client.get(ours)}
+        if given.get("anon"):
+            result.setdefault("AWS_SKIP_SIGNATURE", "true")
+        elif not result.keys() & {"AWS_ACCESS_KEY_ID", "aws_access_key_id"}:
+            result = profile_options(given.get("profile")) | result
         endpoint = result.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL", "")
         if endpoint.startswith("http://"):
             result.setdefault("AWS_ALLOW_HTTP", "true")

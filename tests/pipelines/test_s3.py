@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from s3_server import ACCESS_KEY, BUCKET, REGION, SECRET_KEY, S3Server
-from small_runs import as_options, photo
+from small_runs import SMALL_MODEL, as_options, photo
 
 from pipelines.sources import Listing, fetch, list_images
 
@@ -201,6 +201,11 @@ def test_an_object_that_vanished_is_an_error_without_waiting(s3: S3Server, fs: A
 
 
 def dinoray(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return python("-c", "from pipelines.cli import main; main()", *arguments, environment=environment)
+
+
+def python(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """In a process that knows no other AWS configuration than this."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
     clean |= {
         "AWS_EC2_METADATA_DISABLED": "true",
@@ -208,7 +213,7 @@ def dinoray(*arguments: str, environment: dict[str, str]) -> subprocess.Complete
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     }
     return subprocess.run(
-        [sys.executable, "-c", "from pipelines.cli import main; main()", *arguments],
+        [sys.executable, *arguments],
         env=clean | environment,
         capture_output=True,
         text=True,
@@ -272,6 +277,32 @@ def test_a_store_in_a_bucket_lives_as_one_on_a_disk_and_keeps_no_secret(
         assert SECRET_KEY.encode() not in path.read_bytes() and ACCESS_KEY.encode() not in path.read_bytes(), path
     for output in outputs:
         assert SECRET_KEY not in output and ACCESS_KEY not in output
+
+
+MAKE_STORE = "import sys; from pipelines.store import Store; from pipelines.config import load_config; " \
+    "Store.create(sys.argv[1], load_config([], sys.argv[2:]))"  # fmt: skip
+
+
+@pytest.mark.parametrize("named_by", ["AWS_PROFILE", "AWS_PROFILE, endpoint apart", "a service of it", "a setting"])
+def test_a_profile_is_enough_for_both_libraries(s3: S3Server, place: str, tmp_path: Path, named_by: str) -> None:
+    """Of fsspec and delta-rs each reads other parts of AWS's configuration files."""
+    credentials, config = tmp_path / "credentials", tmp_path / "config"
+    credentials.write_text(f"[photos]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n")
+    endpoint = f"endpoint_url = {s3.endpoint}"
+    apart = named_by.endswith("apart")
+    if named_by == "a service of it":
+        config.write_text(f"[profile photos]\nregion = {REGION}\nservices = own\n[services own]\ns3 =\n  {endpoint}\n")
+    else:
+        config.write_text(f"[profile photos]\nregion = {REGION}\n{'' if apart else endpoint}\n")
+    environment = {"AWS_CONFIG_FILE": str(config), "AWS_SHARED_CREDENTIALS_FILE": str(credentials)}
+    environment |= {"AWS_ENDPOINT_URL": s3.endpoint} if apart else {}
+    setting = ["storage.options.profile=photos"] if named_by == "a setting" else []
+    environment |= {} if setting else {"AWS_PROFILE": "photos"}
+    store = f"s3://{place}/store"
+    process = python("-c", MAKE_STORE, store, *SMALL_MODEL, *setting, environment=environment)
+    assert process.returncode == 0, process.stderr
+    options = [part for one in setting for part in ("--set", one)]
+    assert result_of(dinoray("verify", store, "--json", *options, environment=environment))["problems"] == []
 
 
 @pytest.fixture
