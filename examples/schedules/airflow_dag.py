@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 
 from airflow import DAG
-from airflow.operators.bash import BashOperator
+from airflow.providers.standard.operators.bash import BashOperator  # of Airflow 3; before it: airflow.operators.bash
 
 with DAG(
     dag_id="dinoray_nightly",
