@@ -311,20 +311,6 @@ def test_a_node_of_the_cluster_is_killed(undisturbed: tuple[Path, Path], tmp_pat
 
 
 @pytest.mark.slow
-def test_workers_that_run_out_of_memory(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
-    """Ray's memory monitor kills whoever works, until the machine has memory again."""
-    source, expected = undisturbed
-    store = tmp_path / "store"
-    no_memory = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "250"}
-    ended = run(Place(str(source), str(store), environment=no_memory))
-    died = ended.result["failures_by_reason"].get("extract: WorkerDied", 0)
-    assert died > 0 and ended.result["extracted"] + ended.result["failed"] == IMAGES + 1
-    assert verify.run(settings(), store=str(store)).problems == []
-    finish(Place(str(source), str(store), flags=("--retry-failed",)))
-    judge(store, expected)
-
-
-@pytest.mark.slow
 def test_a_disk_that_fills_in_mid_run(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
     source, expected = undisturbed
     disk = tmp_path / "disk"

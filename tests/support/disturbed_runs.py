@@ -45,15 +45,13 @@ class Place:
     overrides: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     with_ray: bool = True
-    flags: tuple[str, ...] = ()
 
     @property
     def command(self) -> list[str]:
         program = [str(Path(sys.executable).with_name("dinoray"))]
         if not self.with_ray:
             program = [sys.executable, str(Path(__file__).with_name("without_ray.py"))]
-        settings = as_options(*OPTIONS, *self.overrides)
-        return [*program, "extract", self.source, self.store, "--json", *self.flags, *settings]
+        return [*program, "extract", self.source, self.store, "--json", *as_options(*OPTIONS, *self.overrides)]
 
     @property
     def variables(self) -> dict[str, str]:
