@@ -48,7 +48,9 @@ def print_estimate(result: Any) -> None:
     print(f"{read}{decimal(sum(result.bytes.values()))} to store ({tables}; {each} an image)")
     print(f"{result.patches:,} patches; {result.gflop_per_image:,.2f} GFLOP an image, {result.tflop:,.1f} TFLOP in all")
     measured = f"measured on {result.sample} images"
-    print(f"here ({result.device}): {result.images_per_second:,.1f} images/s, {_hours(result.hours)} ({measured})")
+    start = f"{result.start_seconds:,.0f} s of it to start"
+    rate = f"{result.images_per_second:,.1f} images/s"
+    print(f"here ({result.device}): {rate}, {_hours(result.hours)}, {start} ({measured})")
     if result.named_device:
         rate = f"about {result.named_images_per_second:,.0f} images/s (the {result.named_limited_by} limits)"
         print(f"{result.named_device}: {rate}, {_hours(result.named_hours)}")

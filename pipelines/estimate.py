@@ -17,6 +17,7 @@ import pyarrow as pa
 from pipelines import extract, sources, storage
 from pipelines.config import Config
 from pipelines.errors import RequestError
+from pipelines.projection import exists, images_to_fit
 from pipelines.store import Plan, Store, refuse_memory
 
 SAMPLE = 128
@@ -54,6 +55,7 @@ class Result:
     tflop: float = 0.0
     device: str = ""  # at hand
     images_per_second: float = 0.0  # on it, measured
+    start_seconds: float = 0.0  # of these hours: listing, starting workers, fitting a PCA
     hours: float = 0.0
     named_device: str | None = None
     named_images_per_second: float | None = None
@@ -98,6 +100,7 @@ def run(
     refuse_memory(input, "INPUT")
     result = Result(storage.normalise(store))
     listing = sources.list_images(input, storage_options=config.storage.options, exclude=result.store).table
+    listed_in = time.monotonic() - started
     opened = Store.open_existing(result.store, config)
     pending = (opened.plan(listing) if opened else Plan.of_empty_store(listing)).pending
     result.listed, result.images = len(listing), len(pending)
@@ -105,29 +108,36 @@ def run(
         result.messages.append("STORE has all images of INPUT: there is nothing to extract.")
         return result
     chosen = np.random.default_rng(SEED).permutation(len(pending))[: min(sample, len(pending))]
-    _measure(config, pending.take(pa.array(np.sort(chosen))), result)
+    fitted = opened is not None and exists(opened.uri, config)
+    _measure(config, pending.take(pa.array(np.sort(chosen))), result, fitted=fitted)
+    result.start_seconds = round(result.start_seconds + listed_in, 2)
+    if rate := result.images_per_second:
+        result.hours = (result.start_seconds + result.images / rate) / 3600
     result.source_bytes = _source_bytes(pending)
     if device is not None:
         result.named_device = device
         _reckon(result, DEVICES[device], cpus)
-    hours = result.hours if device is None else result.named_hours
-    if price is not None and hours is not None:
+    here, there = (result.hours, result.images_per_second), (result.named_hours, result.named_images_per_second)
+    hours, rate = here if device is None else there
+    if price is not None and hours and rate:
         result.price_per_hour, result.cost = price, round(price * hours, 2)
-        result.cost_per_million = round(price * hours / len(pending) * 1e6, 2)
+        result.cost_per_million = round(price * 1e6 / rate / 3600, 2)
     result.seconds = round(time.monotonic() - started, 1)
     return result
 
 
-def _measure(config: Config, rows: pa.Table, result: Result) -> None:
-    """Extract the sample; bytes, FLOPs and rate of all images from it."""
+def _measure(config: Config, rows: pa.Table, result: Result, *, fitted: bool) -> None:
+    """Extract the sample; bytes, FLOPs and rate of all images from it. fitted: STORE has its PCA already."""
     from pipelines.workers import model_facts
 
+    began = time.monotonic()
     facts = model_facts(config)
     plan = Plan.of_empty_store(rows.drop_columns(["position"]))
     done = extract.Result(run_id="sample", store=result.store)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Store.create(storage.join(folder, "store"), config)
         extract.extract_pending(scratch, plan, config, done, facts, "estimate")
+        taken = time.monotonic() - began
         scratch.refresh()
         sizes = {name: sum(file.size for file in table.files().values()) for name, table in _tables(scratch)}
         patches = sum(file.rows for file in scratch.patches.files().values())
@@ -146,7 +156,10 @@ def _measure(config: Config, rows: pa.Table, result: Result) -> None:
     result.device = done.device
     rate = done.steady_images_per_second or done.images_per_second
     result.images_per_second = round(rate, 2)
-    result.hours = result.images / rate / 3600 if rate else 0.0
+    if rate:
+        passed_here = len(rows) + images_to_fit(config, len(rows))
+        to_fit = 0 if fitted else images_to_fit(config, result.images)
+        result.start_seconds = max(0.0, taken - passed_here / rate) + to_fit / rate
     if len(rows) < 32:
         result.messages.append(f"Only {len(rows)} images were measured, so the rate is a guess: raise --sample.")
 

@@ -39,6 +39,11 @@ def projection_uri(store: str) -> str:
     return storage.join(store, "projection", "projection.parquet")
 
 
+def images_to_fit(config: Config, images: int) -> int:
+    """How many of so many images a PCA is fitted on; they pass through the model once more than the others."""
+    return min(images, SAMPLE_IMAGES) if config.store.pca is not None else 0
+
+
 def exists(store: str, config: Config) -> bool:
     fs, path = storage.filesystem(projection_uri(store), config.storage.options)
     return fs.exists(path)

@@ -200,7 +200,7 @@ def _fit_projection(rows: pa.Table, layout: Layout, setup: WorkerSetup, store: S
     """Fit the store's PCA on patches of a sample of the images."""
     from dino_ops.pca import fit_pca
 
-    count = min(len(rows), projection.SAMPLE_IMAGES)
+    count = projection.images_to_fit(setup.config, len(rows))
     sample = rows.take(pa.array(np.linspace(0, len(rows) - 1, count).astype(np.int64)))
     dataset = _dataset(sample, max(1, min(FEWEST_IMAGES, count // layout.workers)), report_each=False)
     dataset = _map_with_actors(dataset, SampleWorker, setup, layout.workers, layout.cpus, layout.gpus)

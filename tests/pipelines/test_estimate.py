@@ -35,7 +35,8 @@ def test_bytes_are_those_of_the_real_run(tmp_path: Path, photos: Callable[..., P
     assert said.images == said.listed == 90 and said.sample == 40 and said.failed == 0
     assert said.source_bytes == sum(path.stat().st_size for path in folder.rglob("*.jpg"))
     assert said.patches == pytest.approx(sum(file.rows for file in opened.patches.files().values()), rel=0.01)
-    assert said.images_per_second > 0 and said.hours > 0
+    assert said.images_per_second > 0 and said.start_seconds > 0
+    assert said.hours == pytest.approx((said.start_seconds + 90 / said.images_per_second) / 3600, rel=0.01)
 
     again = estimate.run(config, input=str(folder), store=str(store))
     assert again.images == 0 and "nothing to extract" in again.messages[0]
