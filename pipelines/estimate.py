@@ -111,8 +111,8 @@ def run(
     fitted = opened is not None and exists(opened.uri, config)
     _measure(config, pending.take(pa.array(np.sort(chosen))), result, fitted=fitted)
     result.start_seconds = round(result.start_seconds + listed_in, 2)
-    if rate := result.images_per_second:
-        result.hours = (result.start_seconds + result.images / rate) / 3600
+    if result.images_per_second:
+        result.hours = (result.start_seconds + result.images / result.images_per_second) / 3600
     result.source_bytes = _source_bytes(pending)
     if device is not None:
         result.named_device = device
