@@ -278,7 +278,7 @@ def print_verify(result: Any) -> None:
     print(
         f"{result.store} is sound: {result.images:,} images, {result.patches:,} patches, {result.failures:,} failures"
     )
-    left = f", {result.unreferenced_files} files of unfinished writes (harmless)" if result.unreferenced_files else ""
+    left = f", {result.unreferenced_files} files of older snapshots or unfinished writes (harmless)" if result.unreferenced_files else ""
     print(f"in {result.files} files{left}.")
 
 
