@@ -278,8 +278,8 @@ def print_verify(result: Any) -> None:
     print(
         f"{result.store} is sound: {result.images:,} images, {result.patches:,} patches, {result.failures:,} failures"
     )
-    left = f", {result.unreferenced_files} files of older snapshots or unfinished writes (harmless)" if result.unreferenced_files else ""
-    print(f"in {result.files} files{left}.")
+    beside = f"{result.unreferenced_files} files of older snapshots or unfinished writes (harmless)"
+    print(f"in {result.files} files{f', {beside}' if result.unreferenced_files else ''}.")
 
 
 def print_compact(result: Any) -> None:
