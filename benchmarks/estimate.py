@@ -1,6 +1,8 @@
 """What `estimate` says against what `extract` then takes: bytes, and the time of the whole command.
 
-python -m benchmarks.estimate            (ten minutes on two cores)
+    python -m benchmarks.estimate            (ten minutes on two cores)
+
+Apart from `make bench`, like scale and pretrained, for its time.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ def profile_options(profile: str | None) -> dict[str, str]:
     """delta-rs's options for S3 where no key is given.
 
     profile: storage.options.profile; None is that of AWS_PROFILE, else the default one. Where botocore (which s3fs
-    brings) is not installed, or there is no such profile, nothing is added: s3fs is who says so.
+    brings) is not installed, or there is no such profile, nothing is read of the files: s3fs is who says so.
     """
     result: dict[str, str] = {}
     if "AWS_ACCESS_KEY_ID" not in os.environ or profile:
@@ -30,11 +30,11 @@ def profile_options(profile: str | None) -> dict[str, str]:
         result |= _credentials(session) if profile else {}
     except BotoCoreError:
         return result
-    services = session.full_config.get("services", {}).get(settings.get("services"), {})
+    own = session.full_config.get("services", {}).get(settings.get("services"), {}).get("s3")
     endpoint = (
         os.environ.get("AWS_ENDPOINT_URL_S3")
         or os.environ.get("AWS_ENDPOINT_URL")
-        or services.get("s3", {}).get("endpoint_url")
+        or (own.get("endpoint_url") if isinstance(own, dict) else None)  # a line of the file that is wrong is text
         or settings.get("endpoint_url")
     )
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or settings.get("region")

@@ -62,7 +62,7 @@ class Result:
     named_limited_by: str | None = None  # model | decoding
     named_hours: float | None = None
     price_per_hour: float | None = None
-    cost_per_million: float | None = None  # images, on the named device, else on the one at hand
+    cost_per_million: float | None = None  # images, on the named device, else on the one at hand, once it runs
     cost: float | None = None
     seconds: float = 0.0  # that this took
     messages: list[str] = field(default_factory=list)

@@ -88,10 +88,12 @@ def delta_options(uri: str, options: Options | None = None) -> dict[str, str]:
             "region_name": "AWS_REGION",
         }
         result |= {delta: str(client[ours]) for ours, delta in named.items() if client.get(ours)}
+        named_already = {key.upper() for key in result}  # delta-rs takes either case, and of both any one
         if given.get("anon"):
-            result.setdefault("AWS_SKIP_SIGNATURE", "true")
-        elif not result.keys() & {"AWS_ACCESS_KEY_ID", "aws_access_key_id"}:
-            result = profile_options(given.get("profile")) | result
+            result["AWS_SKIP_SIGNATURE"] = "true"
+        elif "AWS_ACCESS_KEY_ID" not in named_already:
+            found = profile_options(given.get("profile"))
+            result |= {key: value for key, value in found.items() if key not in named_already}
         endpoint = result.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL", "")
         if endpoint.startswith("http://"):
             result.setdefault("AWS_ALLOW_HTTP", "true")

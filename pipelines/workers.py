@@ -313,13 +313,14 @@ def _stream(dataset: Any) -> Iterator[pa.Table]:
     """
     from ray.exceptions import RayError
 
+    others = set(threading.enumerate())
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except RayError as error:
         raise explain_ray_error(error, "the extraction") from None
     finally:
-        # They live a moment longer than the iterator, and a reference that one of them drops when Ray has gone ends
-        # this process without a word.
-        for thread in threading.enumerate():
+        # Its threads live a moment longer than the iterator, and a reference that one of them drops when Ray has gone
+        # ends this process without a word.
+        for thread in set(threading.enumerate()) - others:
             if thread.name == READING_THREADS:
                 thread.join(READING_THREADS_SECONDS)

@@ -35,8 +35,8 @@ def test_from_images_to_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "no-cache"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # a `python3` that this user has registered is another Python
     notebook = nbformat.read(FILE, as_version=4)
-    # a `python3` registered elsewhere on this machine may be another Python
     client = nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
 

@@ -38,14 +38,13 @@ def test_the_jobs_of_a_pipeline_share_a_session_and_its_metrics_port(monkeypatch
     monkeypatch.setattr(ray, "init", lambda **given: started.append(given))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 6.0})
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    with socket.socket() as endpoint:
-        endpoint.bind(("", 0))
-        port = endpoint.getsockname()[1]
-        run = load_config([], [f"run.metrics_port={port}", "run.address=local"]).run
-        endpoint.close()
-        with ray_session(run) as resources, socket.socket() as served:
-            served.bind(("", port))
-            served.listen()
-            with ray_session(run) as shared:
-                assert shared == resources
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    run = load_config([], [f"run.metrics_port={port}", "run.address=local"]).run
+    with ray_session(run) as resources, socket.socket() as served:
+        served.bind(("", port))
+        served.listen()
+        with ray_session(run) as shared:
+            assert shared == resources
     assert [given["_metrics_export_port"] for given in started] == [port]

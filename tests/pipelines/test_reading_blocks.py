@@ -42,6 +42,15 @@ def test_threads_end_before_the_stream_does(blocks: int) -> None:
     assert not any(thread.name == READING_THREADS for thread in threading.enumerate())
 
 
+def test_threads_of_others_are_not_waited_for() -> None:
+    stop = threading.Event()
+    threading.Thread(target=stop.wait, name=READING_THREADS, daemon=True).start()
+    began = time.monotonic()
+    assert len(list(_stream(Blocks()))) == 3
+    assert time.monotonic() - began < 5
+    stop.set()
+
+
 @pytest.mark.usefixtures("ray")
 def test_they_are_called_so_by_the_ray_that_is_installed() -> None:
     import ray.data

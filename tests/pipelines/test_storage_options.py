@@ -90,3 +90,32 @@ def test_what_delta_rs_alone_knows_does_not_reach_the_driver() -> None:
     assert delta_options("s3://bucket/store", options)["AWS_REGION"] == "eu-central-1"
     fs, _ = filesystem("s3://bucket/store", options)
     assert "AWS_REGION" not in fs.storage_options and fs.key == "k"
+
+
+def test_without_credentials_when_asked_for(listener: tuple[str, Requests], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a public bucket: nothing is signed, though there are keys."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    endpoint, seen = listener
+    given = {"endpoint_url": endpoint, "AWS_REGION": "us-east-1"}
+    ask("s3://features/store/images", {**given, "anon": True})
+    assert seen and not any(authorization for _, authorization in seen)
+    seen.clear()
+    ask("s3://features/store/images", given)
+    assert seen and all("Credential=k/" in authorization for _, authorization in seen)
+
+
+def test_what_was_given_wins_over_files_in_either_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a line of the files that makes no sense is passed over."""
+    config = tmp_path / "config"
+    config.write_text("[default]\nregion = eu-west-1\nendpoint_url = http://file\nservices = odd\n"
+                      "[services odd]\ns3 = no block\n")  # fmt: skip
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    found = delta_options("s3://bucket/store", {"aws_endpoint_url": "http://given"})
+    assert {key: value for key, value in found.items() if key.upper() == "AWS_ENDPOINT_URL"} == {
+        "aws_endpoint_url": "http://given"
+    }
+    assert found["AWS_REGION"] == "eu-west-1"
+    assert delta_options("s3://bucket/store", {})["AWS_ENDPOINT_URL"] == "http://file"
