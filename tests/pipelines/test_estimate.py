@@ -16,6 +16,7 @@ from dino_ops.models import create_model
 from pipelines import estimate, extract
 from pipelines.cli import app
 from pipelines.errors import RequestError
+from pipelines.projection import SAMPLE_IMAGES, images_to_fit
 from pipelines.store import Store
 from pipelines.workers import model_facts
 
@@ -40,6 +41,12 @@ def test_bytes_are_those_of_the_real_run(tmp_path: Path, photos: Callable[..., P
 
     again = estimate.run(config, input=str(folder), store=str(store))
     assert again.images == 0 and "nothing to extract" in again.messages[0]
+
+
+def test_images_that_a_pca_is_fitted_on_pass_the_model_once_more() -> None:
+    fitted, plain = settings("store.pca=4"), settings()
+    assert [images_to_fit(fitted, images) for images in (0, 100, 10_000)] == [0, 100, SAMPLE_IMAGES]
+    assert images_to_fit(plain, 10_000) == 0
 
 
 def test_flops_are_those_that_torch_counts() -> None:
