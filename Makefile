@@ -34,10 +34,11 @@ test: install  ## The tests that matter at every change (minutes)
 test-all: $(INSTALLED_SLOW)  ## Those and the slow ones (an hour or two; installs Spark, Jupyter's kernel, Ray's metrics)
 	$(BIN)/python -m pytest
 
-lint: install  ## Style and types
+lint: install  ## Style, types, and which module may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: install  ## Put the code into shape
 	$(BIN)/ruff check --fix .
@@ -53,7 +54,7 @@ bench: install  ## Speed, memory and size as ratios; appends to benchmarks/resul
 	$(BIN)/python -m benchmarks.train
 
 soak: install  ## Disturb runs in every way at random moments (SOAK_MINUTES=20 SOAK_SEED=any)
-	SOAK_MINUTES=$(or $(SOAK_MINUTES),20) $(BIN)/python -m pytest -q tests/pipelines/test_soak.py
+	SOAK_MINUTES=$(or $(SOAK_MINUTES),20) $(BIN)/python -m pytest -q tests/pipelines/extract/test_soak.py
 
 constraints: $(INSTALLED_SLOW)  ## Pin what is installed now
 	$(BIN)/pip freeze --exclude-editable --exclude dinoray > constraints.txt

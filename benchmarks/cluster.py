@@ -19,12 +19,13 @@ import torch
 
 from benchmarks.memory import run_and_measure
 from benchmarks.results import Row, report
-from pipelines.commit import Committer
-from pipelines.config import Config, load_config
-from pipelines.schemas import IMAGES, patches_schema
-from pipelines.shards import ShardReport, encode, new_file_name
-from pipelines.store import Store
-from pipelines.tables import write_parquet
+from pipelines.settings.loading import load_config
+from pipelines.settings.sections import Config
+from pipelines.store.extraction import Committer, ShardReport
+from pipelines.store.parquet import new_file_name, write_parquet
+from pipelines.store.schemas import IMAGES, patches_schema
+from pipelines.store.store import Store
+from pipelines.store.vectors import encode
 
 WORK = Path(__file__).with_name("work")
 WHOLE, QUARTER = WORK / "cluster", WORK / "cluster-quarter"

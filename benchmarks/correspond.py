@@ -18,12 +18,14 @@ from deltalake import DeltaTable
 from benchmarks.results import Row, report
 from dino_ops.correspondences import find_correspondences
 from dino_ops.extractor import ImageFeatures
-from pipelines import correspond
-from pipelines.commit import Committer
-from pipelines.config import Config, load_config
-from pipelines.pairs import pairs_of_file
-from pipelines.shards import ShardReport, ShardWriter, decode
-from pipelines.store import Store
+from pipelines.correspond import job as correspond
+from pipelines.correspond.pairs import pairs_of_file
+from pipelines.extract.shards import ShardWriter
+from pipelines.settings.loading import load_config
+from pipelines.settings.sections import Config
+from pipelines.store.extraction import Committer, ShardReport
+from pipelines.store.store import Store
+from pipelines.store.vectors import decode
 
 WORK = Path(__file__).with_name("work")
 IMAGES, PAIRS, LOOP_PAIRS = 100, 500, 50

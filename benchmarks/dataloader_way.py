@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_ops import Extractor
 from dino_ops.images import ImageSpec, PreparedImage, prepare_image
-from pipelines.config import Config
-from pipelines.schemas import parquet_options, patches_schema
+from pipelines.settings.sections import Config
+from pipelines.store.parquet import parquet_options
+from pipelines.store.schemas import patches_schema
 
 BATCH = 16
 

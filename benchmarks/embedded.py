@@ -7,9 +7,9 @@ import datetime as dt
 import numpy as np
 import pyarrow as pa
 
-from pipelines.schemas import IMAGES, vector
-from pipelines.shards import new_file_name
-from pipelines.store import Store
+from pipelines.store.parquet import new_file_name
+from pipelines.store.schemas import IMAGES, vector
+from pipelines.store.store import Store
 
 
 def add_embeddings(store: Store, run_id: str, first: int, embeddings: np.ndarray) -> None:

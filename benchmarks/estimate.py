@@ -13,9 +13,10 @@ from pathlib import Path
 
 from benchmarks.photos import describe_sources, photo_folder
 from benchmarks.results import Row, report
-from pipelines import estimate, extract
-from pipelines.config import load_config
-from pipelines.store import Store
+from pipelines.extract import estimate
+from pipelines.extract import job as extract
+from pipelines.settings.loading import load_config
+from pipelines.store.store import Store
 
 WORK = Path(__file__).with_name("work") / "estimate"
 # what -> (images, settings): descriptors that compress well and badly, a model that is slow and one that is quick

@@ -24,8 +24,8 @@ from benchmarks.photos import TEST_DATA, describe_sources, photo_folder
 from benchmarks.results import Row, report
 from dino_ops import Extractor
 from dino_ops.images import PreparedImage
-from pipelines import extract
-from pipelines.config import load_config
+from pipelines.extract import job as extract
+from pipelines.settings.loading import load_config
 
 WORK = Path(__file__).with_name("work")
 MODEL = "dino_vits16"

@@ -18,10 +18,11 @@ from benchmarks.embedded import add_embeddings
 from benchmarks.photos import TEST_DATA
 from benchmarks.results import Row, report
 from dino_ops.nearest import Kind, NearestIndex, search_all, training_size, unit
-from pipelines import index
-from pipelines.config import Config, load_config
-from pipelines.index_files import DEAD, Part, read_manifest, read_parts
-from pipelines.store import Store
+from pipelines.index import job as index
+from pipelines.results.indices import DEAD, Part, read_manifest, read_parts
+from pipelines.settings.loading import load_config
+from pipelines.settings.sections import Config
+from pipelines.store.store import Store
 
 WORK = Path(__file__).with_name("work")
 COUNT, ADDED, QUERIES, TOP = 100_000, 1_000, 500, 10

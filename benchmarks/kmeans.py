@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.results import Row, report
 from dino_ops.kmeans import Codebook, LloydPass, PartialSums, kmeans, seed, update
-from pipelines.cpus import available_cpus
+from pipelines.running.cpus import available_cpus
 
 COUNT, DIMENSION, K = 1_000_000, 384, 1_024
 PIECE = 50_000  # rows a time; a second or less, so that some of the rounds run undisturbed

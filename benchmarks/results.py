@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.cpus import available_cpus
+from pipelines.running.cpus import available_cpus
 
 FILE = Path(__file__).with_name("results.md")
 

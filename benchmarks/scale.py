@@ -25,11 +25,12 @@ import pyarrow as pa
 
 from benchmarks.results import Row, report
 from pipelines import sources
-from pipelines.commit import Committer
-from pipelines.config import load_config
-from pipelines.schemas import IMAGES, descriptor_columns, patches_schema
-from pipelines.shards import ShardReport, encode, new_file_name
-from pipelines.store import Store
+from pipelines.settings.loading import load_config
+from pipelines.store.extraction import Committer, ShardReport
+from pipelines.store.parquet import new_file_name
+from pipelines.store.schemas import IMAGES, descriptor_columns, patches_schema
+from pipelines.store.store import Store
+from pipelines.store.vectors import encode
 
 WORK = Path(__file__).with_name("work") / "scale"
 SIZES = (10_000, 100_000, 1_000_000)

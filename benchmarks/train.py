@@ -24,8 +24,8 @@ from dino_ops.models import create_model
 from dino_ops.multicrop import GLOBAL_CROPS
 from dino_ops.recipe import Recipe
 from dino_ops.self_distillation import Network
-from pipelines.config import load_config
-from pipelines.cpus import available_cpus
+from pipelines.running.cpus import available_cpus
+from pipelines.settings.loading import load_config
 from pipelines.train.setup import make_recipe
 
 WORK = Path(__file__).with_name("work") / "train"

@@ -16,8 +16,8 @@ import skimage.data
 import sklearn.datasets
 
 from dino_ops.errors import ModelError
-from pipelines import extract
-from pipelines.config import load_config
+from pipelines.extract import job as extract
+from pipelines.settings.loading import load_config
 
 HERE = Path("demo")
 PHOTOS = {

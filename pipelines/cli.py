@@ -15,8 +15,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipelines import cli_output, json_log
+from pipelines import cli_output
 from pipelines.errors import exit_code_of
+from pipelines.running import json_log
 
 LOG_JSON = "--log-json"
 
@@ -94,7 +95,7 @@ def extract(
     """Images to tables: one row per image, one row per patch, one row per failure. Run it again to add what is new."""
 
     def job(settings: Any) -> Any:
-        from pipelines.extract import run
+        from pipelines.extract.job import run
 
         return run(
             settings,
@@ -134,7 +135,7 @@ def estimate(
     """What an extraction will take: bytes, files, FLOPs, hours and cost, from extracting a sample. Nothing is kept."""
 
     def job(settings: Any) -> Any:
-        from pipelines.estimate import run
+        from pipelines.extract.estimate import run
 
         return run(settings, input=input, store=store, sample=sample, device=device, cpus=cpus, price=price)
 
@@ -173,7 +174,7 @@ def cluster(
     """Patches, or whole images, to clusters: k-means over the store. The same command continues one that was killed."""
 
     def job(settings: Any) -> Any:
-        from pipelines.cluster import run
+        from pipelines.cluster.job import run
 
         return run(settings, store=store, name=name, elbow=elbow, update=update, dry_run=dry_run)
 
@@ -208,7 +209,7 @@ def cosegment(
     """Sets of images to masks: their common foreground and its parts. Run it again to add what is new."""
 
     def job(settings: Any) -> Any:
-        from pipelines.cosegment import run
+        from pipelines.cosegment.job import run
 
         return run(settings, store=store, name=name, sets=sets, masks=masks, overlays=overlays, dry_run=dry_run)
 
@@ -256,7 +257,7 @@ def index(
     """Embeddings or patches to an index for search. Run it again to bring it up to date."""
 
     def job(settings: Any) -> Any:
-        from pipelines.index import run
+        from pipelines.index.job import run
 
         return run(settings, store=store, name=name, dry_run=dry_run)
 
@@ -283,7 +284,7 @@ def search(
     """The images nearest to an image, or the patches nearest to a part of it and where they are."""
 
     def job(settings: Any) -> Any:
-        from pipelines.search import run
+        from pipelines.index.search import run
 
         return run(settings, store=store, name=name, image=image, box=box, top=top, save=save)
 
@@ -315,7 +316,7 @@ def correspond(
     """Pairs of images to tables: which patch matches which. Run it again to add what is new."""
 
     def job(settings: Any) -> Any:
-        from pipelines.correspond import run
+        from pipelines.correspond.job import run
 
         return run(settings, store=store, name=name, pairs=pairs, dry_run=dry_run)
 
@@ -547,7 +548,7 @@ def verify(
     """Check that a store holds what it says: every image all its patches, files and log agreeing. Exit 1 if not."""
 
     def job(settings: Any) -> Any:
-        from pipelines.verify import run
+        from pipelines.upkeep.verify import run
 
         return run(settings, store=store)
 
@@ -568,7 +569,7 @@ def compact(
     """Merge the small files that many runs leave, and remove what no snapshot within compact.retention_hours needs."""
 
     def job(settings: Any) -> Any:
-        from pipelines.compact import run
+        from pipelines.upkeep.compact import run
 
         return run(settings, store=store, dry_run=dry_run)
 
@@ -587,9 +588,9 @@ def run(
     """The jobs of PIPELINE.yaml over one store, each only where there is something to do; for schedulers."""
 
     def job(settings: Any) -> Any:
-        from pipelines.config import load_settings
-        from pipelines.pipeline import run as run_pipeline
-        from pipelines.pipeline_file import read_pipeline
+        from pipelines.pipeline.job import run as run_pipeline
+        from pipelines.settings.loading import load_settings
+        from pipelines.settings.pipeline_file import read_pipeline
 
         asked = read_pipeline(pipeline, load_settings(config or (), overrides or ()))
         return run_pipeline(asked, dry_run=dry_run, tell=lambda line: print(line, file=sys.stderr, flush=True))
@@ -609,7 +610,7 @@ def stats(
     """A store at a glance: rows, files, bytes, failures by reason, and its runs."""
 
     def job(settings: Any) -> Any:
-        from pipelines.stats import run
+        from pipelines.upkeep.stats import run
 
         return run(settings, store=store)
 
@@ -666,8 +667,8 @@ def _run_job(
     as_json: bool = False,
     reads_only: str = "",
 ) -> None:
-    from pipelines.config import load_config
-    from pipelines.interrupts import interruptible
+    from pipelines.running.interrupts import interruptible
+    from pipelines.settings.loading import load_config
 
     try:
         with interruptible():
@@ -688,7 +689,7 @@ def _run_job(
         _complain("interrupted", 130, as_json=as_json, said="interrupted.")
         raise typer.Exit(130) from None
     except Exception as error:
-        from pipelines.storage import explain_failed_storage
+        from pipelines.storage.errors import explain_failed_storage
 
         told = explain_failed_storage(error) or error
         code = exit_code_of(told)

@@ -19,15 +19,20 @@ class RequestError(DinorayError):
     exit_code = 2
 
 
+class InputError(RequestError, ValueError):
+    """INPUT is not what it should be: one sentence with what was asked, what was found and what to do."""
+
+
+class StorageError(InputError):
+    """The storage that INPUT lies on did not answer, or broke off: the same command may succeed later."""
+
+    exit_code = 1
+
+
 def exit_code_of(error: BaseException) -> int | None:
     """The exit code of an error that is shown as a sentence; None for a bug, which keeps its traceback."""
     if isinstance(error, DinorayError):
         return error.exit_code
-    # these come from packages that know nothing of exit codes, and whose import would slow down --help
-    codes = {
-        ("pipelines.sources.errors", "StorageError"): 1,
-        ("pipelines.sources.errors", "InputError"): 2,
-        ("dino_ops.errors", "ModelError"): 2,
-    }
+    # dino_ops knows nothing of exit codes, and importing it would slow down --help
     names = ((kind.__module__, kind.__name__) for kind in type(error).__mro__)
-    return next((codes[name] for name in names if name in codes), None)
+    return RequestError.exit_code if ("dino_ops.errors", "ModelError") in names else None

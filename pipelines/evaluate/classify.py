@@ -14,11 +14,11 @@ import numpy as np
 
 from dino_ops.linear_probe import fit_linear_probe
 from dino_ops.nearest_classes import classify_by_neighbours
-from pipelines.config import Config
 from pipelines.errors import RequestError
 from pipelines.evaluate.labelled import Labelled, open_pair, read_labelled
 from pipelines.evaluate.reports import write_report
-from pipelines.runs import RunReport, new_run_id
+from pipelines.running.reports import RunReport, new_run_id
+from pipelines.settings.sections import Config
 
 FOLDS = 5
 

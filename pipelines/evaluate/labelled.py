@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.config import Config
 from pipelines.errors import RequestError
-from pipelines.store import Store
+from pipelines.settings.sections import Config
+from pipelines.store.store import Store
 
 UNKNOWN = -1  # a label that no image to learn from has
 

@@ -10,14 +10,14 @@ import numpy as np
 
 from dino_ops.clustering_metrics import Contingency, adjusted_rand_index, normalized_mutual_information
 from dino_ops.mask_refinement import resize_mask
-from pipelines.config import Config
-from pipelines.cosegment_masks import read_png
 from pipelines.errors import RequestError
 from pipelines.evaluate.reports import write_report
 from pipelines.evaluate.segmentation import about_missing, open_parts, rows_of
 from pipelines.evaluate.truth import KeyPoints, TruthFolder, match_names, read_key_points
-from pipelines.runs import RunReport, new_run_id
-from pipelines.store import Store
+from pipelines.results.masks import read_png
+from pipelines.running.reports import RunReport, new_run_id
+from pipelines.settings.sections import Config
+from pipelines.store.store import Store
 
 NOT_ANNOTATED = 255  # in part labels: pixels that do not count
 BACKGROUND = 0  # in part labels and in mask_png

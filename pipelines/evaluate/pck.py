@@ -18,13 +18,13 @@ import numpy as np
 
 from dino_ops.keypoints import transfer_points
 from dino_ops.metrics import box_side, image_side, keypoint_box_side, pck
-from pipelines.config import Config, ExtraFeature, FeatureSettings
 from pipelines.errors import RequestError
 from pipelines.evaluate.annotations import AnnotatedPair, read_annotations
 from pipelines.evaluate.reports import write_report
-from pipelines.patch_maps import ImagePlace, PatchMap, read_patch_maps
-from pipelines.runs import RunReport, new_run_id
-from pipelines.store import Store
+from pipelines.running.reports import RunReport, new_run_id
+from pipelines.settings.sections import Config, ExtraFeature, FeatureSettings
+from pipelines.store.patches import ImagePlace, PatchMap, read_patch_maps
+from pipelines.store.store import Store
 
 THRESHOLDS = {
     "keypoint_box": "alpha x longer side of the box around the target's key points",

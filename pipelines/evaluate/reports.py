@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.errors import JobError
-from pipelines.runs import RunReport
+from pipelines.running.reports import RunReport
 
 
 def write_report(report: RunReport, result: dict[str, Any]) -> list[str]:

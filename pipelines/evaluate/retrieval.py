@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow.compute as pc
 
 from dino_ops.metrics import retrieval_by_label
-from pipelines.config import Config
 from pipelines.errors import RequestError
 from pipelines.evaluate.reports import write_report
-from pipelines.runs import RunReport, new_run_id
-from pipelines.store import Store
+from pipelines.running.reports import RunReport, new_run_id
+from pipelines.settings.sections import Config
+from pipelines.store.store import Store
 
 VECTORS = ("embeddings",)  # of the images table
 

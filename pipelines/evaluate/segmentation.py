@@ -11,15 +11,15 @@ from scipy import ndimage
 
 from dino_ops.mask_refinement import resize_mask
 from dino_ops.segmentation_metrics import jaccard, localised, pixel_precision
-from pipelines.config import Config
-from pipelines.cosegment_masks import read_png
-from pipelines.cosegment_tables import PartTables
 from pipelines.errors import RequestError
 from pipelines.evaluate.reports import write_report
 from pipelines.evaluate.truth import TruthFolder, match_names
-from pipelines.runs import RunReport, new_run_id
-from pipelines.store import Store
-from pipelines.tables import open_parquet
+from pipelines.results.masks import read_png
+from pipelines.results.parts import PartTables
+from pipelines.running.reports import RunReport, new_run_id
+from pipelines.settings.sections import Config
+from pipelines.store.parquet import open_parquet
+from pipelines.store.store import Store
 
 FOREGROUND_ABOVE = 127  # in an annotated mask
 ROWS_AT_ONCE = 64

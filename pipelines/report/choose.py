@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.config import ReportSettings
-from pipelines.cosegment_tables import PartTables
 from pipelines.errors import RequestError
-from pipelines.id_files import IdFile, is_id_file, names_shown, read_id_file
-from pipelines.match_tables import MatchTables
-from pipelines.report.few_rows import rows_of, some_rows
 from pipelines.report.sql import image_ids_of
-from pipelines.store import Store
+from pipelines.results.matches import MatchTables
+from pipelines.results.parts import PartTables
+from pipelines.settings.sections import ReportSettings
+from pipelines.sources.id_files import IdFile, is_id_file, names_shown, read_id_file
+from pipelines.store.rows import rows_of, some_rows
+from pipelines.store.store import Store
 
 OF_A_KIND = 4  # images of a label that a sample has at least, so that like can be compared with like
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from pipelines.cluster_tables import ClusterTables
-from pipelines.report.few_rows import rows_of
+from pipelines.results.clusters import ClusterTables
+from pipelines.store.rows import rows_of
 
 TYPICAL = 8  # patches, or images, of a cluster
 OF_ONE_IMAGE = 2  # of these at most, so that they show what images have in common

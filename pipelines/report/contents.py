@@ -5,14 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipelines.cluster_tables import ClusterTables
-from pipelines.config import Config
-from pipelines.cosegment_tables import PartTables
-from pipelines.match_tables import MatchTables
 from pipelines.report.choose import COLUMNS, Choice
 from pipelines.report.clusterings import Clustering, read_clustering
 from pipelines.report.crops import Crop, Crops, Place
-from pipelines.report.few_rows import rows_of
 from pipelines.report.glance import Glance, glance
 from pipelines.report.layers import (
     Layer,
@@ -28,7 +23,12 @@ from pipelines.report.nearest_photos import Neighbours, nearest_photos, shown_be
 from pipelines.report.patches import read_patches
 from pipelines.report.photos import Photo, PhotoSource, fitted, read_photos
 from pipelines.report.segments import read_segments
-from pipelines.store import Store
+from pipelines.results.clusters import ClusterTables
+from pipelines.results.matches import MatchTables
+from pipelines.results.parts import PartTables
+from pipelines.settings.sections import Config
+from pipelines.store.rows import rows_of
+from pipelines.store.store import Store
 
 MOST_NAMES = 4  # results of a kind that are shown: clusters/NAME, parts/NAME, matches/NAME
 SMALL_SIDE = 160  # pixels of photos that are neighbours only

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow.compute as pc
 from rich.filesize import decimal
 
-from pipelines.config import Config
-from pipelines.report.few_rows import FILES_LOOKED_AT, ROWS_LOOKED_AT, row_count, some_rows
-from pipelines.runs import read_reports
-from pipelines.store import Store
+from pipelines.running.reports import read_reports
+from pipelines.settings.sections import Config
+from pipelines.store.rows import FILES_LOOKED_AT, ROWS_LOOKED_AT, row_count, some_rows
+from pipelines.store.store import Store
 
 RUNS = 12  # the latest
 MOST_LABELS, MOST_REASONS = 12, 12

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines import storage
-from pipelines.config import Config
 from pipelines.errors import JobError, RequestError
 from pipelines.report.choose import choose
 from pipelines.report.contents import Results, read_contents
 from pipelines.report.page import make_page
 from pipelines.report.sheets import make_sheets
-from pipelines.store import Store
-from pipelines.tables import explain_write_error
+from pipelines.settings.sections import Config
+from pipelines.storage.errors import explain_write_error
+from pipelines.store.store import Store
 
 
 @dataclass

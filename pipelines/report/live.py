@@ -9,8 +9,8 @@ import numpy as np
 
 from dino_ops.compact_descriptors import compact_descriptors, cosines, region_query
 from dino_ops.nearest import unit
-from pipelines.config import ReportSettings
 from pipelines.report.patches import ImagePatches
+from pipelines.settings.sections import ReportSettings
 
 QUERIES = 128  # patches on which the scale and the agreement are measured
 UNRELATED, RELATED = 50, 95  # percentiles: of all patches, and of the best of each image

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.match_tables import MatchTables, is_in
-from pipelines.report.few_rows import rows_of
+from pipelines.results.matches import MatchTables, is_in
+from pipelines.store.rows import rows_of
 
 MOST_MATCHES = 10  # that are drawn of a pair
 

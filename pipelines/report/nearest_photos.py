@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dino_ops.nearest import search_all, unit
-from pipelines.config import IndexSettings, ReportSettings
 from pipelines.errors import DinorayError
-from pipelines.index_files import index_names, read_dead, read_manifest, read_parts, without_dead
-from pipelines.index_vectors import vector_batches
-from pipelines.store import Store
+from pipelines.results.index_vectors import vector_batches
+from pipelines.results.indices import index_names, read_dead, read_manifest, read_parts, without_dead
+from pipelines.settings.sections import IndexSettings, ReportSettings
+from pipelines.store.store import Store
 
 NEAREST = 6
 LARGEST_INDEX = 2**30  # bytes of memory that a report takes for one at most

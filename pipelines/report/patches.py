@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.config import ReportSettings
 from pipelines.errors import RequestError
-from pipelines.report.few_rows import rows_of
-from pipelines.schemas import descriptor_columns, scale_column
-from pipelines.shards import decode
-from pipelines.store import Store
+from pipelines.settings.sections import ReportSettings
+from pipelines.store.rows import rows_of
+from pipelines.store.schemas import descriptor_columns, scale_column
+from pipelines.store.store import Store
+from pipelines.store.vectors import decode
 
 Box = tuple[float, float, float, float]  # left, top, width, height
 

@@ -16,7 +16,7 @@ from dino_ops.errors import ImageError
 from dino_ops.images import decode_image
 from pipelines import storage
 from pipelines.sources import LISTING_SCHEMA, fetch
-from pipelines.stored_images import locate
+from pipelines.store.originals import locate
 
 PHOTOS_AT_ONCE = 16  # whose bytes are held
 ATTEMPTS = 2

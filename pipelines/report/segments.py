@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from pipelines.cosegment_masks import read_png
-from pipelines.cosegment_tables import PartTables
-from pipelines.report.few_rows import rows_of
+from pipelines.results.masks import read_png
+from pipelines.results.parts import PartTables
+from pipelines.store.rows import rows_of
 
 
 @dataclass(frozen=True)

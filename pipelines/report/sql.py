@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipelines import storage
-from pipelines.cluster_tables import ClusterTables
-from pipelines.cosegment_tables import PartTables
 from pipelines.errors import RequestError
-from pipelines.match_tables import MatchTables
-from pipelines.sources.filesystems import is_local
-from pipelines.store import Store
-from pipelines.tables import Table
+from pipelines.results.clusters import ClusterTables
+from pipelines.results.matches import MatchTables
+from pipelines.results.parts import PartTables
+from pipelines.storage.filesystems import is_local
+from pipelines.store.store import Store
+from pipelines.store.table import Table
 
 if TYPE_CHECKING:
     import duckdb

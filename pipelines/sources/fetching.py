@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from pipelines.sources.filesystems import is_local, local_path, open_filesystem
 from pipelines.sources.parquet_images import ROW_GROUPS, image_bytes
+from pipelines.storage.filesystems import is_local, local_path, open_filesystem
 
 REQUESTS_AT_ONCE = 16
 LONGEST_READ = 32 * 2**20  # bytes of neighbouring tar members read together

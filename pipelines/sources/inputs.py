@@ -10,8 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.sources.errors import InputError, StorageError, failed_storage, said
-from pipelines.sources.filesystems import is_local, local_path, open_filesystem
+from pipelines.errors import InputError, StorageError
 from pipelines.sources.listing import Listing, Rows
 from pipelines.sources.manifests import is_manifest_name, list_manifest, read_text_manifest
 from pipelines.sources.names import ARCHIVES, as_text, extension, is_image_name
@@ -28,6 +27,8 @@ from pipelines.sources.walk import (
     walk_local,
     walk_remote,
 )
+from pipelines.storage.errors import failed_storage, said
+from pipelines.storage.filesystems import is_local, local_path, open_filesystem
 
 
 def list_images(

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.sources.errors import InputError
+from pipelines.errors import InputError
 
 LISTING_SCHEMA = pa.schema(
     [

@@ -14,9 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 
-from pipelines.sources.errors import InputError, failed_storage
-from pipelines.sources.filesystems import is_local, local_path, local_uri, open_filesystem, version_of
+from pipelines.errors import InputError
 from pipelines.sources.listing import Rows
+from pipelines.storage.errors import failed_storage
+from pipelines.storage.filesystems import is_local, local_path, local_uri, open_filesystem, version_of
 
 MANY_IN_A_FOLDER = 32  # from here on one listing of the folder is cheaper than asking for each object
 REQUESTS_AT_ONCE = 32

@@ -9,10 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.sources.errors import InputError, failed_storage
-from pipelines.sources.filesystems import open_filesystem
+from pipelines.errors import InputError
 from pipelines.sources.listing import BrokenContainer, Rows
 from pipelines.sources.walk import FileEntry
+from pipelines.storage.errors import failed_storage
+from pipelines.storage.filesystems import open_filesystem
 
 _USUAL_NAMES = ("image", "img", "bytes", "image_bytes", "data", "content", "jpg", "jpeg", "png", "webp")
 _ID_NAMES = ("id", "image_id", "key", "__key__")

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
-from pipelines.sources.errors import failed_storage
 from pipelines.sources.listing import BrokenContainer, Rows
 from pipelines.sources.names import as_text, extension, is_hidden, is_image_name
 from pipelines.sources.walk import FileEntry
+from pipelines.storage.errors import failed_storage
 
 TARS_AT_ONCE = 8
 LONGEST_LABEL = 4096  # bytes of a .cls member that are read

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from fsspec.utils import glob_translate
 
-from pipelines.sources.errors import InputError
-from pipelines.sources.filesystems import local_uri, version_of
+from pipelines.errors import InputError
 from pipelines.sources.names import as_text, is_hidden
+from pipelines.storage.filesystems import local_uri, version_of
 
 _MAGIC = re.compile(r"[*?[]")
 

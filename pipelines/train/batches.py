@@ -20,7 +20,7 @@ from dino_ops.decoding import decode_image
 from dino_ops.errors import ImageError
 from dino_ops.multicrop import Crops, MultiCrop, centre_crop, resized_side
 from pipelines.errors import JobError
-from pipelines.ray_session import explain_ray_error
+from pipelines.running.ray_session import explain_ray_error
 from pipelines.sources import fetch
 
 IMAGES_A_PIECE = 16

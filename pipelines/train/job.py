@@ -16,20 +16,20 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.config import Config
-from pipelines.cpus import available_cpus
 from pipelines.errors import DinorayError, JobError, RequestError
-from pipelines.interrupts import interruptible
-from pipelines.progress import ProgressLine
-from pipelines.ray_session import explain_ray_error, ray_session
-from pipelines.runs import RunReport, new_run_id, recorded
+from pipelines.running.cpus import available_cpus
+from pipelines.running.interrupts import interruptible
+from pipelines.running.progress import ProgressLine
+from pipelines.running.ray_session import explain_ray_error, ray_session
+from pipelines.running.reports import RunReport, new_run_id, recorded
+from pipelines.settings.sections import Config
 from pipelines.sources import list_images
+from pipelines.store.weights import checked
 from pipelines.train.card import write_card
 from pipelines.train.checkpoints import list_checkpoints, read_checkpoint
 from pipelines.train.log import read_log
 from pipelines.train.output import card_uri, extract_command, read_unreadable, weights_uri, write_unreadable
 from pipelines.train.setup import IMAGES, TrainSetup, make_setup
-from pipelines.weights import checked
 
 POLL_SECONDS = 0.5
 CROP_SHARE = 0.5  # processes that make crops for each CPU that trains

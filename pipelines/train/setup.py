@@ -11,10 +11,11 @@ import pyarrow as pa
 
 from dino_ops.multicrop import MultiCrop
 from dino_ops.recipe import Recipe
-from pipelines import storage, weights
-from pipelines.config import Config, TrainSettings
+from pipelines import storage
 from pipelines.errors import RequestError
-from pipelines.weights import RANDOM_SEED
+from pipelines.settings.sections import Config, TrainSettings
+from pipelines.store import weights
+from pipelines.store.weights import RANDOM_SEED
 
 IMAGES = "images"  # in an agreement: the digest of which ones
 
@@ -24,7 +25,7 @@ class TrainSetup:
     """A training, the same for all of its workers.
 
     output: URI. weights: where it starts, `random` or as model.weights says; weights_identity: see
-    `pipelines.weights.identity`. images: in INPUT. steps_per_epoch: whole batches.
+    `pipelines.store.weights.identity`. images: in INPUT. steps_per_epoch: whole batches.
     """
 
     config: Config

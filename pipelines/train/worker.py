@@ -16,8 +16,9 @@ from dino_ops.devices import resolve_precision
 from dino_ops.errors import ModelError
 from dino_ops.models import create_model, describe
 from dino_ops.self_distillation import SelfDistillation, StepReport
-from pipelines import storage, weights
+from pipelines import storage
 from pipelines.errors import DinorayError, JobError
+from pipelines.store import weights
 from pipelines.train.accuracy import LabelledImages, knn_accuracy
 from pipelines.train.batches import BadImage, Batches, CropWorkers, Reading
 from pipelines.train.checkpoints import list_checkpoints, read_checkpoint, remove_old, write_checkpoint

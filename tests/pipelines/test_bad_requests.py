@@ -21,8 +21,8 @@ from hand_made import finished_store
 from small_runs import as_options, photo, settings
 from typer.testing import CliRunner, Result
 
-from pipelines import verify
 from pipelines.cli import app
+from pipelines.upkeep import verify
 
 
 def extract(source: object, store: object, *overrides: str, options: tuple[str, ...] = ()) -> Result:

@@ -20,8 +20,8 @@ from hand_made import finished_store
 from small_runs import as_options, settings
 from typer.testing import CliRunner, Result
 
-from pipelines import verify
 from pipelines.cli import app
+from pipelines.upkeep import verify
 
 DINORAY = str(Path(sys.executable).with_name("dinoray"))
 COMMANDS = ("extract", "index", "search", "verify", "stats", "settings")
@@ -227,7 +227,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object) -> None:
         raise TypeError("a bug")
 
-    monkeypatch.setattr("pipelines.config.load_config", broken)
+    monkeypatch.setattr("pipelines.settings.loading.load_config", broken)
     assert isinstance(dinoray("settings").exception, TypeError)
 
 

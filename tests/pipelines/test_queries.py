@@ -19,11 +19,11 @@ from deltalake import DeltaTable
 from hand_made import add_failure, features, source
 from small_runs import settings
 
-from pipelines.commit import Committer
-from pipelines.schemas import ASSIGNMENTS, CENTROIDS, MATCHES, PAIRS, PARTS_IMAGES, PARTS_PATCHES
-from pipelines.shards import ShardReport, ShardWriter
-from pipelines.store import Store
-from pipelines.tables import Table
+from pipelines.extract.shards import ShardWriter
+from pipelines.store.extraction import Committer, ShardReport
+from pipelines.store.schemas import ASSIGNMENTS, CENTROIDS, MATCHES, PAIRS, PARTS_IMAGES, PARTS_PATCHES
+from pipelines.store.store import Store
+from pipelines.store.table import Table
 
 RUN = Path(__file__).parents[2] / "examples" / "queries" / "run.py"
 QUESTIONS = 10

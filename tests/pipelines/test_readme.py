@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import cli, config
-from pipelines.pipeline_file import read_pipeline
-from pipelines.store import Store
+from pipelines import cli
+from pipelines.settings import sections as config
+from pipelines.settings.pipeline_file import read_pipeline
+from pipelines.store.store import Store
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -3,7 +3,7 @@ runs code, writes outside STORE or takes memory without bounds.
 
 A manifest is the user's own wish and not a stranger's: `file:///etc/passwd` in it is read as any other file is (and is
 no image). Hostile pickles, listings and single members of tars have their tests beside what reads them, in
-test_weights.py, test_listing.py, test_tars.py, test_decoding.py and test_config.py.
+test_weights.py, test_listing.py, test_tars.py, test_decoding.py and test_settings.py.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ from typer.testing import CliRunner
 
 from dino_ops.errors import ModelError
 from dino_ops.weights import load_state_dict
-from pipelines import extract, verify
 from pipelines.cli import app
 from pipelines.cli_output import printable
 from pipelines.errors import JobError, RequestError
-from pipelines.index_files import read_manifest
+from pipelines.extract import job as extract
+from pipelines.results.indices import read_manifest
 from pipelines.sources import fetch, list_images
-from pipelines.store import Store
-from pipelines.tables import DataFile
+from pipelines.store.parquet import DataFile
+from pipelines.store.store import Store
+from pipelines.upkeep import verify
 
 HOSTILE = [
     b"\x1b[2J\x1b]0;owned\x07.jpg",  # clears a terminal and names its window
@@ -446,7 +447,7 @@ def test_a_description_is_checked_as_settings_are(store: Store, change: dict[str
     image = Path(store.uri).parent / "a.jpg"
     photo(1).save(image)
     with pytest.raises((RequestError, ModelError)):
-        from pipelines.workers import model_facts
+        from pipelines.extract.layout import model_facts
 
         model_facts(Store.open(store.uri, settings()).config)
 
@@ -471,4 +472,4 @@ def test_nothing_of_ours_runs_what_it_reads() -> None:
             assert name != "np.load" or options.get("allow_pickle", "False") == "False", where
             if name == "pickle.loads":
                 seen.add(str(path.relative_to(root)))
-    assert seen <= {"pipelines/stages.py"}
+    assert seen <= {"pipelines/extract/stages.py"}

@@ -10,11 +10,11 @@ import numpy as np
 
 from dino_ops.extractor import ImageFeatures
 from pipelines import sources
-from pipelines.commit import Committer
-from pipelines.config import Config
-from pipelines.failures import failure_row
-from pipelines.shards import ShardReport, ShardWriter
-from pipelines.store import Store
+from pipelines.extract.shards import ShardWriter
+from pipelines.settings.sections import Config
+from pipelines.store.extraction import Committer, ShardReport
+from pipelines.store.failures import failure_row
+from pipelines.store.store import Store
 
 GRID = (3, 4)  # rows, columns
 DIMENSIONS = 8

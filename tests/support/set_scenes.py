@@ -11,9 +11,9 @@ from hand_made import described
 from PIL import Image
 
 from dino_ops.extractor import ImageFeatures
-from pipelines.commit import Committer
-from pipelines.shards import ShardReport, ShardWriter
-from pipelines.store import Store
+from pipelines.extract.shards import ShardWriter
+from pipelines.store.extraction import Committer, ShardReport
+from pipelines.store.store import Store
 
 GRID = 12
 PATCH = 6  # pixels of the picture

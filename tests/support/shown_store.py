@@ -13,14 +13,15 @@ import pyarrow as pa
 from PIL import Image
 from set_scenes import PATCH, Scene, add_scenes, scene
 
-from pipelines.cluster_tables import ClusterTables
-from pipelines.config import Config, load_config
-from pipelines.cosegment_tables import PartTables
-from pipelines.match_tables import MatchTables
-from pipelines.schemas import ASSIGNMENTS, CENTROIDS, MATCHES, PAIRS, PARTS_IMAGES, PARTS_PATCHES
-from pipelines.shards import new_file_name
-from pipelines.store import Store
-from pipelines.tables import Table
+from pipelines.results.clusters import ClusterTables
+from pipelines.results.matches import MatchTables
+from pipelines.results.parts import PartTables
+from pipelines.settings.loading import load_config
+from pipelines.settings.sections import Config
+from pipelines.store.parquet import new_file_name
+from pipelines.store.schemas import ASSIGNMENTS, CENTROIDS, MATCHES, PAIRS, PARTS_IMAGES, PARTS_PATCHES
+from pipelines.store.store import Store
+from pipelines.store.table import Table
 
 RUN = "20260101T000000Z-000001"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pipelines.config import Config, load_config
+from pipelines.settings.loading import load_config
+from pipelines.settings.sections import Config
 
 SMALL_MODEL = [
     "model.name=vit_tiny_patch16_224",

@@ -9,8 +9,8 @@ import pyarrow as pa
 from deltalake import DeltaTable
 from small_runs import settings
 
-from pipelines import verify
-from pipelines.shards import decode
+from pipelines.store.vectors import decode
+from pipelines.upkeep import verify
 
 
 def sound(store: Path) -> verify.Result:

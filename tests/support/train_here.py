@@ -15,8 +15,9 @@ import ray as ray_api
 import torch
 
 from dino_ops.errors import ModelError
-from pipelines.config import Config, load_config
 from pipelines.errors import DinorayError
+from pipelines.settings.loading import load_config
+from pipelines.settings.sections import Config
 from pipelines.train import job
 from pipelines.train.batches import CropWorker, CropWorkers, Reading
 from pipelines.train.checkpoints import read_checkpoint

@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines import cli, extract, stages, workers
-from pipelines.config import Config
-from pipelines.shards import ShardReport
-from pipelines.stages import FusedWorker, WorkerSetup
-from pipelines.store import Store
+from pipelines import cli
+from pipelines.extract import job as extract
+from pipelines.extract import layout as workers
+from pipelines.extract import stages
+from pipelines.extract.stages import FusedWorker
+from pipelines.features.extractor import WorkerSetup
+from pipelines.settings.sections import Config
+from pipelines.store.extraction import ShardReport
+from pipelines.store.store import Store
 
 PATCH = 8  # pixels
 DIMENSIONS = 3 * PATCH * PATCH

@@ -1,0 +1,2 @@
+from pipelines.cluster.job import Result as Result
+from pipelines.cluster.job import run as run

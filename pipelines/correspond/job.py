@@ -1,0 +1,242 @@
+"""correspond: pairs of images become rows of matches/NAME/pairs and matches/NAME/matches.
+
+    pairs asked for -> what is left -> tiles of images on Ray: read once, match, write -> the driver commits them
+
+A pair is done when its row in `pairs` is committed, for the extraction of both images that it names.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.correspond.made_with import check_settings
+from pipelines.correspond.pairs import Pairs, choose_pairs, embeddings_of, scores, unordered_keys
+from pipelines.errors import RequestError
+from pipelines.results.matches import VERSIONED, MatchTables, matches_uri
+from pipelines.running.commits import WaitingReports
+from pipelines.running.interrupts import interruptible
+from pipelines.running.metrics import JobMetrics
+from pipelines.running.progress import ProgressLine
+from pipelines.running.ray_session import ray_session
+from pipelines.running.reports import RunReport, new_run_id, recorded
+from pipelines.settings.sections import Config
+from pipelines.store.schemas import PAIRS, descriptor_columns
+from pipelines.store.store import Store
+
+if TYPE_CHECKING:
+    from pipelines.results.matches import MatchReport
+
+
+@dataclass
+class Result:
+    """What a run of correspond did, or would do."""
+
+    run_id: str
+    store: str
+    name: str
+    status: str = "running"  # running | done | failed | interrupted | dry_run
+    exit_code: int = 0
+    source: str = ""  # knn | all | file
+    images: int = 0  # in the store
+    pairs: int = 0  # asked for
+    already_done: int = 0
+    pending: int = 0
+    matched: int = 0  # pairs, by this run
+    matches: int = 0  # rows, by this run
+    without_matches: int = 0  # of the matched pairs: kept = 0
+    outdated: int = 0  # pairs removed because an image was extracted again or is gone
+    done_elsewhere: int = 0  # another run committed them at the same time
+    seconds: dict[str, float] = field(default_factory=dict)  # plan, read, match, write, commit: summed over workers
+    pairs_per_second: float = 0.0  # from the start of Ray to the last pair
+    steady_pairs_per_second: float = 0.0  # once workers are warm
+    bytes_read: int = 0  # of patches
+    bytes_written: int = 0
+    repaired: dict[str, int] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+
+    def took(self, seconds: float) -> None:
+        self.seconds["total"] = seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
+
+
+def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_run: bool = False) -> Result:
+    """Match pairs of images of `store`; a second call does only pairs that are new or whose images changed.
+
+    Args:
+        name: of the result, matches/NAME in the store.
+        pairs: in place of correspond.pairs: `knn:K`, `all` or a file.
+        dry_run: choose pairs and plan only; nothing is written.
+
+    Raises:
+        RequestError: the request was wrong.
+        JobError: the job failed; what was committed stays.
+    """
+    started = time.monotonic()
+    if pairs is not None:
+        config = config.model_copy(update={"correspond": config.correspond.model_copy(update={"pairs": pairs})})
+    asked, options = config.correspond, config.storage.options
+    opened = Store.open(store, config)
+    result = Result(run_id=new_run_id(), store=opened.uri, name=name)
+    matches_uri(opened.uri, name)
+    check_store(opened, asked.descriptor)
+    check_settings(opened.uri, name, asked, options, record=False)
+    images = _images(opened, with_embeddings=asked.pairs.startswith("knn:") or opened.config.features.embedding)
+    chosen = choose_pairs(asked.pairs, images, options)
+    result.images, result.pairs, result.source = len(images), len(chosen), chosen.source
+    result.messages += chosen.messages
+    if dry_run:
+        tables = MatchTables.open_existing(opened.uri, name, options)
+        _plan(tables, chosen, images, result)
+        result.status = "dry_run"
+        return result
+
+    report = RunReport("correspond", opened.uri, config, result.run_id, {"name": name, "pairs": asked.pairs})
+    with recorded(report, result, started, fingerprint=opened.fingerprint):
+        check_settings(opened.uri, name, asked, options, record=True)
+        tables = MatchTables(opened.uri, name, options)
+        result.repaired = {what: count for what, count in tables.repair(result.run_id).items() if count}
+        pending, outdated = _plan(tables, chosen, images, result)
+        tables.drop(outdated, result.run_id)
+        result.seconds["plan"] = time.monotonic() - started
+        if len(pending):
+            _match_pending(opened, tables, pending, images, config, result)
+    return result
+
+
+def check_store(store: Store, descriptor: str) -> None:
+    """Raises RequestError for a store whose images cannot be matched."""
+    spec, columns = store.config, descriptor_columns(store.config)
+    if spec.store.patches != "all" or spec.store.every > 1:
+        kept = (
+            f"store.patches={spec.store.patches}" if spec.store.patches != "all" else f"store.every={spec.store.every}"
+        )
+        raise RequestError(
+            f"The store {store.uri} does not hold the whole grid of patches ({kept}), which matching needs: extract "
+            "into another store with store.patches=all and store.every=1."
+        )
+    if not spec.features.saliency:
+        raise RequestError(
+            f"The store {store.uri} has no saliency (features.saliency=false), which tells the foreground: extract "
+            "into another store with features.saliency=true."
+        )
+    if descriptor not in columns:
+        raise RequestError(
+            f"correspond.descriptor is {descriptor}, but the patches of {store.uri} have {', '.join(columns)}: give "
+            "one of these."
+        )
+    if not store.images.files():
+        raise RequestError(f"The store {store.uri} has no images yet: run `dinoray extract INPUT {store.uri}` first.")
+
+
+def _images(store: Store, *, with_embeddings: bool) -> pa.Table:
+    """What matching needs to know of each image, in key order."""
+    columns = ["image_id", "label", "grid_height", "grid_width", "shard", "run_id"]
+    table = store.images.read([*columns, "embedding"] if with_embeddings else columns)
+    return table.sort_by("image_id").combine_chunks()
+
+
+def _plan(tables: MatchTables | None, chosen: Pairs, images: pa.Table, result: Result) -> tuple[Pairs, pa.Table]:
+    """Pairs that are left, and pairs in the table whose images were extracted again since, or are gone."""
+    kept, outdated = np.ones(len(chosen), bool), pa.schema([PAIRS.field(name) for name in VERSIONED]).empty_table()
+    if tables is not None:
+        rows = tables.pairs.read(VERSIONED)
+        a, current_a = _current(rows["image_a"], rows["run_id_a"], images)
+        b, current_b = _current(rows["image_b"], rows["run_id_b"], images)
+        current = current_a & current_b
+        done = unordered_keys(a[current], b[current], len(images))
+        kept = ~np.isin(chosen.keys(len(images)), done)
+        outdated = rows.filter(pa.array(~current))
+    result.pending = int(kept.sum())
+    result.already_done = len(chosen) - result.pending
+    result.outdated = len(outdated)
+    return chosen.take(kept), outdated
+
+
+def _current(ids: pa.ChunkedArray, runs: pa.ChunkedArray, images: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of ids in images (0 for unknown ones), and which still are of the same extraction."""
+    at = pc.index_in(ids, value_set=images["image_id"])
+    same = pc.fill_null(pc.equal(images["run_id"].take(at), runs), False)
+    return np.asarray(pc.fill_null(at, 0), np.int64), np.asarray(same, bool)
+
+
+def _match_pending(
+    store: Store, tables: MatchTables, pending: Pairs, images: pa.Table, config: Config, result: Result
+) -> None:
+    """Match and commit every pending pair."""
+    from pipelines.correspond.tiles import stream_matches  # Ray and torch are needed from here on
+    from pipelines.correspond.worker import MatchSetup
+    from pipelines.store.vectors import BYTES_PER_VALUE
+
+    has_embeddings = "embedding" in images.column_names and not images["embedding"].null_count
+    pair_scores = scores(pending, embeddings_of(images, config.correspond.pairs)) if has_embeddings else None
+    spec = store.config.model_copy(update={"correspond": config.correspond})
+    files = store.patches.files().values()
+    stored = sum(file.size for file in files) / sum(file.rows for file in files) / len(descriptor_columns(spec))
+    values = stored / BYTES_PER_VALUE[spec.store.dtype]
+    with ray_session(config.run) as resources, interruptible(), ProgressLine(len(pending), "pairs") as progress:
+        if config.model.device == "cuda" and not resources.get("GPU"):
+            raise RequestError("model.device is cuda, but the Ray cluster has no GPU: give model.device=auto or cpu.")
+        device = "cuda" if config.model.device != "cpu" and resources.get("GPU") else "cpu"
+        setup = MatchSetup(store.uri, tables.uri, result.run_id, spec, device)
+        began = time.monotonic()
+        commits = Commits(tables, config, result)
+        try:
+            for report in stream_matches(setup, pending, pair_scores, images, values, resources):
+                progress.advance(len(report.kept), 0)
+                commits.take(report)
+        finally:
+            commits.commit()  # an interruption keeps what is finished
+            result.steady_pairs_per_second = round(progress.steady_images_per_second, 2)
+            result.pairs_per_second = round(progress.done / max(time.monotonic() - began, 1e-9), 2)
+
+
+class Commits:
+    """Reports that wait for the next commit, and what they add up to."""
+
+    def __init__(self, tables: MatchTables, config: Config, result: Result) -> None:
+        self._tables = tables
+        self._result = result
+        self._metrics = JobMetrics("correspond", of="pairs")
+        self._waiting = WaitingReports(config.run.commit_seconds, self._commit)
+        self._reads: dict[str, tuple[int, float]] = {}
+
+    def take(self, report: MatchReport) -> None:
+        """Count a report; commit when what waits has waited long enough."""
+        self._reads |= report.reads
+        self._metrics.spent(report.seconds)
+        self._waiting.add(report)
+        self._waiting.commit_when_due()
+
+    def commit(self) -> None:
+        """Commit what waits; an interruption comes after it."""
+        self._waiting.commit()
+
+    def _commit(self, reports: list[MatchReport]) -> None:
+        started = time.monotonic()
+        kept = [rows for report in self._tables.commit(reports, self._result.run_id) for rows in report.kept.values()]
+        result, seconds = self._result, self._result.seconds
+        result.done_elsewhere += sum(len(report.kept) for report in reports) - len(kept)
+        result.matched += len(kept)
+        result.matches += sum(kept)
+        result.without_matches += kept.count(0)
+        written = sum(report.bytes_written for report in reports)
+        result.bytes_written += written
+        read = sum(read for read, _ in self._reads.values())
+        self._metrics.read(read - result.bytes_read)
+        result.bytes_read = read
+        seconds["read"] = sum(spent for _, spent in self._reads.values())
+        for report in reports:
+            for stage, spent in report.seconds.items():
+                seconds[stage] = seconds.get(stage, 0.0) + spent
+        took = time.monotonic() - started
+        seconds["commit"] = seconds.get("commit", 0.0) + took
+        self._metrics.spent({"commit": took})
+        self._metrics.committed(len(kept), written)

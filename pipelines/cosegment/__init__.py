@@ -1,0 +1,2 @@
+from pipelines.cosegment.job import Result as Result
+from pipelines.cosegment.job import run as run

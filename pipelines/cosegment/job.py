@@ -1,0 +1,374 @@
+"""cosegment: what the images of a set have in common becomes rows of parts/NAME/images and parts/NAME/patches.
+
+    sets asked for -> what is left -> tasks on Ray: fit a set, segment its images, write -> the driver commits them
+
+A set is done when the rows of all its images are committed, for the members and their extraction that they name.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dino_ops.cosegmentation import inliers
+from pipelines import storage
+from pipelines.cosegment.made_with import check_settings
+from pipelines.cosegment.masks import MOST_PARTS, SetImage
+from pipelines.cosegment.sets import ImageSets, choose_sets, set_version
+from pipelines.cosegment.tasks import PendingSet, stream_reports
+from pipelines.cosegment.worker import SegmentSetup
+from pipelines.errors import JobError, RequestError
+from pipelines.features.same_features import spec_with_weights
+from pipelines.results.parts import VERSIONED, PartTables, SegmentReport, parts_uri
+from pipelines.running.commits import WaitingReports
+from pipelines.running.interrupts import interruptible
+from pipelines.running.metrics import JobMetrics
+from pipelines.running.progress import ProgressLine
+from pipelines.running.ray_session import explain_ray_error, ray_session
+from pipelines.running.reports import RunReport, new_run_id, recorded
+from pipelines.settings.sections import Config, CosegmentSettings
+from pipelines.store.originals import locate
+from pipelines.store.patches import ImagePlace
+from pipelines.store.schemas import PARTS_IMAGES, descriptor_columns
+from pipelines.store.store import Store
+
+MOST_FAILED_SHOWN = 3
+
+
+@dataclass
+class Result:
+    """What a run of cosegment did, or would do. An image counts once for each set that it is in."""
+
+    run_id: str
+    store: str
+    name: str
+    status: str = "running"  # running | done | failed | interrupted | dry_run
+    exit_code: int = 0
+    source: str = ""  # label | directory | cluster:NAME | file
+    sets: int = 0  # asked for
+    images: int = 0  # in them
+    already_done: int = 0
+    pending: int = 0
+    pending_sets: int = 0
+    segmented: int = 0  # images, by this run
+    without_foreground: int = 0  # of those: nothing in mask_png
+    noted: int = 0  # of those: the row has a note
+    outdated: int = 0  # rows removed because the members of their set, or an extraction, changed
+    done_elsewhere: int = 0  # another run committed them at the same time
+    failed_sets: dict[str, str] = field(default_factory=dict)  # set_id -> why
+    exported: int = 0  # files that --masks and --overlays wrote
+    seconds: dict[str, float] = field(default_factory=dict)  # plan, read, fit, segment, write, commit, export, total
+    images_per_second: float = 0.0  # from the start of Ray to the last image
+    bytes_read: int = 0  # of patches
+    bytes_written: int = 0
+    repaired: dict[str, int] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+
+    def took(self, seconds: float) -> None:
+        self.seconds["total"] = seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
+
+
+def run(
+    config: Config,
+    *,
+    store: str,
+    name: str,
+    sets: str | None = None,
+    masks: str | None = None,
+    overlays: str | None = None,
+    dry_run: bool = False,
+) -> Result:
+    """Co-segment sets of images of `store`; a second call does only sets that are new or whose images changed.
+
+    Args:
+        name: of the result, parts/NAME in the store.
+        sets: in place of cosegment.sets.
+        masks: also write all masks of NAME as PNG files below this folder or URI.
+        overlays: also draw them over their pictures, below this folder or URI.
+        dry_run: choose sets and plan only; nothing is written.
+
+    Raises:
+        RequestError: the request was wrong.
+        JobError: the job failed, or some sets could not be fitted; what was committed stays.
+    """
+    started = time.monotonic()
+    if sets is not None:
+        config = config.model_copy(update={"cosegment": config.cosegment.model_copy(update={"sets": sets})})
+    asked, options = config.cosegment, config.storage.options
+    opened = Store.open(store, config)
+    result = Result(run_id=new_run_id(), store=opened.uri, name=name)
+    parts_uri(opened.uri, name)
+    _check_store(opened, config)
+    spec = opened.config
+    if asked.crop_augmentations:
+        spec = spec_with_weights(opened, config, "cosegment.crop_augmentations")
+    spec = spec.model_copy(update={"cosegment": asked, "run": config.run})
+    check_settings(opened.uri, name, asked, options, record=False)
+    images = _images(opened, with_embeddings=asked.remove_outliers)
+    chosen = choose_sets(asked.sets, opened.uri, images, options)
+    result.source, result.sets, result.images = chosen.source, len(chosen), chosen.images
+    result.messages += chosen.messages
+    if dry_run:
+        _plan(PartTables.open_existing(opened.uri, name, options), chosen, images, asked, result)
+        result.status = "dry_run"
+        return result
+
+    report = RunReport("cosegment", opened.uri, config, result.run_id, {"name": name, "sets": asked.sets})
+    with recorded(report, result, started, fingerprint=opened.fingerprint):
+        check_settings(opened.uri, name, asked, options, record=True)
+        tables = PartTables(opened.uri, name, options)
+        result.repaired = {what: count for what, count in tables.repair(result.run_id).items() if count}
+        pending, outdated = _plan(tables, chosen, images, asked, result)
+        tables.drop(outdated, result.run_id)
+        result.seconds["plan"] = time.monotonic() - started
+        if pending or masks or overlays:
+            with ray_session(config.run) as resources, interruptible():
+                _segment_pending(opened, tables, pending, images, spec, resources, result)
+                if masks or overlays:
+                    _export(tables, images, masks, overlays, by_set=not chosen.whole, result=result)
+        if result.failed_sets:
+            raise JobError(_about_failed(result))
+    return result
+
+
+def _check_store(store: Store, config: Config) -> None:
+    """Raises RequestError for a store whose images cannot be co-segmented, and for settings that do not go with it."""
+    spec, asked = store.config, config.cosegment
+    if spec.store.patches != "all" or spec.store.every > 1:
+        thinned = spec.store.patches != "all"
+        kept = f"store.patches={spec.store.patches}" if thinned else f"store.every={spec.store.every}"
+        raise RequestError(
+            f"The store {store.uri} does not hold the whole grid of patches ({kept}), which masks are made of: extract "
+            "into another store with store.patches=all and store.every=1."
+        )
+    if not spec.features.saliency:
+        raise RequestError(
+            f"The store {store.uri} has no saliency (features.saliency=false), which tells the foreground: extract "
+            "into another store with features.saliency=true."
+        )
+    if asked.descriptor not in (columns := descriptor_columns(spec)):
+        raise RequestError(
+            f"cosegment.descriptor is {asked.descriptor}, but the patches of {store.uri} have {', '.join(columns)}: "
+            "give one of these."
+        )
+    if asked.remove_outliers and not spec.features.embedding:
+        raise RequestError(
+            f"cosegment.remove_outliers compares embeddings, which the store {store.uri} lacks "
+            "(features.embedding=false)."
+        )
+    if asked.num_parts > MOST_PARTS:
+        raise RequestError(f"cosegment.num_parts is {asked.num_parts}, but a mask can tell at most {MOST_PARTS} apart.")
+    if not store.images.files():
+        raise RequestError(f"The store {store.uri} has no images yet: run `dinoray extract INPUT {store.uri}` first.")
+
+
+def _images(store: Store, *, with_embeddings: bool) -> pa.Table:
+    """What co-segmentation needs to know of each image, in key order."""
+    columns = ["image_id", "label", "uri", "source_size", "source_version", "width", "height", "model_width"]
+    columns += ["model_height", "grid_width", "grid_height", "shard", "run_id"]
+    table = store.images.read([*columns, "embedding"] if with_embeddings else columns)
+    return table.filter(pc.is_valid(table["shard"])).sort_by("image_id").combine_chunks()
+
+
+def _plan(
+    tables: PartTables | None, chosen: ImageSets, images: pa.Table, asked: CosegmentSettings, result: Result
+) -> tuple[list[PendingSet], pa.Table]:
+    """Sets of which images are left, and rows in the table that are of the past."""
+    versions = {set_id: set_version(images, members) for set_id, members in chosen.members.items()}
+    done, outdated = _rows_there(tables, versions, images, whole=chosen.whole)
+    pending = []
+    for set_id, members in chosen.members.items():
+        left = np.setdiff1d(members, done[set_id]) if set_id in done else members
+        if len(left):
+            outliers = _outliers(images, members, asked) if asked.remove_outliers else members[:0]
+            pending.append(PendingSet(set_id, versions[set_id], members, left, outliers))
+    result.pending = sum(len(one.left) for one in pending)
+    result.pending_sets = len(pending)
+    result.already_done = chosen.images - result.pending
+    result.outdated = len(outdated)
+    return pending, outdated
+
+
+def _rows_there(
+    tables: PartTables | None, versions: dict[str, str], images: pa.Table, *, whole: bool
+) -> tuple[dict[str, np.ndarray], pa.Table]:
+    """(images done of each set, by position; rows of the past, VERSIONED).
+
+    A set that is not asked for is of the past too when the sets are `whole`, and else when an image of it is.
+    """
+    if tables is None:
+        return {}, pa.schema([PARTS_IMAGES.field(name) for name in VERSIONED]).empty_table()
+    rows = tables.images.read([*VERSIONED, "run_id"]).sort_by("set_id").combine_chunks()
+    asked_for = pa.array([versions.get(set_id) for set_id in rows["set_id"].to_pylist()], pa.string())
+    current = _equal(rows["set_version"], pa.chunked_array([asked_for]))
+    at = pc.index_in(rows["image_id"], value_set=images["image_id"].combine_chunks())
+    same_image = _equal(images["run_id"].take(at), rows["run_id"])
+    broken = pc.unique(rows["set_id"].filter(pa.array(~same_image)))
+    kept = current
+    if not whole:
+        kept = kept | (np.asarray(pc.is_null(asked_for)) & ~np.asarray(pc.is_in(rows["set_id"], value_set=broken)))
+    positions = np.asarray(pc.fill_null(at, 0), np.int64)[current]
+    set_ids = rows["set_id"].filter(pa.array(current)).to_pylist()
+    starts = [number for number in range(len(set_ids)) if not number or set_ids[number] != set_ids[number - 1]]
+    done = {set_ids[first]: part for first, part in zip(starts, np.split(positions, starts)[1:], strict=True)}
+    return done, rows.select(VERSIONED).filter(pa.array(~kept))
+
+
+def _outliers(images: pa.Table, members: np.ndarray, asked: CosegmentSettings) -> np.ndarray:
+    """Which members are unlike the others of their set; positions."""
+    embeddings = pc.list_flatten(images["embedding"].take(pa.array(members))).to_numpy().reshape(len(members), -1)
+    return members[~inliers(embeddings, asked.outliers_threshold)]
+
+
+def _equal(a: Any, b: Any) -> np.ndarray:
+    return np.asarray(pc.fill_null(pc.equal(a, b), False), bool)
+
+
+def _segment_pending(
+    store: Store,
+    tables: PartTables,
+    pending: list[PendingSet],
+    images: pa.Table,
+    spec: Config,
+    resources: dict[str, float],
+    result: Result,
+) -> None:
+    """Segment and commit every pending set."""
+    if not pending:
+        return
+    began = time.monotonic()
+    device = "cuda" if spec.model.device != "cpu" and resources.get("GPU") else "cpu"
+    setup = SegmentSetup(store.uri, tables.uri, result.run_id, spec, store.spec["model"]["weights"], device, 0.0)
+    described = SetImages(images, pending, spec)
+    commits = Commits(tables, spec, result)
+    with ProgressLine(result.pending) as progress:
+        try:
+            for report in stream_reports(setup, pending, described.at, resources):
+                progress.advance(len(report.keys), 0)
+                commits.take(report)
+        finally:
+            commits.commit()  # an interruption keeps what is finished
+            result.images_per_second = round(progress.done / max(time.monotonic() - began, 1e-9), 2)
+
+
+def _export(
+    tables: PartTables, images: pa.Table, masks: str | None, overlays: str | None, *, by_set: bool, result: Result
+) -> None:
+    """Write every mask of NAME as a file."""
+    import ray
+    from ray.exceptions import RayError
+
+    from pipelines.cosegment.export import Export, export_file, exported_images
+
+    began = time.monotonic()
+    masks, overlays = (storage.normalise(uri) if uri else None for uri in (masks, overlays))
+    export = Export(tables.uri, masks, overlays, by_set, tables.options)
+    names, uris = exported_images(tables, images)
+    task = ray.remote(export_file)
+    waiting = []
+    for path in tables.images.files():
+        ids = set(tables.images.read_file(path, ["image_id"])["image_id"].to_pylist())
+        of_file = [{one: known[one] for one in ids if one in known} for known in (names, uris)]
+        waiting.append(task.remote(export, path, *of_file))
+    try:
+        result.exported = sum(ray.get(waiting))
+    except RayError as error:
+        raise explain_ray_error(error, "the export of masks") from None
+    result.seconds["export"] = time.monotonic() - began
+
+
+class SetImages:
+    """What tasks need to know of the images of sets, made when a task needs it."""
+
+    def __init__(self, images: pa.Table, pending: list[PendingSet], config: Config) -> None:
+        self._images = images.select([name for name in images.column_names if name != "embedding"])
+        self._sources: pa.Table | None = None  # where the bytes of each image are, rows of nulls where not known
+        if pending and (config.cosegment.refine or config.cosegment.crop_augmentations):
+            needed = np.unique(np.concatenate([one.members for one in pending]))
+            found = locate(images["uri"].take(pa.array(needed)).to_pylist(), config.storage.options).combine_chunks()
+            self._sources = found.take(pc.index_in(images["uri"], value_set=found["uri"]))
+
+    def at(self, positions: np.ndarray, outliers: np.ndarray) -> list[SetImage]:
+        """Images at some positions; outliers: positions of those that are."""
+        rows = self._images.take(pa.array(positions)).to_pylist()
+        sources: list[dict[str, Any]] = [{"uri": None}] * len(rows)
+        if self._sources is not None:
+            sources = self._sources.take(pa.array(positions)).to_pylist()
+        inlier = ~np.isin(positions, outliers)
+        return [_describe(row, source, bool(one)) for row, source, one in zip(rows, sources, inlier, strict=True)]
+
+
+def _describe(row: dict[str, Any], source: dict[str, Any], inlier: bool) -> SetImage:
+    """row: of images. source: as `locate` found it."""
+    if source["uri"] and source["container"] is None:
+        source["source_size"] = row["source_size"]  # another size is another picture
+    elif source["uri"] and source["source_version"] != row["source_version"]:
+        source["error"] = f"{source['container']} has changed since it was extracted"
+    return SetImage(
+        place=ImagePlace(row["image_id"], row["shard"], (row["grid_height"], row["grid_width"])),
+        run_id=row["run_id"],
+        width=row["width"],
+        height=row["height"],
+        model_width=row["model_width"],
+        model_height=row["model_height"],
+        inlier=inlier,
+        source=source if source["uri"] else None,
+    )
+
+
+class Commits:
+    """Reports that wait for the next commit, and what they add up to."""
+
+    def __init__(self, tables: PartTables, config: Config, result: Result) -> None:
+        self._tables = tables
+        self._result = result
+        self._metrics = JobMetrics("cosegment")
+        self._waiting = WaitingReports(config.run.commit_seconds, self._commit)
+
+    def take(self, report: SegmentReport) -> None:
+        """Count a report; commit when what waits has waited long enough."""
+        result = self._result
+        result.failed_sets |= report.failed
+        result.bytes_read += report.bytes_read
+        result.bytes_written += report.bytes_written
+        for stage, spent in report.seconds.items():
+            result.seconds[stage] = result.seconds.get(stage, 0.0) + spent
+        self._metrics.spent(report.seconds)
+        self._metrics.read(report.bytes_read)
+        if report.images:
+            self._waiting.add(report)
+            self._waiting.commit_when_due()
+
+    def commit(self) -> None:
+        """Commit what waits; an interruption comes after it."""
+        self._waiting.commit()
+
+    def _commit(self, reports: list[SegmentReport]) -> None:
+        started = time.monotonic()
+        kept = sum(len(report.keys) for report in self._tables.commit(reports, self._result.run_id))
+        result = self._result
+        result.segmented += kept
+        result.done_elsewhere += sum(len(report.keys) for report in reports) - kept
+        result.without_foreground += sum(report.without_foreground for report in reports)
+        result.noted += sum(report.noted for report in reports)
+        seconds = time.monotonic() - started
+        result.seconds["commit"] = result.seconds.get("commit", 0.0) + seconds
+        self._metrics.spent({"commit": seconds})
+        self._metrics.committed(kept, sum(report.bytes_written for report in reports))
+
+
+def _about_failed(result: Result) -> str:
+    shown = [f"{set_id}: {why}" for set_id, why in list(result.failed_sets.items())[:MOST_FAILED_SHOWN]]
+    more = f"; and {len(result.failed_sets) - MOST_FAILED_SHOWN:,} more" if len(result.failed_sets) > len(shown) else ""
+    return (
+        f"{len(result.failed_sets):,} of {result.sets:,} sets could not be fitted ({'; '.join(shown)}{more}); the "
+        "others are done."
+    )

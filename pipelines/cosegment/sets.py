@@ -1,0 +1,181 @@
+"""Which images belong together: those of a label, of a folder, of a cluster, or those that a file lists as a set.
+
+An image is its position in a table of images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines import storage
+from pipelines.errors import RequestError
+from pipelines.results.clusters import ClusterTables
+from pipelines.sources.id_files import IdFile, is_id_file, names_shown, read_id_file
+
+FORMS = "label, directory, cluster:NAME, or a .csv, .jsonl or .parquet file with columns image_id and set_id"
+FILE = IdFile("sets", "cosegment.sets", FORMS, {"image_id": "an image_id", "set_id": "a set_id"})
+CLUSTER = "cluster:"
+TOP = "."  # the set_id of images that lie in no folder
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """Sets of images. Only a file can have an image in several of them.
+
+    members: of each set, by its id, positions in the table of images, ascending. whole: every set there can be is
+    among them, so that others are of the past.
+    """
+
+    members: dict[str, np.ndarray]
+    source: str  # label | directory | cluster:NAME | file
+    messages: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        return self.source != "file"
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def images(self) -> int:
+        """Masks to make: an image counts once for each of its sets."""
+        return sum(len(members) for members in self.members.values())
+
+
+def source_of(asked: str) -> str:
+    """label, directory, cluster:NAME, or file. Raises RequestError for what is none of them."""
+    if asked in ("label", "directory") or (asked.startswith(CLUSTER) and len(asked) > len(CLUSTER)):
+        return asked
+    if is_id_file(asked):
+        return "file"
+    raise RequestError(f"cosegment.sets is {asked}, but it must be {FORMS}.")
+
+
+def choose_sets(asked: str, store: str, images: pa.Table, options: storage.Options) -> ImageSets:
+    """The sets that cosegment.sets asks for.
+
+    images: image_id, label, run_id, in key order.
+
+    Raises RequestError for anything that is none of the forms, for unknown images, and where there are no sets.
+    """
+    source = source_of(asked)
+    if source == "label":
+        return sets_by_label(images["label"])
+    if source == "directory":
+        return sets_by_directory(images["image_id"])
+    if source == "file":
+        return sets_of_file(asked, images["image_id"], options)
+    return sets_by_cluster(asked.removeprefix(CLUSTER), store, images, options)
+
+
+def sets_by_label(labels: pa.ChunkedArray) -> ImageSets:
+    """A set for each label. Raises RequestError where no image has one."""
+    if labels.null_count == len(labels):
+        raise RequestError(
+            f"There are no sets: of {_images(len(labels))} none has a label; give --sets directory, cluster:NAME or a "
+            "file with image_id and set_id."
+        )
+    messages = []
+    if labels.null_count:
+        one = labels.null_count == 1
+        messages.append(f"{_images(labels.null_count)} without a label {'is' if one else 'are'} in no set.")
+    return ImageSets(_groups(labels), "label", messages)
+
+
+def sets_by_directory(image_ids: pa.ChunkedArray) -> ImageSets:
+    """A set for each folder that image_ids name; images in no folder are the set `.`."""
+    folders = [posixpath.dirname(image_id) or TOP for image_id in image_ids.to_pylist()]
+    return ImageSets(_groups(pa.chunked_array([pa.array(folders, pa.string())])), "directory")
+
+
+def sets_by_cluster(name: str, store: str, images: pa.Table, options: storage.Options) -> ImageSets:
+    """A set for each cluster of a clustering of images, its cluster_id as text.
+
+    Raises RequestError where there is no such clustering, and for a clustering of patches.
+    """
+    tables = ClusterTables.open_existing(store, name, options)
+    model = tables.model() if tables else None
+    if tables is None or model is None:
+        there = ", ".join(ClusterTables.all_in(store, options)) or "none"
+        raise RequestError(
+            f"The store has no clusters {name} (it has {there}): make them with `dinoray cluster {store} {name} --of "
+            "embeddings`."
+        )
+    if model.progress.settings["of"] != "embeddings":
+        raise RequestError(
+            f"The clusters {name} are of patches, and sets are of images: cluster images with `dinoray cluster {store} "
+            "NAME --of embeddings`."
+        )
+    rows = tables.assignments.read(["image_id", "cluster_id", "run_id"])
+    at = pc.index_in(images["image_id"], value_set=rows["image_id"].combine_chunks())
+    same = pc.fill_null(pc.equal(rows["run_id"].take(at), images["run_id"]), False)
+    clusters = pc.if_else(same, rows["cluster_id"].take(at), pa.scalar(None, pa.int32())).cast(pa.string())
+    if clusters.null_count == len(clusters):
+        raise RequestError(
+            f"There are no sets: the clusters {name} hold none of the store's images as they are now; bring them up to "
+            f"date with `dinoray cluster {store} {name} --update`."
+        )
+    messages = []
+    if clusters.null_count:
+        messages.append(
+            f"{_images(clusters.null_count)} not in the clusters {name}, or extracted again since, are in no set: "
+            f"`dinoray cluster {store} {name} --update` assigns them."
+        )
+    return ImageSets(_groups(clusters), f"{CLUSTER}{name}", messages)
+
+
+def sets_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options) -> ImageSets:
+    """The sets that a CSV, JSON-lines or Parquet file lists; an image may be in several.
+
+    Raises RequestError when it cannot be read, lacks a column or a value, lists nothing, or names images that are not
+    there.
+    """
+    ids, set_ids = read_id_file(uri, FILE, options)
+    if not len(ids):
+        raise RequestError(f"The sets file {uri} lists no images.")
+    if empty := pc.sum(pc.equal(set_ids, "")).as_py():
+        raise RequestError(f"The sets file {uri} has {empty:,} empty values where a set_id should be.")
+    at = pc.index_in(ids, value_set=image_ids.combine_chunks())
+    if at.null_count:
+        unknown = sorted(pc.unique(ids.filter(pc.is_null(at))).to_pylist())
+        raise RequestError(f"The sets file {uri} names images that the store does not have: {names_shown(unknown)}.")
+    positions = at.to_numpy().astype(np.int64)
+    members = {set_id: np.unique(positions[rows]) for set_id, rows in _groups(set_ids).items()}
+    found = ImageSets(members, "file")
+    if repeated := len(positions) - found.images:
+        found.messages.append(f"{repeated:,} rows that {uri} lists again were passed over.")
+    return found
+
+
+def set_version(images: pa.Table, members: np.ndarray) -> str:
+    """The same for the same images in the same extraction.
+
+    images: image_id, run_id. members: positions, ascending.
+    """
+    rows = images.select(["image_id", "run_id"]).take(pa.array(members))
+    content = hashlib.sha256()
+    for image_id, run_id in zip(rows["image_id"].to_pylist(), rows["run_id"].to_pylist(), strict=True):
+        content.update(json.dumps([image_id, run_id]).encode())
+    return content.hexdigest()[:16]
+
+
+def _groups(values: pa.ChunkedArray) -> dict[str, np.ndarray]:
+    """Positions of each value, ascending; values in order, nulls in none."""
+    encoded = values.combine_chunks().dictionary_encode()
+    codes = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
+    order = np.argsort(codes, kind="stable")
+    starts = np.searchsorted(codes[order], np.arange(len(encoded.dictionary) + 1))
+    groups = {name: order[starts[code] : starts[code + 1]] for code, name in enumerate(encoded.dictionary.to_pylist())}
+    return dict(sorted(groups.items()))
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"

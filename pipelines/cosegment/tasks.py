@@ -1,0 +1,165 @@
+"""Laying out sets on a Ray cluster: small ones several to a task, large ones fitted by one task and shared out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pipelines.cosegment.masks import SetImage
+from pipelines.cosegment.worker import FittedSet, SegmentSetup, SetWork, fit_set, segment_batch, segment_sets
+from pipelines.results.parts import SegmentReport
+from pipelines.running.ray_session import explain_ray_error
+from pipelines.settings.sections import CosegmentSettings
+
+TASKS_A_WORKER = 3  # at least, where there are images enough, so that workers finish together
+BATCH_REFINED, BATCH_PLAIN = (4, 16), (64, 512)  # images of a task, least and most: refining one takes a second
+SETS_A_TASK = 8  # at most: fitting one takes a second or more
+MEMORY_SHARE = 0.25  # of what Ray has, for the descriptors and pictures that all tasks hold
+LEAST_MEMORY, MOST_MEMORY = 64 * 2**20, 4 * 2**30  # of a task, bytes
+GPU_SHARE = 0.25  # of a task that makes crops
+
+
+@dataclass(frozen=True)
+class PendingSet:
+    """A set of which images are left.
+
+    members, left, outliers: positions in the table of images, ascending.
+    """
+
+    set_id: str
+    version: str
+    members: np.ndarray
+    left: np.ndarray
+    outliers: np.ndarray
+
+    @property
+    def begun(self) -> bool:
+        return len(self.left) < len(self.members)
+
+
+def fit_sample(members: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """At most so many of the members, spread evenly over them, one at random in each stretch; ascending."""
+    if len(members) <= most:
+        return members
+    shares = np.random.default_rng(seed).random(most)
+    return members[((np.arange(most) + shares) * (len(members) / most)).astype(np.int64)]
+
+
+def batch_size(asked: CosegmentSettings, pending: int, workers: int) -> int:
+    """Images of a task."""
+    least, most = BATCH_REFINED if asked.refine else BATCH_PLAIN
+    return int(np.clip(pending // (workers * TASKS_A_WORKER), least, most))
+
+
+def is_shared(one: PendingSet, batch: int, fit_images: int) -> bool:
+    """Whether a set is fitted by a task of its own and then segmented by several."""
+    return one.begun or len(one.left) > batch or len(one.members) > fit_images
+
+
+def cut_sets(sets: Sequence[PendingSet], batch: int, fit_images: int) -> Iterator[list[PendingSet]]:
+    """What each task begins with: one shared set, those first; or small sets together, as many as fill a batch."""
+    small = []
+    for one in sets:
+        if is_shared(one, batch, fit_images):
+            yield [one]
+        else:
+            small.append(one)
+    group: list[PendingSet] = []
+    held = 0
+    for one in small:
+        if group and (held + len(one.left) > batch or len(group) == SETS_A_TASK):
+            yield group
+            group, held = [], 0
+        group.append(one)
+        held += len(one.left)
+    if group:
+        yield group
+
+
+def stream_reports(
+    setup: SegmentSetup,
+    sets: Sequence[PendingSet],
+    describe: Callable[[np.ndarray, np.ndarray], list[SetImage]],
+    resources: dict[str, float],
+) -> Iterator[SegmentReport]:
+    """Segment sets on Ray and yield what its workers wrote, in the order in which they finish.
+
+    describe: what tasks need to know of images at some positions, of which some are outliers.
+
+    Raises JobError for what stops a worker.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    run, asked = setup.config.run, setup.asked
+    gpu = asked.crop_augmentations > 0 and setup.device == "cuda"
+    cpus_each = run.cpus_per_worker or 1.0
+    gpus_each = (run.gpus_per_worker or GPU_SHARE) if gpu else 0.0
+    slots = [resources.get("CPU", 1.0) / cpus_each] + ([resources["GPU"] / gpus_each] if gpu else [])
+    workers = run.workers or max(1, int(min(slots)))
+    memory = resources.get("memory", LEAST_MEMORY) * MEMORY_SHARE / workers
+    setup = replace(setup, memory=float(np.clip(memory, LEAST_MEMORY, MOST_MEMORY)))
+    batch = batch_size(asked, sum(len(one.left) for one in sets), workers)
+    on_model, plain = {"num_cpus": cpus_each, "num_gpus": gpus_each}, {"num_cpus": cpus_each}
+    whole = ray.remote(segment_sets).options(**on_model)
+    fit = ray.remote(fit_set).options(**on_model)
+    part = ray.remote(segment_batch).options(**plain)
+
+    def work(one: PendingSet, images: np.ndarray, fit_on: bool) -> SetWork:
+        chosen = (
+            fit_sample(np.setdiff1d(one.members, one.outliers), asked.fit_images, asked.seed) if fit_on else images[:0]
+        )
+        return SetWork(one.set_id, one.version, describe(chosen, one.outliers), describe(images, one.outliers))
+
+    begin = cut_sets(sets, batch, asked.fit_images)
+    shared: deque[tuple[PendingSet, np.ndarray, Any]] = deque()  # batches of sets that are fitted
+    fitting: dict[Any, PendingSet] = {}
+    waiting: list[Any] = []
+
+    def submit() -> Any:
+        """The next task, or None when there is none to begin yet."""
+        if shared:
+            one, images, model = shared.popleft()
+            return part.remote(setup, work(one, images, fit_on=False), model)
+        group = next(begin, None)
+        if group is None:
+            return None
+        if is_shared(group[0], batch, asked.fit_images):
+            task = fit.remote(setup, work(group[0], group[0].left[:0], fit_on=True))
+            fitting[task] = group[0]
+            return task
+        return whole.remote(setup, [work(one, one.left, fit_on=True) for one in group])
+
+    try:
+        while True:
+            while len(waiting) <= workers and (task := submit()) is not None:
+                waiting.append(task)
+            if not waiting:
+                return
+            (task,), waiting = ray.wait(waiting, num_returns=1)
+            found = ray.get(task)
+            if (one := fitting.pop(task, None)) is None:
+                yield found
+                continue
+            yield _of_fit(one, found)
+            if found.model is not None:
+                model = ray.put(found)
+                shared.extend((one, part, model) for part in _batches(one.left, batch))
+    except RayError as error:
+        raise explain_ray_error(error, "the co-segmentation") from None
+
+
+def _of_fit(one: PendingSet, fitted: FittedSet) -> SegmentReport:
+    """What fitting took, as a report without rows."""
+    failed = {one.set_id: fitted.failed} if fitted.model is None else {}
+    return SegmentReport(
+        None, None, failed=failed, seconds=dict(fitted.spent.seconds), bytes_read=fitted.spent.bytes_read
+    )
+
+
+def _batches(positions: np.ndarray, size: int) -> list[np.ndarray]:
+    return [positions[first : first + size] for first in range(0, len(positions), size)]

@@ -1,0 +1,185 @@
+"""estimate: what an extraction of INPUT will take, found by doing it for a sample.
+
+The sample goes through the very stages and workers of `extract`, into a store that is thrown away, so that bytes and
+rate are measured, not modelled. Only a device that is not at hand is reckoned, from its published arithmetic.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines import sources, storage
+from pipelines.errors import RequestError
+from pipelines.extract import job as extract
+from pipelines.settings.sections import Config
+from pipelines.store.extraction import Plan
+from pipelines.store.projection import exists, images_to_fit
+from pipelines.store.store import Store, refuse_memory
+
+SAMPLE = 128
+SEED = 0
+# Dense bfloat16 (T4, V100: float16) TFLOP/s of their makers' data sheets.
+DEVICES = {
+    "h200": 989.0,
+    "h100": 989.0,
+    "a100": 312.0,
+    "l40s": 362.0,
+    "rtx4090": 165.0,
+    "a10g": 70.0,
+    "l4": 121.0,
+    "v100": 125.0,
+    "t4": 65.0,
+}
+UTILISATION = 0.4  # of them that ViTs reach; timm's S/16 at 224 pixels on an RTX 4090: 0.46
+CPU_IMAGES_PER_SECOND = 250.0  # that one CPU fetches and decodes beside a GPU
+
+
+@dataclass
+class Result:
+    """What an extraction would take. Bytes and FLOPs are for `images`, those that STORE does not have yet."""
+
+    store: str
+    listed: int = 0
+    images: int = 0
+    sample: int = 0
+    failed: int = 0  # of the sample
+    source_bytes: int | None = None  # of the images; None where images lie in Parquet files
+    bytes: dict[str, int] = field(default_factory=dict)  # table -> bytes
+    bytes_per_image: float = 0.0
+    patches: int = 0
+    gflop_per_image: float = 0.0
+    tflop: float = 0.0
+    device: str = ""  # at hand
+    images_per_second: float = 0.0  # on it, measured
+    start_seconds: float = 0.0  # of these hours: listing, starting workers, fitting a PCA
+    hours: float = 0.0
+    named_device: str | None = None
+    named_images_per_second: float | None = None
+    named_limited_by: str | None = None  # model | decoding
+    named_hours: float | None = None
+    price_per_hour: float | None = None
+    cost_per_million: float | None = None  # images, on the named device, else on the one at hand, once it runs
+    cost: float | None = None
+    seconds: float = 0.0  # that this took
+    messages: list[str] = field(default_factory=list)
+
+    exit_code = 0
+    status = "done"
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def run(
+    config: Config,
+    *,
+    input: str,
+    store: str,
+    sample: int = SAMPLE,
+    device: str | None = None,
+    cpus: int = 16,
+    price: float | None = None,
+) -> Result:
+    """Extract a sample of the images of INPUT that STORE does not have, and reckon what all of them take.
+
+    Args:
+        device: also reckon for one of this kind, a key of DEVICES, with `cpus` CPUs beside it.
+        price: an hour of the device, in any currency.
+
+    Raises:
+        RequestError, sources.InputError, dino_ops.errors.ModelError: the request was wrong.
+        JobError: the sample could not be extracted.
+    """
+    started = time.monotonic()
+    if device is not None and device not in DEVICES:
+        raise RequestError(f"There is no device {device!r}: known are {', '.join(DEVICES)}.")
+    refuse_memory(input, "INPUT")
+    result = Result(storage.normalise(store))
+    listing = sources.list_images(input, storage_options=config.storage.options, exclude=result.store).table
+    listed_in = time.monotonic() - started
+    opened = Store.open_existing(result.store, config)
+    pending = (opened.plan(listing) if opened else Plan.of_empty_store(listing)).pending
+    result.listed, result.images = len(listing), len(pending)
+    if not len(pending):
+        result.messages.append("STORE has all images of INPUT: there is nothing to extract.")
+        return result
+    chosen = np.random.default_rng(SEED).permutation(len(pending))[: min(sample, len(pending))]
+    fitted = opened is not None and exists(opened.uri, config)
+    _measure(config, pending.take(pa.array(np.sort(chosen))), result, fitted=fitted)
+    result.start_seconds = round(result.start_seconds + listed_in, 2)
+    if result.images_per_second:
+        result.hours = (result.start_seconds + result.images / result.images_per_second) / 3600
+    result.source_bytes = _source_bytes(pending)
+    if device is not None:
+        result.named_device = device
+        _reckon(result, DEVICES[device], cpus)
+    here, there = (result.hours, result.images_per_second), (result.named_hours, result.named_images_per_second)
+    hours, rate = here if device is None else there
+    if price is not None and hours and rate:
+        result.price_per_hour, result.cost = price, round(price * hours, 2)
+        result.cost_per_million = round(price * 1e6 / rate / 3600, 2)
+    result.seconds = round(time.monotonic() - started, 1)
+    return result
+
+
+def _measure(config: Config, rows: pa.Table, result: Result, *, fitted: bool) -> None:
+    """Extract the sample; bytes, FLOPs and rate of all images from it. fitted: STORE has its PCA already."""
+    from pipelines.extract.layout import model_facts
+
+    began = time.monotonic()
+    facts = model_facts(config)
+    plan = Plan.of_empty_store(rows.drop_columns(["position"]))
+    done = extract.Result(run_id="sample", store=result.store)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Store.create(storage.join(folder, "store"), config)
+        extract.extract_pending(scratch, plan, config, done, facts, "estimate")
+        taken = time.monotonic() - began
+        scratch.refresh()
+        sizes = {name: sum(file.size for file in table.files().values()) for name, table in _tables(scratch)}
+        patches = sum(file.rows for file in scratch.patches.files().values())
+        grids = scratch.images.read(["grid_height", "grid_width"])
+    result.sample, result.failed = len(rows), done.failed
+    if not done.extracted:
+        reasons = ", ".join(done.failures_by_reason)
+        raise RequestError(f"None of {len(rows)} sampled images could be extracted ({reasons}): check INPUT.")
+    share = result.images / len(rows)
+    result.bytes = {name: round(size * share) for name, size in sizes.items()}
+    result.bytes_per_image = round(sum(result.bytes.values()) / result.images, 1)
+    result.patches = round(patches * share)
+    cells = grids["grid_height"].to_numpy().astype(float) * grids["grid_width"].to_numpy()
+    result.gflop_per_image = round(float(np.mean([facts.gflop_of(patches) for patches in cells])), 3)
+    result.tflop = round(result.gflop_per_image * result.images * done.extracted / len(rows) / 1e3, 3)
+    result.device = done.device
+    rate = done.steady_images_per_second or done.images_per_second
+    result.images_per_second = round(rate, 2)
+    if rate:
+        passed_here = len(rows) + images_to_fit(config, len(rows))
+        to_fit = 0 if fitted else images_to_fit(config, result.images)
+        result.start_seconds = max(0.0, taken - passed_here / rate) + to_fit / rate
+    if len(rows) < 32:
+        result.messages.append(f"Only {len(rows)} images were measured, so the rate is a guess: raise --sample.")
+
+
+def _tables(store: Store) -> list[tuple[str, Any]]:
+    return [("images", store.images), ("patches", store.patches)]
+
+
+def _source_bytes(pending: pa.Table) -> int | None:
+    if pending["row_group"].null_count < len(pending):
+        return None  # the listing knows their files' sizes alone
+    return int(np.maximum(pending["source_size"].to_numpy(), 0).sum())
+
+
+def _reckon(result: Result, tflops: float, cpus: int) -> None:
+    """The rate and hours on a device that is not at hand."""
+    by_model = UTILISATION * tflops * 1e3 / result.gflop_per_image
+    by_decoding = CPU_IMAGES_PER_SECOND * cpus
+    result.named_images_per_second = round(min(by_model, by_decoding), 1)
+    result.named_limited_by = "model" if by_model <= by_decoding else "decoding"
+    result.named_hours = result.images / result.named_images_per_second / 3600

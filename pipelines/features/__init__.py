@@ -1,0 +1,1 @@
+"""Features as a store's spec asks for them."""

@@ -1,0 +1,145 @@
+"""index: embeddings or patches of a store become a FAISS index that is kept up to date in place.
+
+what changed since the index -> take out what changed or is gone -> add what changed or is new -> publish
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines.errors import RequestError
+from pipelines.index.changes import Changes, everything, find_changes
+from pipelines.index.update import build, memory_budget, update, worn
+from pipelines.results.index_vectors import check_settings, held_settings
+from pipelines.results.indices import Manifest, index_uri, publish, read_manifest, remove_files
+from pipelines.running.reports import RunReport, new_run_id
+from pipelines.settings.sections import Config, IndexSettings
+from pipelines.storage.errors import explain_write_error
+from pipelines.store.store import Store
+
+
+@dataclass
+class Result:
+    """What a run of index did, or would do."""
+
+    run_id: str
+    store: str
+    name: str
+    of: str
+    status: str = "running"  # running | done | unchanged | dry_run
+    exit_code: int = 0
+    kind: str = ""
+    why: str = ""  # the kind was chosen
+    memory_bytes: int = 0  # estimate of what the index takes in a search
+    images: int = 0  # that the index covers
+    count: int = 0  # vectors that a search can return
+    dimension: int = 0
+    added: int = 0  # images
+    changed: int = 0
+    removed: int = 0
+    dead: int = 0  # removed vectors that still take space
+    segments: int = 0  # the base, and what came later and is not merged into it
+    rebuilt: str = ""  # why an index that there was was built anew
+    images_version: int = 0  # of the images table
+    seconds: float = 0.0
+    messages: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.__dict__ | {"seconds": round(self.seconds, 3)}
+
+
+def run(config: Config, *, store: str, name: str, dry_run: bool = False) -> Result:
+    """Build index/NAME of `store`, or bring it up to date: nothing is trained again.
+
+    Raises:
+        RequestError: the request was wrong, or the index was made with other settings or of another spec.
+        JobError: the job failed; the index stays as it was.
+    """
+    started = time.monotonic()
+    asked = config.index
+    opened = Store.open(store, config)
+    check_settings(opened, asked)
+    before = read_manifest(opened, name)
+    if before is not None:
+        _refuse_other_content(opened, name, before, asked)
+    changes = find_changes(opened, name, before) if before else everything(opened)
+    if not changes.files:
+        raise RequestError(f"The store {opened.uri} has no images: `dinoray extract INPUT {opened.uri}` adds some.")
+    result = Result(new_run_id(), opened.uri, name, asked.of, images_version=changes.version)
+    result.changed = changes.changed
+    result.added, result.removed = len(changes.fresh) - changes.changed, len(changes.gone) - changes.changed
+    result.images = (before.images if before else 0) + result.added - result.removed
+    if before and asked.kind not in ("auto", before.kind):
+        result.rebuilt = f"kind {asked.kind} was asked for in place of {before.kind}"
+    elif before and before.kind == "hnsw":
+        result.rebuilt = worn(before, changes.gone)
+    if dry_run:
+        result.status = "dry_run"
+        return result
+    if before and not changes and not result.rebuilt and before.images_version == result.images_version:
+        return _describe(result, before, "unchanged", started)
+
+    report = RunReport("index", opened.uri, config, result.run_id, {"name": name})
+    files: set[str] = set()  # that this run writes
+    try:
+        report.write(fingerprint=opened.fingerprint)
+        manifest = _bring_up_to_date(opened, asked, name, before, changes, result, files)
+        publish(opened, name, manifest, before)
+    except BaseException as error:
+        if (current := read_manifest(opened, name)) is None or current.run_id != result.run_id:
+            remove_files(opened, name, files)
+        with contextlib.suppress(OSError):  # a full disk must not hide what it broke
+            report.finish("failed" if isinstance(error, Exception) else "interrupted")
+        explained = explain_write_error(error, opened.uri) if isinstance(error, Exception) else None
+        if explained is None:
+            raise
+        raise explained from None
+    _describe(result, manifest, "done", started)
+    if manifest.memory_bytes > (budget := memory_budget(asked)):
+        result.messages.append(
+            f"The index {name} grew to {manifest.memory_bytes / 1e9:.3g} GB, index.memory_gb is {budget / 1e9:.3g}: "
+            "give another index.kind to build it anew."
+        )
+    report.finish("done", result=result.as_dict())
+    return result
+
+
+def _refuse_other_content(store: Store, name: str, before: Manifest, asked: IndexSettings) -> None:
+    wanted = held_settings(asked)
+    said = [
+        f"index.{key} {value}, asked was {wanted[key]}" for key, value in before.holds.items() if wanted[key] != value
+    ]
+    if said:
+        raise RequestError(
+            f"The index {name} has {'; '.join(said)}: give its settings again, another NAME for these, or remove "
+            f"{index_uri(store.uri, name)}."
+        )
+
+
+def _bring_up_to_date(
+    store: Store,
+    asked: IndexSettings,
+    name: str,
+    before: Manifest | None,
+    changes: Changes,
+    result: Result,
+    files: set[str],
+) -> Manifest:
+    """The manifest of the index as it should be, its files written and named in `files`."""
+    if before is None:
+        return build(store, asked, name, changes, None, result.run_id, files)
+    if result.rebuilt:
+        return build(store, asked, name, everything(store), before, result.run_id, files)
+    return update(store, asked, name, before, changes, result.run_id, files)
+
+
+def _describe(result: Result, manifest: Manifest, status: str, started: float) -> Result:
+    result.status = status
+    result.kind, result.why, result.dimension = manifest.kind, manifest.why, manifest.dimension
+    result.images, result.count, result.dead = manifest.images, manifest.count, manifest.dead
+    result.memory_bytes, result.segments = manifest.memory_bytes, len(manifest.segments)
+    result.seconds = time.monotonic() - started
+    return result

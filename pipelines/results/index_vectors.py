@@ -1,0 +1,143 @@
+"""The vectors that an index is made of, streamed out of a store's tables a row group at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dino_ops.nearest import pool
+from pipelines import storage
+from pipelines.errors import JobError, RequestError
+from pipelines.settings.sections import IndexSettings
+from pipelines.store.schemas import descriptor_columns, scale_column
+from pipelines.store.store import Store
+from pipelines.store.vectors import decode
+
+ROWS_AT_ONCE = 65_536  # FAISS adds many vectors with all cores, few with one
+
+
+@dataclass(frozen=True)
+class VectorBatch:
+    """Vectors of whole images.
+
+    image_ids, run_ids: of m images. counts: (m,) int64, vectors of each. vectors: (n, D) float32, n = sum of counts.
+    cells: row, col, y, x of each vector when they are patches, else None.
+    """
+
+    image_ids: pa.Array
+    run_ids: pa.Array
+    counts: np.ndarray
+    vectors: np.ndarray
+    cells: pa.Table | None
+
+
+def check_settings(store: Store, asked: IndexSettings) -> None:
+    """Raises RequestError when the store cannot have what is to be indexed."""
+    if asked.of == "embeddings":
+        if not store.config.features.embedding:
+            raise RequestError(
+                f"The store {store.uri} has no embeddings (features.embedding was false): "
+                "give --set index.of=pooled, or extract again with them."
+            )
+        return
+    if store.config.store.patches == "none":
+        raise RequestError(
+            f"The store {store.uri} has no patches (store.patches was none): give --set index.of=embeddings."
+        )
+    if asked.descriptor not in (columns := descriptor_columns(store.config)):
+        raise RequestError(
+            f"index.descriptor is {asked.descriptor}, but the store's patches have {', '.join(columns)}."
+        )
+
+
+def held_settings(asked: IndexSettings) -> dict[str, Any]:
+    """The settings that an index has for life; None where they do not matter."""
+    return {
+        "of": asked.of,
+        "pooling": asked.pooling if asked.of == "pooled" else None,
+        "descriptor": asked.descriptor if asked.of != "embeddings" else None,
+    }
+
+
+def vector_batches(store: Store, asked: IndexSettings, images: pa.Table) -> Iterator[VectorBatch]:
+    """Vectors of some images of a store, in batches of about ROWS_AT_ONCE.
+
+    images: image_id, run_id, shard, file (of the images table that holds the row).
+
+    Raises JobError for a file of patches that is gone.
+    """
+    small = _embeddings(store, images) if asked.of == "embeddings" else _patches(store, asked, images)
+    waiting: list[VectorBatch] = []
+    for batch in small:
+        waiting.append(batch)
+        if sum(len(one.vectors) for one in waiting) >= ROWS_AT_ONCE:
+            yield _joined(waiting)
+            waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _embeddings(store: Store, images: pa.Table) -> Iterator[VectorBatch]:
+    for path in sorted(pc.unique(images["file"]).to_pylist()):
+        wanted = images["image_id"].filter(pc.equal(images["file"], path)).combine_chunks()
+        rows = store.images.read_file(path, ["image_id", "run_id", "embedding"])
+        if len(wanted) < len(rows):
+            rows = rows.filter(pc.is_in(rows["image_id"], value_set=wanted))
+        ids, runs = (rows[name].combine_chunks() for name in ("image_id", "run_id"))
+        vectors = rows["embedding"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
+        yield VectorBatch(ids, runs, np.ones(len(rows), np.int64), vectors, None)
+
+
+def _patches(store: Store, asked: IndexSettings, images: pa.Table) -> Iterator[VectorBatch]:
+    """Read from the shards that images rows name: those are of the same snapshot as the rows."""
+    for shard in sorted(pc.unique(images["shard"]).drop_null().to_pylist()):
+        of_shard = images.filter(pc.equal(images["shard"], shard))
+        fs, path = storage.filesystem(storage.join(store.patches.uri, shard), store.patches.options)
+        try:
+            with fs.open(path, "rb") as source:
+                yield from _shard_patches(pq.ParquetFile(source), asked, of_shard)
+        except FileNotFoundError:
+            raise JobError(
+                f"{store.patches.uri}/{shard} is gone: run the same command again, or `dinoray verify {store.uri}`."
+            ) from None
+
+
+def _shard_patches(parquet: pq.ParquetFile, asked: IndexSettings, images: pa.Table) -> Iterator[VectorBatch]:
+    columns = ["image_id", "row", "col", "y", "x", asked.descriptor]
+    if scale_column(asked.descriptor) in parquet.schema_arrow.names:
+        columns.append(scale_column(asked.descriptor))
+    wanted = images["image_id"].combine_chunks()
+    for index in range(parquet.num_row_groups):  # which hold whole images
+        rows = parquet.read_row_group(index, columns=columns)
+        rows = rows.filter(pc.is_in(rows["image_id"], value_set=wanted))
+        if not len(rows):
+            continue
+        stretches = pc.run_end_encode(rows["image_id"].combine_chunks())
+        ends = np.asarray(stretches.run_ends, np.int64)
+        ids = stretches.values
+        runs = images["run_id"].combine_chunks().take(pc.index_in(ids, value_set=wanted))
+        vectors, counts, cells = decode(rows, asked.descriptor), np.diff(ends, prepend=0), None
+        if asked.of == "pooled":
+            vectors = np.stack([pool(one, asked.pooling) for one in np.split(vectors, ends[:-1])])
+            counts = np.ones(len(ids), np.int64)
+        else:
+            cells = rows.select(["row", "col", "y", "x"])
+        yield VectorBatch(ids, runs, counts, vectors, cells)
+
+
+def _joined(batches: Iterable[VectorBatch]) -> VectorBatch:
+    all_batches = list(batches)
+    cells = [batch.cells for batch in all_batches if batch.cells is not None]
+    return VectorBatch(
+        pa.concat_arrays([batch.image_ids for batch in all_batches]),
+        pa.concat_arrays([batch.run_ids for batch in all_batches]),
+        np.concatenate([batch.counts for batch in all_batches]),
+        np.concatenate([batch.vectors for batch in all_batches]),
+        pa.concat_tables(cells) if cells else None,
+    )

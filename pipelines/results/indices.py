@@ -1,0 +1,375 @@
+"""index/NAME in a store: a manifest, the segments it names, and which rows their ids stand for.
+
+Files are written under new names and the manifest last, so that a reader finds the old index or the new one, whole.
+
+    manifest-N.json      what the index holds, of which spec and table version, which files; the highest N counts
+    RUN-vectors.faiss    the vectors of a segment, and for ivfpq RUN-lists.faiss: their compressed codes
+    RUN-images.parquet   image_id, run_id, first_id, vectors: ids of an image follow each other, as its vectors do
+    RUN-cells.parquet    id, row, col, y, x of every patch, where patches are indexed
+    RUN-dead.parquet     first_id, vectors of the images that were taken out and still lie in a segment
+
+The first segment is the base, of the index's kind. The others are small flat indices of what came later: an update
+writes one, and neither reads nor writes the base until they are merged into it (pipelines.index.update).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dino_ops.nearest import Kind, NearestIndex, estimate_bytes
+from pipelines import storage
+from pipelines.errors import JobError, RequestError
+from pipelines.results.names import result_names, result_uri
+from pipelines.store.parquet import open_parquet
+from pipelines.store.store import Store
+
+SCHEMA_VERSION = 1
+READS_AT_ONCE = 16
+
+IMAGES = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("run_id", pa.string()),  # of the extraction: another one is indexed anew
+        ("first_id", pa.int64()),  # no other image's; an image without vectors has one too
+        ("vectors", pa.int64()),  # 0 for an image of which no patch is stored
+    ]
+)
+CELLS = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("row", pa.int32()),  # of the patch grid
+        ("col", pa.int32()),
+        ("y", pa.float32()),  # patch centre in pixels of the original image
+        ("x", pa.float32()),
+    ]
+)
+DEAD = pa.schema([("first_id", pa.int64()), ("vectors", pa.int64())])
+
+_MANIFEST = re.compile(r"manifest-(\d+)\.json")
+_OURS = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}-\w+\.(faiss|parquet)|manifest-\d+\.json(\.\d+\.partial)?")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A FAISS index and the rows of its images, as stored; its ids are below those of later segments."""
+
+    kind: Kind
+    first_id: int  # the lowest
+    images: int  # rows, of dead images too
+    vectors: int  # dead ones too
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an index holds."""
+
+    number: int  # of this manifest: every update writes the next
+    of: str  # embeddings | pooled | patches
+    pooling: str | None
+    descriptor: str | None  # column of patches; None for embeddings
+    kind: Kind
+    why: str  # the kind was chosen
+    dimension: int
+    fingerprint: str  # of the store's spec
+    images_version: int  # of the images table, which it covers
+    images_files: list[str]  # of that version
+    images: int
+    count: int  # vectors that a search can return
+    dead: int  # removed vectors that still take space
+    next_id: int
+    run_id: str  # of the update that wrote it
+    segments: list[Segment]
+    dead_file: str | None = None
+    metric: str = "cosine"
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def holds(self) -> dict[str, str | None]:
+        """The settings that an index has for life."""
+        return {"of": self.of, "pooling": self.pooling, "descriptor": self.descriptor}
+
+    @property
+    def files(self) -> set[str]:
+        """Every file that it names."""
+        named = {file for segment in self.segments for file in segment.files.values()}
+        return named | ({self.dead_file} if self.dead_file else set())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Estimate of what the index takes in a search."""
+        return sum(estimate_bytes(one.kind, one.vectors, self.dimension) for one in self.segments)
+
+
+@dataclass
+class Part:
+    """A segment in memory. images: IMAGES rows in ascending first_id. cells: CELLS in ascending id, or None."""
+
+    nearest: NearestIndex
+    images: pa.Table
+    cells: pa.Table | None
+
+
+def index_uri(store: str, name: str) -> str:
+    """Raises RequestError for a name that cannot be a folder's."""
+    return result_uri(store, "index", name)
+
+
+def index_names(store: Store) -> list[str]:
+    """Names of the indices of a store."""
+    names = result_names(store.uri, "index", store.config.storage.options)
+    return [name for name in names if latest_manifest(store, name)]
+
+
+def files_present(store: Store, name: str) -> set[str]:
+    """Every file in the folder of an index."""
+    fs, path = storage.filesystem(index_uri(store.uri, name), store.config.storage.options)
+    try:
+        return {entry.rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+def latest_manifest(store: Store, name: str) -> int:
+    """The number of the manifest that counts; 0 where there is none."""
+    return _latest(files_present(store, name))
+
+
+def read_manifest(store: Store, name: str) -> Manifest | None:
+    """The manifest of an index, or None when there is none yet.
+
+    Raises RequestError for an index of another spec or a newer dinoray, JobError for a damaged one.
+    """
+    return read_numbered_manifest(store, name, latest_manifest(store, name))
+
+
+def read_numbered_manifest(store: Store, name: str, number: int) -> Manifest | None:
+    """The same of one manifest; None when it is not there."""
+    uri = index_uri(store.uri, name)
+    file = manifest_file(number)
+    content = storage.read_json(storage.join(uri, file), store.config.storage.options) if number else None
+    if content is None:
+        return None
+    if content.get("schema_version", 0) > SCHEMA_VERSION:
+        raise RequestError(f"The index {name} was written by a newer dinoray: update dinoray.")
+    try:
+        manifest = Manifest(**content | {"segments": [Segment(**segment) for segment in content["segments"]]})
+    except (KeyError, TypeError):
+        raise JobError(f"{uri}/{file} is damaged: remove {uri} and run `dinoray index` again.") from None
+    if foreign := sorted(str(name) for name in manifest.files if not is_ours(str(name))):
+        raise JobError(
+            f"{uri}/{file} names a file that no index has ({foreign[0]!r}): it was damaged or written by something "
+            f"else; remove {uri} and run `dinoray index` again."
+        )
+    if manifest.fingerprint != store.fingerprint:
+        raise RequestError(
+            f"The index {name} was made of features of another spec ({manifest.fingerprint}, the store has "
+            f"{store.fingerprint}): remove {uri} and run `dinoray index` again."
+        )
+    return manifest
+
+
+def read_dead(store: Store, name: str, manifest: Manifest) -> pa.Table:
+    """DEAD rows of an index."""
+    if manifest.dead_file is None:
+        return DEAD.empty_table()
+    with _explained(store, name):
+        return read_file(store, name, manifest.dead_file)
+
+
+def read_images(store: Store, name: str, segments: Sequence[Segment]) -> pa.Table:
+    """IMAGES rows of some segments, those of dead images too."""
+    files = [segment.files["images"] for segment in segments]
+    with _explained(store, name):
+        return pa.concat_tables([IMAGES.empty_table(), *_at_once(lambda file: read_file(store, name, file), files)])
+
+
+def read_part(store: Store, name: str, manifest: Manifest, segment: Segment, dead: pa.Table) -> Part:
+    """A segment in memory, what DEAD rows name taken out of its answers. Raises JobError when a file of it is gone."""
+    with _explained(store, name):
+        pieces = {piece: read_file(store, name, file) for piece, file in segment.files.items()}
+    images, cells = pieces.pop("images"), pieces.pop("cells", None)
+    nearest = NearestIndex(segment.kind, manifest.dimension, pieces, ids_of(images), np.zeros(0, np.int64))
+    if len(dead):
+        nearest.remove(ids_of(dead))
+    return Part(nearest, images, cells)
+
+
+def read_parts(store: Store, name: str, manifest: Manifest, dead: pa.Table) -> list[Part]:
+    """All segments of an index, what DEAD rows name taken out of their answers."""
+    return _at_once(lambda segment: read_part(store, name, manifest, segment, dead), manifest.segments)
+
+
+def read_file(store: Store, name: str, file: str) -> Any:
+    """A file of an index: a FAISS index, or a table. Raises FileNotFoundError, and what the readers raise."""
+    uri, options = _uri(store, name, file), store.config.storage.options
+    if file.endswith(".faiss"):
+        return _read_faiss(uri, options)
+    with open_parquet(uri, options) as parquet:
+        return parquet.read()
+
+
+def without_dead(images: pa.Table, dead: pa.Table) -> pa.Table:
+    """IMAGES rows that DEAD rows do not name."""
+    if not len(dead):
+        return images
+    return images.filter(pc.invert(pc.is_in(images["first_id"], value_set=dead["first_id"].combine_chunks())))
+
+
+def ids_of(images: pa.Table) -> np.ndarray:
+    """The ids of all vectors of IMAGES or DEAD rows: (sum of vectors,) int64."""
+    first_ids, counts = images["first_id"].to_numpy(), images["vectors"].to_numpy()
+    begins = np.cumsum(counts) - counts
+    return np.repeat(first_ids - begins, counts) + np.arange(int(counts.sum()))
+
+
+def write_part(store: Store, name: str, part: Part, run_id: str, files: set[str]) -> Segment:
+    """Write a segment, its files named in `files` before; nobody sees them before a manifest names them."""
+    options, nearest = store.config.storage.options, part.nearest
+    tables = {"images": part.images} | ({} if part.cells is None else {"cells": part.cells})
+    named = {piece: f"{run_id}-{piece}.faiss" for piece in nearest.parts}
+    named |= {piece: f"{run_id}-{piece}.parquet" for piece in tables}
+    files |= set(named.values())
+    for piece, index in nearest.parts.items():
+        _write_faiss(index, _uri(store, name, named[piece]), options)
+    for piece, table in tables.items():
+        _write_parquet(table, _uri(store, name, named[piece]), options)
+    return Segment(nearest.kind, part.images["first_id"][0].as_py(), len(part.images), len(nearest.ids), named)
+
+
+def write_dead(store: Store, name: str, dead: pa.Table, run_id: str, files: set[str]) -> str:
+    """Write DEAD rows; the name of their file."""
+    file = f"{run_id}-dead.parquet"
+    files.add(file)
+    _write_parquet(dead, _uri(store, name, file), store.config.storage.options)
+    return file
+
+
+def publish(store: Store, name: str, manifest: Manifest, before: Manifest | None) -> None:
+    """Make an index visible, unless another run did since `before` was read; then remove what nobody needs.
+
+    What was there before the manifest and is named neither by it nor by the one it replaces goes: older indices, what
+    killed runs left, and what a run wrote that began from an older manifest and can no longer publish. What the
+    replaced one names stays until the next update, for those who are reading it.
+
+    Raises JobError when another run was first.
+    """
+    uri, options = index_uri(store.uri, name), store.config.storage.options
+    present = files_present(store, name)
+    number = before.number if before else 0
+    target = storage.join(uri, manifest_file(number + 1))
+    try:
+        first = _latest(present) == number and storage.write_once(target, _as_json(manifest), options)
+    except FileNotFoundError:  # the other run removed what this one was about to publish
+        first = False
+    if not first:
+        raise JobError(f"Another run updated the index {name} at the same time: run the same command again.")
+    needed = manifest.files | (before.files | {manifest_file(number)} if before else set())
+    remove_files(store, name, {file for file in present - needed if is_ours(file)})
+
+
+def manifest_file(number: int) -> str:
+    return f"manifest-{number}.json"
+
+
+def is_ours(file: str) -> bool:
+    """Whether a file is one that a run writes, whole or half."""
+    return _OURS.fullmatch(file) is not None
+
+
+def remove_files(store: Store, name: str, files: set[str]) -> None:
+    for file in sorted(files):
+        fs, path = storage.filesystem(_uri(store, name, file), store.config.storage.options)
+        if fs.exists(path):
+            fs.rm_file(path)
+
+
+def _latest(files: set[str]) -> int:
+    """The number of the manifest that counts; 0 when there is none."""
+    return max((int(found[1]) for file in files if (found := _MANIFEST.fullmatch(file))), default=0)
+
+
+def _as_json(manifest: Manifest) -> bytes:
+    return json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode()
+
+
+def _uri(store: Store, name: str, file: str) -> str:
+    return storage.join(index_uri(store.uri, name), file)
+
+
+def _at_once(read: Any, items: Sequence[Any]) -> list[Any]:
+    if len(items) < 2:
+        return [read(item) for item in items]
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        return list(pool.map(read, items))
+
+
+@contextmanager
+def _explained(store: Store, name: str) -> Iterator[None]:
+    """Raises JobError for a file that is gone or damaged."""
+    uri = index_uri(store.uri, name)
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise JobError(
+            f"{error.filename or uri} is gone: the index {name} was updated at this moment or is damaged; "
+            f"run the same command again, or remove {uri} and run `dinoray index` again."
+        ) from None
+    except (RuntimeError, pa.ArrowException) as error:  # RuntimeError is what FAISS raises
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise JobError(
+            f"A file of the index {name} cannot be read ({said}): `dinoray verify {store.uri}` says which; remove "
+            f"{uri} and run `dinoray index` again."
+        ) from None
+
+
+def _write_parquet(table: pa.Table, uri: str, options: storage.Options) -> None:
+    fs, path = storage.filesystem(uri, options)
+    with fs.open(path, "wb") as sink:
+        pq.write_table(table, sink, compression="zstd")
+
+
+def _read_faiss(uri: str, options: storage.Options) -> Any:
+    import faiss
+
+    fs, path = storage.filesystem(uri, options)
+    if not fs.exists(path):
+        raise FileNotFoundError(2, "no such file", uri)
+    if storage.is_local(uri):
+        return faiss.read_index(path)
+    with _temporary_file() as copy:
+        fs.get_file(path, copy)
+        return faiss.read_index(copy)
+
+
+def _write_faiss(index: Any, uri: str, options: storage.Options) -> None:
+    """FAISS writes to a path only; a file of gigabytes is not held in memory a second time."""
+    import faiss
+
+    fs, path = storage.filesystem(uri, options)
+    if storage.is_local(uri):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        faiss.write_index(index, path)
+        return
+    with _temporary_file() as copy:
+        faiss.write_index(index, copy)
+        fs.put_file(copy, path)
+
+
+@contextmanager
+def _temporary_file() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="dinoray-index-") as folder:
+        yield f"{folder}/index.faiss"

@@ -1,0 +1,44 @@
+"""Whether the two tables of parts/NAME agree with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipelines.results.parts import KEY, PartTables, keys_of
+
+
+def disagreements(tables: PartTables) -> Iterator[str]:
+    """What is wrong between the two tables: images that are there twice, or whose patches are not those of a grid."""
+    rows = tables.images.read([*KEY, "shard"])
+    keys = keys_of(rows).to_pylist()
+    of_shard: dict[str, set[str]] = {}
+    seen: set[str] = set()
+    for key, shard in zip(keys, rows["shard"].to_pylist(), strict=True):
+        if key in seen:
+            yield f"{_said(key)} is there twice"
+        seen.add(key)
+        of_shard.setdefault(shard, set()).add(key)
+    for path in tables.patches.files():
+        patches = tables.patches.read_file(path, [*KEY, "row", "col"])
+        found = (
+            patches.append_column("key", keys_of(patches))
+            .group_by("key")
+            .aggregate([([], "count_all"), ("row", "max"), ("col", "max")])
+        )
+        columns = (found[name].to_pylist() for name in ("key", "count_all", "row_max", "col_max"))
+        held = of_shard.pop(path, set())
+        for key, count, row, col in zip(*columns, strict=True):
+            if key not in held:
+                yield f"{_said(key)} has patches in {path}, but no image that names it"
+            elif count != (row + 1) * (col + 1):
+                yield f"{_said(key)} has {count} patches for a grid of {row + 1} x {col + 1}"
+            held.discard(key)
+        for key in sorted(held):
+            yield f"{_said(key)} has no patches in {path}"
+    for shard, held in of_shard.items():
+        yield f"{_said(min(held))} names patches in {shard}, which is not there"
+
+
+def _said(key: str) -> str:
+    set_id, _, image_id = key.partition("\0")
+    return f"{image_id} of set {set_id}"

@@ -1,0 +1,1 @@
+"""What every job needs while it runs: reports, Ray, progress, metrics, interruptions."""

@@ -1,0 +1,168 @@
+"""Starting or joining Ray: quiet, without telemetry or dashboard, sized for the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+
+from dino_ops.errors import ModelError
+from pipelines.errors import DinorayError, JobError, RequestError
+from pipelines.running.cpus import available_cpus
+from pipelines.settings.sections import RunSettings
+
+CONNECT_SECONDS = 5
+METRICS_PACKAGES = ("grpc", "opencensus", "opentelemetry", "prometheus_client")  # of ray[default]
+SPARE_CPUS = 2  # Ray waits for ever when actor pools leave no CPU for anything else
+
+
+@contextlib.contextmanager
+def ray_session(run: RunSettings) -> Iterator[dict[str, float]]:
+    """Ray for the length of a job; yields the cluster's resources. A session that was there before is left running.
+
+    The cluster is run.address, else RAY_ADDRESS (which `ray job submit` sets), else a local one of this job's own.
+
+    Raises:
+        RequestError: an address that Ray Data cannot work through.
+        JobError: the cluster cannot be reached.
+    """
+    if _Open.resources is not None:  # of a pipeline, whose jobs share it
+        yield dict(_Open.resources)
+        return
+    address = run.address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_address(address)
+    _check_metrics_port(run.metrics_port, address)
+    # read when Ray is imported
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep seeing what they saw
+    import ray
+    import ray.data
+
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # after the import, which sets them
+    ours = not ray.is_initialized()
+    with native_stderr_hidden():
+        yield from _session(run, address, ours)
+
+
+class _Open:
+    """The resources of the session that is open in this process, if one is."""
+
+    resources: dict[str, float] | None = None
+
+
+def _check_address(address: str) -> None:
+    """Find out within seconds what Ray itself would take minutes to say."""
+    if address.startswith("ray://"):
+        raise RequestError(
+            f"The Ray cluster's address is {address}, but Ray Data does not work through Ray's client: run dinoray on "
+            "a node of the cluster with run.address=auto, or send it there with `ray job submit`."
+        )
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return  # `auto` and `local`
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise JobError(
+            f"The Ray cluster at {address} could not be reached ({error}): give the address of its head node, such as "
+            "10.0.0.1:6379, or `auto` on a node of it."
+        ) from None
+
+
+def _check_metrics_port(port: int | None, address: str) -> None:
+    """Ray would start all the same, and serve nothing."""
+    if port is None:
+        return
+    if address != "local":
+        raise RequestError(
+            f"run.metrics_port is {port}, but the Ray cluster at {address} serves metrics where it was told to when it "
+            "started (ray start --metrics-export-port): leave run.metrics_port out."
+        )
+    if not all(importlib.util.find_spec(name) for name in METRICS_PACKAGES):
+        raise RequestError(
+            f"run.metrics_port is {port}, but the packages of Ray's metrics agent are not installed: "
+            'pip install "dinoray[metrics]".'
+        )
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("", port))
+        except OSError as error:
+            raise RequestError(f"run.metrics_port {port} cannot be used ({error}): give another port.") from None
+
+
+def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, float]]:
+    import ray
+
+    if ours:
+        try:
+            if address != "local":
+                ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+            else:
+                ray.init(
+                    address="local",  # without it Ray joins a cluster that somebody started on this machine
+                    num_cpus=available_cpus() + SPARE_CPUS,
+                    include_dashboard=False,
+                    object_store_memory=int(run.object_store_gb * 2**30) if run.object_store_gb else None,
+                    logging_level="ERROR",
+                    log_to_driver=False,
+                    _metrics_export_port=run.metrics_port,
+                )
+        except (
+            Exception
+        ) as error:  # Ray raises it plain where the machine was too busy for its processes to start in time
+            said = str(error).splitlines()[0].rstrip(".")
+            if address == "local":
+                raise JobError(
+                    f"A local Ray could not be started: {said}. Give it a machine that is less busy, or more memory, "
+                    "and run the same command again."
+                ) from None
+            raise JobError(
+                f"The Ray cluster at {address} could not be reached ({said}): check run.address, that Ray's version is "
+                f"{ray.__version__} there too, and whether it asks for a token (RAY_AUTH_MODE=token)."
+            ) from None
+    try:
+        resources = dict(ray.cluster_resources())
+        if address == "local" and ours:
+            resources["CPU"] = max(1.0, resources.get("CPU", 1.0) - SPARE_CPUS)
+        _Open.resources = resources
+        yield resources
+    finally:
+        _Open.resources = None
+        if ours:
+            ray.shutdown()
+
+
+def explain_ray_error(error: BaseException, work: str) -> Exception:
+    """The user's mistake inside a worker's error, or a JobError naming what Ray said."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ModelError | DinorayError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return JobError(f"Ray could not run {work}: {lines[-1].strip() if lines else type(error).__name__}")
+
+
+@contextlib.contextmanager
+def native_stderr_hidden() -> Iterator[None]:
+    """What Ray's C++ code writes to the console goes nowhere (it is in Ray's own logs); Python's stderr stays."""
+    sys.stderr.flush()
+    shown, python_stderr = os.dup(2), sys.stderr
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    if python_stderr is sys.__stderr__:
+        sys.stderr = os.fdopen(shown, "w", buffering=1, closefd=False)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        sys.stderr = python_stderr
+        os.dup2(shown, 2)
+        os.close(shown)

@@ -1,0 +1,128 @@
+"""Run reports: runs/RUN_ID.json says what was asked, what was done, how fast, and what failed."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import platform
+import time
+import uuid
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any, Protocol
+
+from deltalake.exceptions import DeltaError
+
+from pipelines import storage
+from pipelines.errors import DinorayError, JobError
+from pipelines.running import json_log
+from pipelines.settings.sections import Config
+from pipelines.storage.errors import explain_write_error
+
+
+def new_run_id() -> str:
+    """Sortable by time, unique without coordination."""
+    return f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+
+
+class RunReport:
+    """One run's report. It is written when the run starts and again whenever that says more."""
+
+    def __init__(self, command: str, store: str, config: Config, run_id: str, asked: dict[str, Any]) -> None:
+        self._uri = storage.join(store, "runs", f"{run_id}.json")
+        self._options = config.storage.options
+        self.content: dict[str, Any] = {
+            "run_id": run_id,
+            "command": command,
+            "status": "running",  # running | done | failed | interrupted
+            "started_at": _now(),
+            "finished_at": None,
+            "store": store,
+            "asked": asked,
+            "settings": config.without_secrets(),
+            "dinoray": metadata.version("dinoray"),
+            "machine": {"python": platform.python_version(), "processor": platform.machine()},
+        }
+
+    def write(self, **more: Any) -> None:
+        self.content |= more
+        storage.write_json(self._uri, self.content, self._options)
+
+    def finish(self, status: str, **more: Any) -> dict[str, Any]:
+        self.write(status=status, finished_at=_now(), **more)
+        return self.content
+
+
+class JobResult(Protocol):
+    """What a job tells of itself; its report holds the same."""
+
+    store: str
+    status: str
+    exit_code: int
+    messages: list[str]
+
+    def took(self, seconds: float) -> None:
+        """Note how long the whole run took."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+@contextlib.contextmanager
+def recorded(report: RunReport, result: JobResult, started: float, **first: Any) -> Iterator[None]:
+    """A job inside a report that says how it ended, whichever way it does; for jobs that continue where they stopped.
+
+    first: what the report says from its beginning. started: time.monotonic() when the run began. The block
+    may set a status of its own.
+
+    An interruption ends the block and becomes the result, with exit code 130. Errors pass through, write errors in
+    words (JobError).
+    """
+    try:
+        report.write(**first)
+        with json_log.about(command=report.content["command"], run_id=report.content["run_id"]):
+            yield
+        if result.status == "running":
+            result.status = "done"
+    except KeyboardInterrupt:
+        result.status, result.exit_code = "interrupted", 130
+        result.messages.append("Interrupted: what is committed stays, and the same command continues.")
+    except DinorayError as error:
+        result.messages.append(str(error))
+        raise
+    except Exception as error:
+        explained = explain_write_error(error, result.store) or storage.explain_failed_storage(error, result.store)
+        if explained or isinstance(error, OSError | DeltaError):
+            result.messages.append(str(explained or error))
+        if explained is None:
+            raise
+        raise explained from None
+    finally:
+        result.took(time.monotonic() - started)
+        if result.status == "running":
+            result.status = "failed"
+        with contextlib.suppress(OSError, JobError):  # a full disk must not hide what it broke
+            report.finish(result.status, result=result.as_dict())
+
+
+def read_reports(store: str, config: Config, latest: int | None = None) -> list[dict[str, Any]]:
+    """The run reports of a store, oldest first; one that is damaged says no more than its run and that.
+
+    latest: read so many of the latest only.
+    """
+    fs, path = storage.filesystem(storage.join(store, "runs"), config.storage.options)
+    try:
+        names = sorted(name.rsplit("/", 1)[-1] for name in fs.ls(path, detail=False) if name.endswith(".json"))
+    except FileNotFoundError:
+        return []
+    reports = []
+    for name in names[-latest:] if latest else names:
+        try:
+            report = storage.read_json(storage.join(store, "runs", name), config.storage.options)
+        except JobError:
+            report = {"run_id": name.removesuffix(".json"), "status": "unreadable"}
+        reports += [report] if report else []
+    return reports
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

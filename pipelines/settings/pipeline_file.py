@@ -1,0 +1,118 @@
+"""PIPELINE.yaml: the jobs of a schedule over one store, in order, and a sentence for whatever is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import RequestError
+from pipelines.settings.loading import make_config, merge_settings, read_yaml
+from pipelines.settings.sections import Config
+
+# What a job may be given, besides `settings`; True: it must be.
+ARGUMENTS: dict[str, dict[str, bool]] = {
+    "extract": {"input": True, "prune": False, "retry_failed": False, "limit": False},
+    "index": {"name": True},
+    "cluster": {"name": True, "update": False, "elbow": False},
+    "cosegment": {"name": True, "sets": False, "masks": False, "overlays": False},
+    "correspond": {"name": True, "pairs": False},
+    "report": {"output": False, "sample": False, "images": False, "query": False, "png": False},
+    "compact": {},
+    "verify": {},
+}
+_TOP = ("store", "settings", "jobs")
+_KINDS = {"prune": bool, "retry_failed": bool, "update": bool, "elbow": bool, "limit": int, "sample": int}
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """One job of a pipeline. config: the pipeline's settings with the job's own on top."""
+
+    command: str
+    arguments: dict[str, Any]
+    config: Config
+
+    @property
+    def title(self) -> str:
+        name = self.arguments.get("name") or self.arguments.get("output")
+        return f"{self.command} {name}" if name else self.command
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """store: as written. config: what all jobs share."""
+
+    store: str
+    jobs: list[JobRequest]
+    config: Config
+
+
+def read_pipeline(file: Path, settings: Mapping[str, Any]) -> Pipeline:
+    """The pipeline of a YAML file. settings: nested plain data that wins over the file's own.
+
+    Raises RequestError with one sentence for the first mistake found.
+    """
+    content = read_yaml(file)
+    where = f"The pipeline {file}"
+    _known(content, _TOP, where)
+    store = content.get("store")
+    if not isinstance(store, str) or not store:
+        raise RequestError(f"{where} has no store: give `store: FOLDER_OR_URI`.")
+    shared: dict[str, Any] = {}
+    merge_settings(shared, _mapping(content.get("settings"), f"{where}: settings"))
+    entries = content.get("jobs")
+    if not isinstance(entries, list) or not entries:
+        raise RequestError(f"{where} has no jobs: give a list, such as `jobs: [{{extract: {{input: photos}}}}]`.")
+    jobs = [_job(entry, number, shared, settings, where) for number, entry in enumerate(entries, 1)]
+    titles = [job.title for job in jobs]
+    twice = next((title for title in titles if titles.count(title) > 1 and title not in ("extract", "verify")), None)
+    if twice:
+        raise RequestError(f"{where} has the job {twice} twice: give each a name of its own.")
+    return Pipeline(store, jobs, _config(shared, {}, settings))
+
+
+def _job(entry: Any, number: int, shared: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> JobRequest:
+    place = f"{where}: job {number}"
+    if isinstance(entry, str):
+        entry = {entry: None}
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise RequestError(f"{place} must be one command with its arguments, such as `index: {{name: images}}`.")
+    ((command, given),) = entry.items()
+    _known({command: None}, tuple(ARGUMENTS), place)
+    arguments = dict(_mapping(given, f"{place} ({command})"))
+    own = _mapping(arguments.pop("settings", None), f"{place} ({command}): settings")
+    _known(arguments, (*ARGUMENTS[command], "settings"), f"{place} ({command})")
+    for name, needed in ARGUMENTS[command].items():
+        if needed and not arguments.get(name):
+            raise RequestError(f"{place} ({command}) needs {name}: give `{command}: {{{name}: ...}}`.")
+        kind = _KINDS.get(name, str)
+        value = arguments.get(name)
+        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise RequestError(f"{place} ({command}): {name} is {value!r}, but should be a {kind.__name__}.")
+    return JobRequest(command, arguments, _config(shared, own, settings))
+
+
+def _config(shared: Mapping[str, Any], own: Mapping[str, Any], settings: Mapping[str, Any]) -> Config:
+    merged: dict[str, Any] = {}
+    for part in (shared, own, settings):
+        merge_settings(merged, part)
+    return make_config(merged)
+
+
+def _mapping(value: Any, what: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise RequestError(f"{what} must be keys with values, not {value!r}.")
+    return value
+
+
+def _known(content: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known) or 'nothing'}."
+            raise RequestError(f"{where} has an unknown key {key!r}: {hint}")

@@ -1,0 +1,118 @@
+"""Paths and small files on any storage that fsspec knows."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import JobError
+from pipelines.storage.errors import reaching
+from pipelines.storage.filesystems import Options, is_local, open_filesystem
+
+
+def normalise(uri: str) -> str:
+    """A URI that means the same from every process: local paths become absolute, trailing slashes go."""
+    if uri.startswith("file://"):
+        uri = uri.removeprefix("file://")
+    if "://" not in uri:
+        return os.path.abspath(os.path.expanduser(uri))
+    return uri.rstrip("/")
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def filesystem(uri: str, options: Options | None = None) -> tuple[Any, str]:
+    """The fsspec filesystem of a URI and the path of the URI on it.
+
+    Raises:
+        RequestError: an unknown protocol, or one whose driver is not installed.
+    """
+    return open_filesystem(uri, options)
+
+
+def read_json(uri: str, options: Options | None = None) -> dict[str, Any] | None:
+    """The JSON object at `uri`, or None when there is none."""
+    fs, path = filesystem(uri, options)
+    try:
+        with reaching(uri):
+            content = json.loads(fs.cat_file(path))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise JobError(
+            f"{uri} is not readable as JSON ({error}): it was damaged or written by something else."
+        ) from None
+    if not isinstance(content, dict):
+        raise JobError(f"{uri} holds no JSON object: it was damaged or written by something else.")
+    return content
+
+
+def write_json(uri: str, content: dict[str, Any], options: Options | None = None) -> None:
+    """Write a JSON object whole: readers see the old file or the new one, never half."""
+    write_bytes(uri, json.dumps(content, indent=2, ensure_ascii=False).encode(), options)
+
+
+def write_bytes(uri: str, data: bytes, options: Options | None = None) -> None:
+    fs, path = filesystem(uri, options)
+    if not is_local(uri):
+        with reaching(uri):
+            fs.pipe_file(path, data)  # a put is whole or absent
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name with nothing behind it
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
+
+
+def write_once(uri: str, data: bytes, options: Options | None = None) -> bool:
+    """Write `uri` unless it exists; whether this call wrote it. Of two runs that start together one wins.
+
+    Storage without conditional puts through fsspec falls back to looking first; what is written there is the same
+    for both (a spec or a projection of the same request), and the caller reads back what stands.
+    """
+    fs, path = filesystem(uri, options)
+    if is_local(uri):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        partial = f"{path}.{os.getpid()}.partial"
+        Path(partial).write_bytes(data)
+        try:
+            os.link(partial, path)  # atomic, and fails where the name is taken
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(partial)
+    with reaching(uri):
+        if fs.exists(path):
+            return False
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        except (TypeError, NotImplementedError, ValueError):
+            fs.pipe_file(path, data)
+    return True
+
+
+def sha256(uri: str, options: Options | None = None) -> str:
+    """Content hash of a file, read in pieces."""
+    fs, path = filesystem(uri, options)
+    digest = hashlib.sha256()
+    with reaching(uri), fs.open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,144 @@
+"""Reading the patches of a few images: only the files, row groups and columns that are needed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.errors import JobError
+from pipelines.store.parquet import group_may_hold
+from pipelines.store.schemas import scale_column
+from pipelines.store.vectors import decode
+
+
+@dataclass(frozen=True)
+class ImagePlace:
+    """Where the patches of an image are."""
+
+    image_id: str
+    shard: str  # file under patches/
+    grid: tuple[int, int]  # rows, columns
+
+
+@dataclass(frozen=True)
+class PatchMap:
+    """The patches of one image with a grid of gh x gw.
+
+    descriptor: (gh, gw, D) float16 or float32. saliency: (gh, gw) float32. y, x: (gh, gw) float32, patch centres in
+    pixels of the original image.
+    """
+
+    descriptor: np.ndarray
+    saliency: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+
+
+@dataclass
+class PatchMaps:
+    """Patches of several images, in few large arrays: that is what Ray shares between processes without copying."""
+
+    descriptors: list[np.ndarray] = field(default_factory=list)  # a row group each: (patches, D)
+    others: list[np.ndarray] = field(default_factory=list)  # (3, patches) float32: saliency, y, x
+    places: dict[str, tuple[int, int, tuple[int, int]]] = field(default_factory=dict)  # id -> (group, first row, grid)
+    bytes_read: int = 0
+
+    def of(self, image_id: str) -> PatchMap:
+        group, first, grid = self.places[image_id]
+        rows = slice(first, first + grid[0] * grid[1])
+        saliency, y, x = self.others[group][:, rows].reshape(3, *grid)
+        return PatchMap(self.descriptors[group][rows].reshape(*grid, -1), saliency, y, x)
+
+
+def read_patch_maps(
+    store: str, images: Iterable[ImagePlace], column: str, half: bool, options: storage.Options
+) -> PatchMaps:
+    """Read one descriptor column of some images; `half` holds it as float16, exact where it was stored so.
+
+    Raises JobError for a file that is gone or cannot be read, and for an image whose grid is not complete.
+    """
+    maps = PatchMaps()
+    by_shard: dict[str, dict[str, ImagePlace]] = {}
+    for image in images:
+        by_shard.setdefault(image.shard, {})[image.image_id] = image
+    for shard, wanted in by_shard.items():
+        uri = storage.join(store, "patches", shard)
+        fs, path = storage.filesystem(uri, options)
+        try:
+            with (
+                storage.reaching(uri),
+                fs.open(path, "rb", cache_type="none") as raw,
+                CountedFile(raw) as file,
+                pq.ParquetFile(file, pre_buffer=True) as parquet,  # few large requests instead of one for each column
+            ):
+                _read_shard(maps, parquet, wanted, column, half)
+                maps.bytes_read += file.bytes_read
+        except FileNotFoundError:
+            raise JobError(f"{uri} is gone: run the same command again, or `dinoray verify {store}`.") from None
+        except (OSError, pa.ArrowException) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise JobError(f"{uri} cannot be read ({said}): `dinoray verify {store}` says what is wrong.") from None
+        if missing := sorted(wanted.keys() - maps.places.keys()):
+            raise JobError(f"{missing[0]} lacks patches in {uri}: `dinoray verify {store}` says what is wrong.")
+    return maps
+
+
+def _read_shard(
+    maps: PatchMaps, parquet: pq.ParquetFile, wanted: dict[str, ImagePlace], column: str, half: bool
+) -> None:
+    columns = ["image_id", "row", "col", "saliency", "y", "x", column]
+    if scale_column(column) in parquet.schema_arrow.names:
+        columns.append(scale_column(column))
+    ids = sorted(wanted)
+    for index in range(parquet.num_row_groups):
+        if not group_may_hold(parquet.metadata.row_group(index), ids):
+            continue
+        rows = parquet.read_row_group(index, columns=columns)
+        rows = rows.filter(pc.is_in(rows["image_id"], value_set=pa.array(ids, pa.string())))
+        if not len(rows):
+            continue
+        vectors = decode(rows, column)
+        maps.descriptors.append(vectors.astype(np.float16) if half else vectors)
+        maps.others.append(np.stack([rows[name].to_numpy() for name in ("saliency", "y", "x")]))
+        cells = [rows[name].to_numpy() for name in ("row", "col")]
+        stretches = pc.run_end_encode(rows["image_id"].combine_chunks())
+        first = 0
+        for image_id, end in zip(stretches.values.to_pylist(), stretches.run_ends.to_pylist(), strict=True):
+            grid = wanted[image_id].grid
+            complete = np.array_equal(cells[0][first:end] * grid[1] + cells[1][first:end], np.arange(grid[0] * grid[1]))
+            if complete:  # an image that is not is reported as missing
+                maps.places[image_id] = (len(maps.descriptors) - 1, first, grid)
+            first = end
+
+
+class CountedFile(io.RawIOBase):
+    """A file that counts what is read from it."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+        self.bytes_read = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._raw.read(size)
+        self.bytes_read += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True

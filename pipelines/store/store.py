@@ -1,0 +1,274 @@
+"""A store: its spec, its three extraction tables, and what is left to do for a listing."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import time
+from functools import cached_property
+from importlib import metadata
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines import storage
+from pipelines.errors import JobError, RequestError
+from pipelines.settings.loading import make_config
+from pipelines.settings.sections import Config
+from pipelines.storage.errors import explain_write_error
+from pipelines.store.commit import ORPHAN_GRACE_SECONDS, FileChange, apply_remaining, describe_file
+from pipelines.store.extraction import Plan, drop_images
+from pipelines.store.failures import STORAGE_ERROR
+from pipelines.store.schemas import FAILURES, IMAGES, SCHEMA_VERSION, patches_schema
+from pipelines.store.spec import differences, fingerprint, make_spec
+from pipelines.store.table import Table
+
+
+class Store:
+    """An open store. `images`, `patches` and `failures` are Delta tables at the version last refreshed."""
+
+    def __init__(self, uri: str, config: Config, description: dict[str, Any]) -> None:
+        self.uri = uri
+        self.config = config
+        self.spec: dict[str, Any] = description["spec"]
+        self.fingerprint: str = description["fingerprint"]
+        self.images = Table(storage.join(uri, "images"), IMAGES, config.storage.options)
+
+    @cached_property
+    def patches(self) -> Table:  # opened when asked for: those who read embeddings never do
+        return Table(storage.join(self.uri, "patches"), patches_schema(self.config), self.config.storage.options)
+
+    @cached_property
+    def failures(self) -> Table:
+        return Table(storage.join(self.uri, "failures"), FAILURES, self.config.storage.options)
+
+    @classmethod
+    def open_existing(cls, uri: str, config: Config) -> Store | None:
+        """The store at `uri`, whose spec must be that of `config`; None when there is none yet.
+
+        Raises:
+            RequestError: a store with another spec, a place that holds something else, weights that do not exist.
+        """
+        uri = storage.normalise(uri)
+        refuse_memory(uri, "STORE")
+        spec = make_spec(config)
+        stored = read_description(uri, config)
+        if stored is None:
+            _refuse_other_content(uri, config)
+            return None
+        if differing := differences(stored["spec"], spec):
+            raise RequestError(
+                f"The store {uri} was made with another spec ({'; '.join(differing)}): "
+                "give the stored settings again, or another STORE for these."
+            )
+        return cls._with_tables(uri, config, stored, make_all=True)
+
+    @classmethod
+    def create(cls, uri: str, config: Config) -> Store:
+        """A new store at `uri`; of two runs that create one together the first decides the spec.
+
+        Raises JobError for a place that cannot be written.
+        """
+        uri = storage.normalise(uri)
+        spec = make_spec(config)
+        description = {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": fingerprint(spec),
+            "spec": spec,
+            "created_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            "created_by": f"dinoray {metadata.version('dinoray')}",
+        }
+        try:
+            data = json.dumps(description, indent=2).encode()
+            storage.write_once(storage.join(uri, "store.json"), data, config.storage.options)
+        except OSError as error:
+            explained = explain_write_error(error, uri) or storage.explain_failed_storage(error, uri)
+            raise explained or JobError(f"The store {uri} cannot be created: {error}.") from None
+        store = cls.open_existing(uri, config)
+        assert store is not None
+        return store
+
+    @classmethod
+    def open(cls, uri: str, config: Config) -> Store:
+        """An existing store, read with its own spec; `config` gives the storage options.
+
+        Raises RequestError when there is no store at `uri`.
+        """
+        uri = storage.normalise(uri)
+        refuse_memory(uri, "STORE")
+        stored = read_description(uri, config)
+        if stored is None:
+            raise RequestError(
+                f"There is no store at {uri} (no store.json): make one with `dinoray extract INPUT {uri}`."
+            )
+        return cls._with_tables(uri, config_of(stored, config), stored)
+
+    @classmethod
+    def _with_tables(cls, uri: str, config: Config, stored: dict[str, Any], *, make_all: bool = False) -> Store:
+        try:
+            store = cls(uri, config, stored)
+            if make_all:
+                store.refresh()  # so that other tools find every table, be it empty
+            return store
+        except OSError as error:
+            raise explain_write_error(error, uri) or storage.explain_failed_storage(error, uri) or error from None
+
+    def refresh(self) -> None:
+        for table in (self.images, self.patches, self.failures):
+            table.refresh()
+
+    def repair(self, run_id: str) -> dict[str, int]:
+        """Undo what a killed run left between its commits; the images table decides what is true.
+
+        Patch files that no image names are removed; files that images name but the log lost are added again while
+        they exist, and else those images are done anew; failures of images that are done are removed.
+        Safe beside a running job: its files are given time to be named, and both sides look again at what the other
+        did after their own commit, so that whoever comes last puts right what crossed.
+        """
+        for table in (self.images, self.patches, self.failures):
+            table.complete_properties()
+        named = self._named_shards()
+        orphans = self.patches.files().keys() - named
+        if orphans:
+            time.sleep(ORPHAN_GRACE_SECONDS)
+            self.refresh()
+            named = self._named_shards()
+            orphans = self.patches.files().keys() - named
+        lost = named - self.patches.files().keys()
+        found = [shard for shard in lost if self.patches.has_file(shard)]
+        removed = {shard: file for shard, file in self.patches.files().items() if shard in orphans}
+        change = FileChange([describe_file(self.patches, shard) for shard in found], sorted(orphans))
+        apply_remaining(self.patches, change, run_id)
+        if orphans:
+            # a job whose commits were slow may have named them after we looked, and checked before we removed them
+            self.images.refresh()
+            late = orphans & self._named_shards()
+            apply_remaining(self.patches, FileChange(add=[removed[shard] for shard in sorted(late)]), run_id)
+            orphans -= late
+        without_patches = sorted(lost.difference(found))
+        if without_patches:
+            rows = self.images.read(["image_id", "shard"])
+            gone = rows.filter(pc.is_in(rows["shard"], value_set=pa.array(without_patches, pa.string())))
+            drop_images(self, gone["image_id"].to_pylist(), run_id)
+        stale = self._drop_settled_failures(run_id)
+        return {
+            "orphans_removed": len(orphans),
+            "shards_restored": len(found),
+            "shards_lost": len(without_patches),
+            "failures_settled": stale,
+        }
+
+    def _named_shards(self) -> set[str]:
+        return set(pc.unique(self.images.read(["shard"])["shard"]).to_pylist()) - {None}
+
+    def _drop_settled_failures(self, run_id: str) -> int:
+        failed = self.failures.read(["image_id"])["image_id"]
+        if not len(failed):
+            return 0
+        settled = failed.filter(pc.is_in(failed, value_set=self.images.read(["image_id"])["image_id"]))
+        if len(settled):
+            drop_images(self, settled.to_pylist(), run_id, tables=("failures",))
+        return len(settled)
+
+    def failed_in_listing(self) -> set[str]:
+        """image_ids of failures from the time of listing: files that were missing, tars that were damaged."""
+        failed = self.failures.read(["image_id", "stage"])
+        return set(failed["image_id"].filter(pc.equal(failed["stage"], "list")).to_pylist())
+
+    def plan(self, listing: pa.Table, *, retry_failed: bool = False, limit: int | None = None) -> Plan:
+        """What `listing` (sources.LISTING_SCHEMA) asks of this store: the anti-join with what is done."""
+        images = self.images.read(["image_id", "source_size", "source_version"])
+        at = pc.index_in(listing["image_id"], value_set=images["image_id"])
+        known = pc.is_valid(at)
+        same = pc.and_(
+            pc.equal(images["source_size"].take(at), listing["source_size"]),
+            pc.equal(images["source_version"].take(at), listing["source_version"]),
+        )
+        done = pc.fill_null(pc.and_(known, same), False)
+
+        failures = self.failures.read(["image_id", "source_version", "error"])
+        recorded = failures["image_id"]
+        failures = failures.filter(pc.not_equal(failures["error"], STORAGE_ERROR))
+        at_failure = pc.index_in(listing["image_id"], value_set=failures["image_id"])
+        same_failure = pc.equal(failures["source_version"].take(at_failure), listing["source_version"])
+        failed = pc.and_(pc.fill_null(same_failure, False), pc.invert(done))
+
+        left = pc.invert(done) if retry_failed else pc.invert(pc.or_(done, failed))
+        pending = listing.filter(left)
+        changed = listing["image_id"].filter(pc.and_(left, known))
+        if limit is not None:
+            pending = pending.slice(0, limit)
+            changed = changed.filter(pc.is_in(changed, value_set=pending["image_id"]))
+        pending = pending.append_column("position", pa.array(range(len(pending)), pa.int64()))
+        listed = listing["image_id"]
+        return Plan(
+            pending=pending,
+            changed=set(changed.to_pylist()),
+            done=pc.sum(done).as_py() or 0,
+            failed_before=pc.sum(failed).as_py() or 0,
+            gone=[
+                *images["image_id"].filter(pc.invert(pc.is_in(images["image_id"], value_set=listed))).to_pylist(),
+                *recorded.filter(pc.invert(pc.is_in(recorded, value_set=listed))).to_pylist(),
+            ],
+        )
+
+
+def read_description(uri: str, config: Config) -> dict[str, Any] | None:
+    """store.json, or None.
+
+    Raises JobError when it is damaged, RequestError where no store can be or when a newer dinoray wrote it.
+    """
+    try:
+        stored = storage.read_json(storage.join(uri, "store.json"), config.storage.options)
+    except NotADirectoryError:
+        fs, path = storage.filesystem(uri, config.storage.options)
+        what = "is a file" if fs.isfile(path) else "lies below a file"
+        raise RequestError(f"STORE {uri} {what}: give a folder or prefix for the store.") from None
+    except PermissionError:
+        raise RequestError(f"STORE {uri} cannot be read (permission denied): check the permissions.") from None
+    if stored is None:
+        return None
+    if not {"spec", "fingerprint", "schema_version"} <= stored.keys():
+        raise JobError(f"{uri}/store.json is not a store's description: it was damaged or written by something else.")
+    if stored["schema_version"] > SCHEMA_VERSION:
+        raise RequestError(
+            f"The store {uri} was written by a newer dinoray (schema {stored['schema_version']}, this one knows "
+            f"{SCHEMA_VERSION}): update dinoray."
+        )
+    return stored
+
+
+def config_of(stored: dict[str, Any], config: Config) -> Config:
+    """The configuration that made a store, with the run and storage settings of `config`."""
+    spec = {section: dict(values) for section, values in stored["spec"].items()}
+    spec["features"].pop("rope", None)
+    if not spec["image"].get("shorter_side"):
+        spec["image"].pop("shorter_side", None)
+    return make_config({**spec, "run": config.run.model_dump(), "storage": config.storage.model_dump()})
+
+
+def refuse_memory(uri: str, what: str) -> None:
+    if uri.startswith("memory://"):
+        raise RequestError(
+            f"{what} {uri} exists only inside one process, and Ray's workers are others: give a folder or a bucket."
+        )
+
+
+def _refuse_other_content(uri: str, config: Config) -> None:
+    """A folder that is not a store is not written into: it may be INPUT given in the wrong place."""
+    fs, path = storage.filesystem(uri, config.storage.options)
+    try:
+        if fs.isfile(path):
+            raise RequestError(f"STORE {uri} is a file: give a folder or prefix for the store.")
+        content = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except PermissionError:
+        raise RequestError(f"STORE {uri} cannot be read (permission denied): check the permissions.") from None
+    content = [name for name in content if not name.endswith(".partial") and name != path.rsplit("/", 1)[-1]]
+    if content:
+        raise RequestError(
+            f"STORE {uri} is not empty and is not a dinoray store (it holds {', '.join(sorted(content)[:3])}"
+            f"{', ...' if len(content) > 3 else ''}): give an empty or new place."
+        )

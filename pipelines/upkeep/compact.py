@@ -1,0 +1,238 @@
+"""compact: merges the small files that many small runs leave, and removes what no snapshot needs any more.
+
+Every group of files is merged and committed on its own, compare-and-set, so that a run can be killed at any moment and
+be given beside others: whoever commits first wins, and compact leaves those files for the next time. Rows, key order,
+encodings and the shape of row groups stay; images name the new file of their patches. The log says of each commit that
+it changed no row, so that indices and jobs stay up to date.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import DeltaTable
+
+from pipelines import storage
+from pipelines.results.clusters import ClusterTables, training_of
+from pipelines.results.matches import MatchTables
+from pipelines.results.parts import PartTables
+from pipelines.running.interrupts import interruptible, uninterrupted
+from pipelines.running.progress import StatusLine
+from pipelines.running.reports import RunReport, new_run_id, recorded
+from pipelines.settings.sections import Config
+from pipelines.store.commit import FileChange, apply_remaining, commit_in_order
+from pipelines.store.parquet import DataFile, new_file_name
+from pipelines.store.rewriting import merge_files, rewrite
+from pipelines.store.store import Store
+from pipelines.store.table import CommitConflict, Table
+
+SMALL_SHARE = 0.5  # of the target size: files above it stay as they are
+
+
+@dataclass
+class Result:
+    """What a run of compact did, or would do."""
+
+    run_id: str
+    store: str
+    status: str = "running"  # running | done | unchanged | failed | interrupted | dry_run
+    exit_code: int = 0
+    files_before: int = 0  # of all tables' newest versions
+    files_after: int = 0
+    merged: int = 0  # files that were merged into others
+    written: int = 0
+    bytes_written: int = 0
+    conflicts: int = 0  # groups that another run changed meanwhile; left for the next time
+    vacuumed: int = 0  # files removed that no kept snapshot names
+    seconds: dict[str, float] = field(default_factory=dict)  # merge, vacuum
+    messages: list[str] = field(default_factory=list)
+
+    def took(self, seconds: float) -> None:
+        self.seconds["total"] = seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
+
+
+def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
+    """Merge small files of every table of `store`, and vacuum, as compact.target_mb and retention_hours say.
+
+    Raises:
+        RequestError: there is no store.
+        JobError: the disk is full, or the storage out of reach.
+    """
+    started = time.monotonic()
+    opened = Store.open(store, config)
+    result = Result(new_run_id(), opened.uri)
+    tables = list(_tables(opened))
+    result.files_before = sum(len(pair.data.files()) for pair in tables)
+    target, retention_hours = int(config.compact.target_mb * 1e6), config.compact.retention_hours
+    if dry_run:
+        for pair in tables:
+            groups = pair.groups(target)
+            result.merged += sum(len(group) for group in groups)
+            result.written += len(groups)
+            result.vacuumed += len(_vacuum(pair.data, retention_hours, dry_run=True))
+        result.files_after = result.files_before - result.merged + result.written
+        result.status = "dry_run"
+        return result
+
+    report = RunReport("compact", opened.uri, config, result.run_id, {})
+    with recorded(report, result, started, fingerprint=opened.fingerprint), interruptible(), StatusLine() as line:
+        for pair in tables:
+            pair.data.complete_properties()
+            for group in pair.groups(target):
+                line.show(f"merging {len(group)} files of {pair.data.uri.removeprefix(opened.uri + '/')}")
+                _merge(pair, group, target, result)
+        result.seconds["merge"] = time.monotonic() - started
+        for pair in tables:
+            line.show(f"vacuuming {pair.data.uri.removeprefix(opened.uri + '/')}")
+            result.vacuumed += len(_vacuum(pair.data, retention_hours))
+        result.seconds["vacuum"] = time.monotonic() - started - result.seconds["merge"]
+        result.files_after = sum(len(pair.data.files()) for pair in tables)
+        if not result.merged and not result.vacuumed:
+            result.status = "unchanged"
+    return result
+
+
+@dataclass(frozen=True)
+class LinkedTables:
+    """A table of data and, where there is one, the leading table whose rows name the data's files in `shard`.
+
+    run_in_names: the data's file names say which training they are of, and keep saying it.
+    """
+
+    data: Table
+    leading: Table | None = None
+    run_in_names: bool = False
+
+    @property
+    def both(self) -> list[Table]:
+        return [self.data] if self.leading is None else [self.data, self.leading]
+
+    def groups(self, target: int) -> list[list[DataFile]]:
+        """Small files of the data, neighbours in key order, that together make a file of about `target` bytes."""
+        small = [file for file in self.data.files().values() if file.size < SMALL_SHARE * target]
+        found: list[list[DataFile]] = []
+        # in key order, and of one training
+        for file in sorted(small, key=lambda file: (self._kind(file), file.min_id, file.max_id, file.path)):
+            group = found[-1] if found else []
+            fits = group and self._kind(group[0]) == self._kind(file)
+            if fits and sum(one.size for one in group) + file.size <= target:
+                group.append(file)
+            else:
+                found.append([file])
+        return [group for group in found if len(group) > 1]
+
+    def new_name(self, group: list[DataFile], run_id: str) -> str:
+        return new_file_name(self._kind(group[0]) or run_id)
+
+    def _kind(self, file: DataFile) -> str:
+        return training_of(file.path) if self.run_in_names else ""
+
+
+def _tables(store: Store) -> Iterator[LinkedTables]:
+    """Every table of a store as data, once; leading tables are merged on their own after the data that they name."""
+    options = store.config.storage.options
+    yield LinkedTables(store.patches, store.images)
+    yield LinkedTables(store.images)
+    yield LinkedTables(store.failures)
+    for matches in MatchTables.all_in(store.uri, options).values():
+        yield LinkedTables(matches.matches, matches.pairs)
+        yield LinkedTables(matches.pairs)
+    for parts in PartTables.all_in(store.uri, options).values():
+        yield LinkedTables(parts.patches, parts.images)
+        yield LinkedTables(parts.images)
+    for clusters in ClusterTables.all_in(store.uri, options).values():
+        yield LinkedTables(clusters.assignments, run_in_names=True)
+        yield LinkedTables(clusters.centroids, run_in_names=True)
+
+
+def _merge(tables: LinkedTables, group: list[DataFile], target: int, result: Result) -> None:
+    """Merge a group, and have the leading table name the new file; on a conflict leave everything as it was."""
+    data, leading, run_id = tables.data, tables.leading, result.run_id
+    written: list[tuple[Table, DataFile]] = []
+    try:
+        merged = merge_files(data, group, tables.new_name(group, run_id))
+        written.append((data, merged))
+        old = [file.path for file in group]
+        change = FileChange([merged], old, rearranges=True)
+        if leading is None:
+            with uninterrupted():
+                data.commit(change.add, change.remove, run_id, rearranges=True)
+        else:
+            naming = _naming(leading, group)
+            for copy in _renamed(leading, naming, dict.fromkeys(old, merged.path), target, run_id):
+                written.append((leading, copy))
+            copies = [file for table, file in written if table is leading]
+            of_leading = FileChange(copies, [file.path for file in naming], rearranges=True)
+            with uninterrupted():
+                commit_in_order((data, change), (leading, of_leading), run_id)
+                # another run's repair may have taken the new file for an orphan just before it was named
+                data.refresh()
+                apply_remaining(data, FileChange(add=change.add, rearranges=True), run_id)
+            result.merged += len(naming)
+    except CommitConflict:
+        result.conflicts += 1
+        for table in tables.both:
+            table.refresh()
+        _discard(written)
+        return
+    except BaseException:
+        _discard(written)
+        raise
+    result.merged += len(group)
+    result.written += len(written)
+    result.bytes_written += sum(file.size for _, file in written)
+
+
+def _renamed(
+    leading: Table, naming: list[DataFile], renamed: dict[str, str], target: int, run_id: str
+) -> Iterator[DataFile]:
+    """Copies of files of the leading table that name the new file: the small ones as one, large ones each alone.
+
+    A file that grows with every run would else come to hold everything.
+    """
+    small = [file for file in naming if file.size < SMALL_SHARE * target]
+    if small:
+        yield merge_files(leading, small, new_file_name(run_id), lambda rows: _rename(rows, renamed))
+    for file in naming:
+        if file not in small and (copy := rewrite(leading, file, run_id, lambda rows: _rename(rows, renamed))):
+            yield copy
+
+
+def _naming(leading: Table, group: list[DataFile]) -> list[DataFile]:
+    """Files of the leading table with rows that name a file of the group."""
+    names = pa.array([file.path for file in group], pa.string())
+    found = []
+    for path, file in leading.files().items():
+        overlaps = any(one.min_id <= file.max_id and file.min_id <= one.max_id for one in group)
+        if overlaps and pc.any(pc.is_in(leading.read_file(path, ["shard"])["shard"], value_set=names)).as_py():
+            found.append(file)
+    return found
+
+
+def _rename(rows: pa.Table, renamed: dict[str, str]) -> pa.Table:
+    shards = pa.array([renamed.get(shard, shard) for shard in rows["shard"].to_pylist()], pa.string())
+    return rows.set_column(rows.schema.get_field_index("shard"), "shard", shards)
+
+
+def _discard(written: list[tuple[Table, DataFile]]) -> None:
+    """Remove files that no log names."""
+    for table, file in written:
+        with contextlib.suppress(OSError):
+            if file.path not in table.files():
+                fs, path = storage.filesystem(storage.join(table.uri, file.path), table.options)
+                fs.rm_file(path)
+
+
+def _vacuum(table: Table, retention_hours: float, *, dry_run: bool = False) -> list[str]:
+    """Files that no snapshot of the last `retention_hours` names; removed unless dry_run."""
+    delta = DeltaTable(table.uri, storage_options=storage.delta_options(table.uri, table.options))
+    return delta.vacuum(int(retention_hours), dry_run=dry_run, enforce_retention_duration=False)

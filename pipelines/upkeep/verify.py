@@ -1,0 +1,311 @@
+"""verify: does a store hold what it says? Every images row has all its patches, no patch lacks its image, files and
+log agree, dimensions match the spec; every match has its pair; every index has its files and images of the table."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.results import cluster_checks, match_checks, part_checks
+from pipelines.results.clusters import ClusterTables
+from pipelines.results.index_checks import check_index
+from pipelines.results.indices import index_names
+from pipelines.results.matches import MatchTables
+from pipelines.results.parts import PartTables
+from pipelines.settings.sections import Config
+from pipelines.store.parquet import DataFile
+from pipelines.store.schemas import descriptor_columns
+from pipelines.store.store import Store
+from pipelines.store.table import Table
+
+MOST_SHOWN = 20  # problems of one kind
+
+Lengths = dict[str, dict[str, Counter[int | None]]]  # descriptor column -> patches file -> rows by length of vector
+
+
+@dataclass
+class Result:
+    """What verify found. `problems` is empty for a sound store."""
+
+    store: str
+    images: int = 0
+    patches: int = 0
+    failures: int = 0
+    files: int = 0
+    unreferenced_files: int = 0  # left by killed or replaced writes; harmless, vacuum removes them
+    problems: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)  # worth knowing, and no damage
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.problems else 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.__dict__ | {"sound": not self.problems}
+
+
+def run(config: Config, *, store: str) -> Result:
+    """Check a store; reads every row of images and the keys of patches. Raises RequestError when there is no store."""
+    opened = Store.open(store, config)
+    result = Result(opened.uri)
+    problems = result.problems
+    tables = {"images": opened.images, "patches": opened.patches, "failures": opened.failures}
+    matches = MatchTables.all_in(opened.uri, config.storage.options)
+    for name, both in matches.items():
+        tables |= {f"matches/{name}/pairs": both.pairs, f"matches/{name}/matches": both.matches}
+    clusters = ClusterTables.all_in(opened.uri, config.storage.options)
+    for name, two in clusters.items():
+        tables |= {f"clusters/{name}/centroids": two.centroids, f"clusters/{name}/assignments": two.assignments}
+    parts = PartTables.all_in(opened.uri, config.storage.options)
+    for name, pair in parts.items():
+        tables |= {f"parts/{name}/images": pair.images, f"parts/{name}/patches": pair.patches}
+    readable = {}
+    for name, table in tables.items():
+        files = table.files()
+        result.files += len(files)
+        present = _files_present(table)
+        result.unreferenced_files += len(present.keys() - files.keys())
+        readable[name] = [file for path, file in files.items() if path in present]
+        _some(
+            problems,
+            (f"{name}: {p} is in the log, but the file is missing" for p in sorted(files.keys() - present.keys())),
+        )
+        _some(
+            problems,
+            (
+                f"{name}: {path} has {present[path]} bytes, the log says {file.size}"
+                for path, file in files.items()
+                if present.get(path, file.size) != file.size
+            ),
+        )
+        _some(problems, _unreadable(table, name, readable[name]))
+    if problems:
+        return result  # rows cannot be judged while files are missing or damaged
+
+    try:
+        images = opened.images.read(["image_id", "run_id", "shard", "grid_height", "grid_width"])
+        failures = opened.failures.read(["image_id"])["image_id"]
+    except (OSError, pa.ArrowException) as error:
+        problems.append(f"images or failures cannot be read ({_first_line(error)})")
+        return result
+    result.images, result.failures = len(images), len(failures)
+    _some(problems, (f"images: {image_id} has {count} rows" for image_id, count in _repeated(images["image_id"])))
+    _some(problems, (f"failures: {image_id} has {count} rows" for image_id, count in _repeated(failures)))
+    both = failures.filter(pc.is_in(failures, value_set=images["image_id"]))
+    _some(problems, (f"{image_id} is in images and in failures" for image_id in both.to_pylist()))
+
+    patch_files = opened.patches.files()
+    by_shard = _images_by_shard(images)
+    _some(
+        problems,
+        (
+            f"images: {len(rows)} rows name shard {shard}, which patches does not have"
+            for shard, rows in by_shard.items()
+            if shard not in patch_files
+        ),
+    )
+    lengths: Lengths = {}
+    for path, file in patch_files.items():
+        result.patches += file.rows
+        _some(problems, _check_shard(opened.patches, file, by_shard.get(path, {}), opened.config, lengths))
+    _some(problems, _check_lengths(lengths, opened.config))
+    _some(problems, _check_embeddings(opened.images, opened.config))
+    if opened.config.store.patches == "all":
+        without = images.filter(pc.is_null(images["shard"]))
+        _some(problems, (f"images: {image_id} has no patches" for image_id in without["image_id"].to_pylist()))
+    for name, both in matches.items():
+        _some(problems, (f"matches/{name}: {problem}" for problem in match_checks.disagreements(both)))
+    for name, two in clusters.items():
+        _some(problems, (f"clusters/{name}: {problem}" for problem in cluster_checks.disagreements(two)))
+    for name, pair in parts.items():
+        _some(problems, (f"parts/{name}: {problem}" for problem in part_checks.disagreements(pair)))
+    for name in index_names(opened):
+        found = check_index(opened, name, images)
+        _some(problems, (f"index/{name}: {problem}" for problem in found.problems))
+        result.messages += found.notes
+        result.files += found.files
+        result.unreferenced_files += found.unreferenced_files
+    return result
+
+
+def _files_present(table: Table) -> dict[str, int]:
+    """Parquet files under a table, with their sizes."""
+    fs, root = storage.filesystem(table.uri, table.options)
+    found = fs.find(root, detail=True)
+    return {
+        path[len(root.rstrip("/")) + 1 :]: entry["size"]
+        for path, entry in found.items()
+        if path.endswith(".parquet") and "/_delta_log/" not in path
+    }
+
+
+def _unreadable(table: Table, name: str, files: list[DataFile]) -> Iterator[str]:
+    """Files whose footer cannot be read, or says other than the log and the spec do."""
+    expected = _columns(_schema_as_parquet(table.schema))
+    for file in files:
+        fs, path = storage.filesystem(storage.join(table.uri, file.path), table.options)
+        try:
+            with fs.open(path, "rb") as source:
+                footer = pq.ParquetFile(source).metadata
+        except (OSError, pa.ArrowException) as error:
+            yield f"{name}: {file.path} cannot be read as Parquet ({_first_line(error)})"
+            continue
+        if footer.num_rows != file.rows:
+            yield f"{name}: {file.path} has {footer.num_rows} rows, the log says {file.rows}"
+        columns = _columns(footer)
+        if columns != expected:
+            differing = ", ".join(sorted({*columns, *expected} - {*columns}.intersection(expected)))
+            yield f"{name}: {file.path} has other columns than the store's spec ({differing})"
+            continue
+        low, high = _key_range(footer) or (file.min_id, file.max_id)
+        if not file.min_id <= low <= high <= file.max_id:
+            # readers skip files by this range
+            yield f"{name}: {file.path} has keys {low!r} to {high!r}, the log says {file.min_id!r} to {file.max_id!r}"
+
+
+def _schema_as_parquet(schema: pa.Schema) -> pq.FileMetaData:
+    buffer = io.BytesIO()
+    pq.write_table(schema.empty_table(), buffer)
+    return pq.ParquetFile(buffer).metadata
+
+
+def _columns(footer: pq.FileMetaData) -> list[str]:
+    """Columns of a file with the type of their values, however lists are spelt."""
+    leaves = [footer.schema.column(index) for index in range(footer.num_columns)]
+    return [f"{leaf.path.partition('.')[0]} {leaf.physical_type}" for leaf in leaves]
+
+
+def _key_range(footer: pq.FileMetaData) -> tuple[str, str] | None:
+    """Smallest and largest image_id, from the statistics of the row groups; None for a file without rows."""
+    statistics = [footer.row_group(index).column(0).statistics for index in range(footer.num_row_groups)]
+    known = [one for one in statistics if one is not None and one.has_min_max]
+    return (min(one.min for one in known), max(one.max for one in known)) if known else None
+
+
+def _images_by_shard(images: pa.Table) -> dict[str, dict[str, tuple[int, int]]]:
+    """shard -> image_id -> (grid height, grid width)."""
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    columns = (images[name].to_pylist() for name in ("shard", "image_id", "grid_height", "grid_width"))
+    for shard, image_id, height, width in zip(*columns, strict=True):
+        if shard is not None:
+            found.setdefault(shard, {})[image_id] = (height or 0, width or 0)
+    return found
+
+
+def _check_shard(
+    table: Table, file: DataFile, images: dict[str, tuple[int, int]], config: Config, lengths: Lengths
+) -> Iterator[str]:
+    """Problems of one patches file: whose patches it holds, how many, where, and once each; fills in `lengths`."""
+    columns = descriptor_columns(config)
+    fs, path = storage.filesystem(storage.join(table.uri, file.path), table.options)
+    groups = []
+    previous = ""
+    try:
+        with fs.open(path, "rb") as source:
+            parquet = pq.ParquetFile(source)
+            for index in range(parquet.num_row_groups):
+                rows = parquet.read_row_group(index, columns=["image_id", "row", "col", *columns])
+                for column in columns:
+                    counted = pc.value_counts(pc.list_value_length(rows[column])).to_pylist()
+                    in_file = lengths.setdefault(column, {}).setdefault(file.path, Counter())
+                    in_file.update({entry["values"]: entry["counts"] for entry in counted})
+                groups.append(rows.select(["image_id", "row", "col"]))
+                ids = _runs(rows["image_id"])
+                if any(later <= earlier for earlier, later in zip([previous, *ids], ids, strict=False)):
+                    yield f"patches: {file.path} does not hold whole images in key order (row group {index})"
+                previous = ids[-1] if ids else previous
+    except (OSError, pa.ArrowException) as error:
+        yield f"patches: {file.path} cannot be read ({_first_line(error)})"
+        return
+    rows = pa.concat_tables(groups) if groups else table.schema.empty_table()
+    yield from _check_grids(rows, file, images, config)
+
+
+def _check_lengths(lengths: Lengths, config: Config) -> Iterator[str]:
+    """Vectors of a column are all of one length: that of the PCA, else the commonest."""
+    for column, files in lengths.items():
+        total = sum(files.values(), Counter())
+        commonest = max(total, key=lambda length: (length is not None, total[length]), default=None)
+        wanted = config.store.pca or commonest
+        for path, found in files.items():
+            if found.keys() - {wanted}:
+                shown = ", ".join(sorted(map(str, found)))
+                yield f"patches: {column} in {path} has vectors of {shown} values, the store has {wanted}"
+
+
+def _runs(ids: pa.ChunkedArray) -> list[str]:
+    """The image_id of each stretch of rows that belong together."""
+    return [image_id or "" for image_id in pc.run_end_encode(ids.combine_chunks()).values.to_pylist()]
+
+
+def _check_grids(rows: pa.Table, file: DataFile, images: dict[str, tuple[int, int]], config: Config) -> Iterator[str]:
+    counted = pc.value_counts(rows["image_id"])
+    counts = dict(zip(counted.field("values").to_pylist(), counted.field("counts").to_pylist(), strict=True))
+    for image_id in sorted(str(image_id) for image_id in counts.keys() - images.keys()):
+        yield f"patches: {image_id} in {file.path} has patches, but no images row names this shard"
+    for image_id, (height, width) in images.items():
+        expected, found = -(-height * width // config.store.every), counts.get(image_id, 0)
+        if found != expected if config.store.patches == "all" else not 0 < found <= expected:
+            yield f"patches: {image_id} has {found} patches in {file.path}, its grid and the spec ask for {expected}"
+    at = pc.index_in(rows["image_id"], value_set=pa.array(list(images), pa.string()))
+    heights = pa.array([height for height, _ in images.values()], pa.int32()).take(at)
+    widths = pa.array([width for _, width in images.values()], pa.int32()).take(at)
+    inside = pc.and_(_between(rows["row"], heights), _between(rows["col"], widths))
+    outside = rows["image_id"].filter(pc.and_(pc.is_valid(at), pc.invert(pc.fill_null(inside, False))))
+    for image_id in sorted(pc.unique(outside).to_pylist()):
+        yield f"patches: {image_id} has patches outside its grid in {file.path}"
+    cells = rows.group_by(["image_id", "row", "col"]).aggregate([("row", "count")])
+    for cell in cells.filter(pc.greater(cells["row_count"], 1)).to_pylist():
+        yield f"patches: {cell['image_id']} has patch ({cell['row']}, {cell['col']}) {cell['row_count']} times"
+
+
+def _between(values: pa.ChunkedArray, ends: pa.Array) -> pa.ChunkedArray:
+    return pc.and_(pc.greater_equal(values, 0), pc.less(values, ends))
+
+
+def _check_embeddings(images: Table, config: Config) -> Iterator[str]:
+    """Embeddings are all of one length, and missing only where the spec leaves them out."""
+    ids: dict[int | None, list[str]] = {}
+    for path in images.files() if config.features.embedding else ():
+        try:
+            rows = images.read_file(path, ["image_id", "embedding"])
+        except (OSError, pa.ArrowException) as error:
+            yield f"images: {path} cannot be read ({_first_line(error)})"
+            continue
+        lengths = pc.list_value_length(rows["embedding"]).to_pylist()
+        for image_id, length in zip(rows["image_id"].to_pylist(), lengths, strict=True):
+            ids.setdefault(length, []).append(image_id)
+    wanted = max(ids, key=lambda length: (length is not None, len(ids[length])), default=None)
+    for length in ids.keys() - {wanted} if wanted else ids.keys():
+        for image_id in ids[length]:
+            yield f"images: {image_id} has an embedding of {length or 0} values, the store has {wanted or 0}"
+
+
+def _repeated(ids: pa.ChunkedArray) -> Iterator[tuple[str, int]]:
+    for entry in pc.value_counts(ids):
+        if entry["counts"].as_py() > 1:
+            yield entry["values"].as_py(), entry["counts"].as_py()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _some(problems: list[str], found: Iterator[str]) -> None:
+    """Add the first of many problems of a kind, and how many more there are."""
+    more = 0
+    for count, problem in enumerate(found):
+        if count < MOST_SHOWN:
+            problems.append(problem)
+        else:
+            more += 1
+    if more:
+        problems.append(f"... and {more} more like the last")

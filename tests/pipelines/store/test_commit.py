@@ -1,0 +1,296 @@
+"""The commit protocol without Ray: shards written by hand, two committers, kills between any two commits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+from deltalake import DeltaTable
+from deltalake.exceptions import CommitFailedError
+from hand_made import source, write_shard
+from small_runs import settings
+
+from pipelines.store.extraction import Committer, ShardReport, drop_images
+from pipelines.store.failures import failure_row
+from pipelines.store.store import Store
+from pipelines.store.table import CommitConflict, Table
+from pipelines.upkeep import verify
+
+
+def shard(store: Store, run_id: str, ids: list[str], version: str = "v1", value: float = 1.0) -> ShardReport:
+    return write_shard(store, run_id, [source(image_id, at, version) for at, image_id in enumerate(ids)], value)
+
+
+def failed(image_id: str, run_id: str, version: str = "v1") -> ShardReport:
+    row = failure_row(source(image_id, 0, version), "decode", "ImageError", "broken", 1, run_id)
+    report = ShardReport("progress", failures=[row])
+    return ShardReport.from_json(report.to_table()["report"][0].as_py())  # as it travels from a worker
+
+
+def versions(ids: list[str], version: str = "v1") -> dict[str, tuple[int, str]]:
+    return {image_id: (10, version) for image_id in ids}
+
+
+def rows(store: Store) -> dict[str, str]:
+    store.refresh()
+    table = store.images.read(["image_id", "source_version"])
+    assert len(table) == len(set(table["image_id"].to_pylist())), "an image has two rows"
+    return dict(zip(table["image_id"].to_pylist(), table["source_version"].to_pylist(), strict=True))
+
+
+def sound(store: Store) -> None:
+    assert verify.run(store.config, store=store.uri).problems == []
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.create(str(tmp_path / "store"), settings())
+
+
+def test_a_shard_becomes_visible_whole(store: Store) -> None:
+    report = shard(store, "r1", ["a", "b", "c"])
+    assert rows(store) == {}
+    outcome = Committer(store, "r1", set()).commit([report], versions(["a", "b", "c"]))
+    assert (outcome.extracted, outcome.done_elsewhere) == (3, 0)
+    assert rows(store) == versions_only(["a", "b", "c"])
+    sound(store)
+
+
+def versions_only(ids: list[str], version: str = "v1") -> dict[str, str]:
+    return dict.fromkeys(ids, version)
+
+
+def test_a_changed_image_replaces_its_rows_and_leaves_its_neighbours(store: Store) -> None:
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b", "c"])], versions(["a", "b", "c"]))
+    versions_before = (store.images.version, store.patches.version)
+    Committer(store, "r2", {"b"}).commit([shard(store, "r2", ["b"], "v2", 2.0)], versions(["b"], "v2"))
+    assert rows(store) == {"a": "v1", "b": "v2", "c": "v1"}
+    assert (store.images.version, store.patches.version) == tuple(v + 1 for v in versions_before), "one commit a table"
+    patches = store.patches.read(["image_id", "descriptor"])
+    of_b = patches.filter(pc.equal(patches["image_id"], "b"))
+    assert set(np.concatenate(of_b["descriptor"].to_pylist())) == {2.0}
+    sound(store)
+
+
+def test_two_runs_commit_the_same_images_once(store: Store) -> None:
+    other = Store.open_existing(store.uri, store.config)
+    assert other
+    first, second = Committer(store, "r1", set()), Committer(other, "r2", set())
+    late = shard(other, "r2", ["b", "c", "d"], value=3.0)
+    first.commit([shard(store, "r1", ["a", "b", "c"])], versions(["a", "b", "c"]))
+    outcome = second.commit([late], versions(["b", "c", "d"]))
+    assert (outcome.extracted, outcome.done_elsewhere) == (1, 2)
+    assert rows(store) == versions_only(["a", "b", "c", "d"])
+    sound(store)
+
+
+@pytest.mark.parametrize("table", ["patches", "images"])
+def test_a_commit_that_lands_in_between_is_noticed(store: Store, table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Store.open_existing(store.uri, store.config)
+    assert other
+    raced = getattr(store, table)
+    original = raced.commit
+    calls = []
+
+    def commit(*arguments: object, **more: object) -> None:
+        if not calls:
+            calls.append(1)
+            Committer(other, "r2", set()).commit([shard(other, "r2", ["b", "z"])], versions(["b", "z"]))
+        original(*arguments, **more)
+
+    monkeypatch.setattr(raced, "commit", commit)
+    outcome = Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b"])], versions(["a", "b"]))
+    assert (outcome.extracted, outcome.done_elsewhere) == (1, 1)
+    assert rows(store) == versions_only(["a", "b", "z"])
+    sound(store)
+
+
+def test_a_stale_commit_is_refused_by_the_log(store: Store) -> None:
+    other = Store.open_existing(store.uri, store.config)
+    assert other
+    report = shard(store, "r1", ["a"])
+    assert report.images
+    other.images.commit([report.images], [], "r2")
+    with pytest.raises(CommitConflict):
+        store.images.commit([report.images], [], "r1")
+
+
+CONFLICT = CommitFailedError("Failed to commit transaction: 0")  # what delta-rs says of its own repeated request
+BROKEN_OFF = OSError("Generic S3 error: error reading a body from connection")
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, raced: Table, error: Exception, *, landed: bool) -> list[int]:
+    """The next commit to a table raises, having landed or not; the list says when it did."""
+    original, calls = DeltaTable.create_write_transaction, list[int]()
+
+    def transaction(delta: DeltaTable, *arguments: object, **named: object) -> None:
+        if delta is raced._delta and not calls:
+            calls.append(1)
+            if landed:
+                original(delta, *arguments, **named)
+            raise error
+        original(delta, *arguments, **named)
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", transaction)
+    monkeypatch.setattr("pipelines.store.table.FIRST_PAUSE_SECONDS", 0)
+    return calls
+
+
+@pytest.mark.parametrize("table", ["patches", "images", "failures"])
+@pytest.mark.parametrize(
+    ("error", "landed"),
+    [(CONFLICT, True), (BROKEN_OFF, True), (BROKEN_OFF, False)],
+    ids=["repeated by delta-rs", "answer lost", "request lost"],
+)
+def test_a_commit_whose_answer_is_lost_is_made_once(
+    store: Store, table: str, error: Exception, landed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that is replaced beside new ones and a failure: the commit that rewrites most."""
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b", "c"])], versions(["a", "b", "c"]))
+    before = {name: getattr(store, name).version for name in ("patches", "images", "failures")}
+    calls = fail_once(monkeypatch, getattr(store, table), error, landed=landed)
+    reports = [shard(store, "r2", ["b"], "v2", 2.0), shard(store, "r2", ["d"], "v2"), failed("e", "r2", "v2")]
+    outcome = Committer(store, "r2", {"b"}).commit(reports, versions(["b", "d", "e"], "v2"))
+    assert calls and (outcome.extracted, outcome.failed, outcome.done_elsewhere) == (2, 1, 0)
+    assert {name: getattr(store, name).version for name in before} == {name: v + 1 for name, v in before.items()}
+    assert rows(store) == {"a": "v1", "b": "v2", "c": "v1", "d": "v2"}
+    assert store.failures.read(["image_id"]).to_pylist() == [{"image_id": "e"}]
+    sound(store)
+
+
+def test_a_commit_of_another_run_is_not_taken_for_a_lost_answer(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Store.open_existing(store.uri, store.config)
+    assert other
+    late = shard(store, "r1", ["a", "b"])
+    Committer(other, "r2", set()).commit([shard(other, "r2", ["b", "c"])], versions(["b", "c"]))
+    calls = fail_once(monkeypatch, store.images, BROKEN_OFF, landed=False)
+    outcome = Committer(store, "r1", set()).commit([late], versions(["a", "b"]))
+    assert calls and (outcome.extracted, outcome.done_elsewhere) == (1, 1)
+    assert rows(store) == versions_only(["a", "b", "c"])
+    sound(store)
+
+
+def test_a_storage_that_stays_away_ends_the_commit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def transaction(*arguments: object, **named: object) -> None:
+        raise BROKEN_OFF
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", transaction)
+    monkeypatch.setattr("pipelines.store.table.FIRST_PAUSE_SECONDS", 0)
+    with pytest.raises(OSError, match="Generic S3 error"):
+        Committer(store, "r1", set()).commit([shard(store, "r1", ["a"])], versions(["a"]))
+
+
+def test_a_repair_that_crosses_a_slow_commit_takes_nothing_from_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images are committed, and their patches found in place, after the repair looked and before it removes them."""
+    monkeypatch.setattr("pipelines.store.store.ORPHAN_GRACE_SECONDS", 0)
+    other = Store.open_existing(store.uri, store.config)
+    assert other
+    report = shard(store, "r1", ["a"])
+    assert report.patches and report.images
+    store.patches.commit([report.patches], [], "r1")
+    other.refresh()
+    original: Callable[..., None] = other.patches.commit
+
+    def commit(*arguments: object, **more: object) -> None:
+        if not store.images.files():
+            assert report.patches and report.images
+            store.images.commit([report.images], [], "r1")
+            store.patches.refresh()
+            assert report.patches.path in store.patches.files(), "so the job has nothing to put right"
+        original(*arguments, **more)
+
+    monkeypatch.setattr(other.patches, "commit", commit)
+    assert other.repair("r2")["orphans_removed"] == 0
+    assert rows(store) == {"a": "v1"}
+    sound(store)
+
+
+def test_patches_whose_images_never_came_are_removed(store: Store) -> None:
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a"])], versions(["a"]))
+    killed = shard(store, "r2", ["b"])
+    assert killed.patches
+    store.patches.commit([killed.patches], [], "r2")  # and the driver dies before it commits images
+    assert verify.run(store.config, store=store.uri).problems
+    assert store.repair("r3")["orphans_removed"] == 1
+    assert rows(store) == {"a": "v1"}
+    sound(store)
+
+
+def test_a_replacement_killed_half_way_is_put_back(store: Store) -> None:
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b"])], versions(["a", "b"]))
+    committer = Committer(store, "r2", {"b"})
+
+    def dies(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    store.images.commit = dies  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        committer.commit([shard(store, "r2", ["b"], "v2")], versions(["b"], "v2"))
+    reopened = Store.open_existing(store.uri, store.config)
+    assert reopened
+    assert verify.run(store.config, store=store.uri).problems
+    found = reopened.repair("r3")
+    assert found["orphans_removed"] == 2 and found["shards_restored"] == 1
+    assert rows(reopened) == versions_only(["a", "b"])
+    sound(reopened)
+
+
+def test_images_whose_patches_are_lost_for_good_are_done_again(store: Store) -> None:
+    first, second = shard(store, "r1", ["a"]), shard(store, "r1", ["b"])
+    Committer(store, "r1", set()).commit([first, second], versions(["a", "b"]))
+    assert first.patches
+    store.patches.commit([], [first.patches.path], "x")
+    (Path(store.uri) / "patches" / first.patches.path).unlink()
+    assert store.repair("r2")["shards_lost"] == 1
+    assert rows(store) == {"b": "v1"}
+    sound(store)
+
+
+def test_another_runs_repair_cannot_take_our_patches(store: Store) -> None:
+    """A repair that sees our patches before our images removes them; we put them back."""
+    original = store.images.commit
+
+    def commit(*arguments: object, **more: object) -> None:
+        other = Store.open_existing(store.uri, store.config)
+        assert other
+        other.repair("r2")
+        original(*arguments, **more)
+
+    store.images.commit = commit  # type: ignore[method-assign]
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a"])], versions(["a"]))
+    assert rows(store) == {"a": "v1"}
+    sound(store)
+
+
+def test_failures_are_recorded_once_and_settled_by_success(store: Store) -> None:
+    Committer(store, "r1", set()).commit([failed("a", "r1"), failed("b", "r1")], versions(["a", "b"]))
+    Committer(store, "r2", set()).commit([failed("a", "r2", "v2")], versions(["a"], "v2"))
+    table = store.failures.read(["image_id", "run_id"])
+    assert sorted(table.to_pylist(), key=str) == [{"image_id": "a", "run_id": "r2"}, {"image_id": "b", "run_id": "r1"}]
+    Committer(store, "r3", set()).commit([shard(store, "r3", ["a"])], versions(["a"]))
+    assert store.failures.read(["image_id"]).to_pylist() == [{"image_id": "b"}]
+    sound(store)
+
+
+def test_an_image_that_changed_into_a_broken_one_leaves_no_old_features(store: Store) -> None:
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b"])], versions(["a", "b"]))
+    Committer(store, "r2", {"a"}).commit([failed("a", "r2", "v2")], versions(["a"], "v2"))
+    assert rows(store) == {"b": "v1"}
+    assert store.failures.read(["image_id"]).to_pylist() == [{"image_id": "a"}]
+    sound(store)
+
+
+def test_dropping_images_removes_their_patches_in_one_commit_a_table(store: Store) -> None:
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b"])], versions(["a", "b"]))
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["c"]), failed("d", "r1")], versions(["c", "d"]))
+    before = (store.images.version, store.patches.version, store.failures.version)
+    assert drop_images(store, ["a", "c", "d"], "r2") == 3
+    assert (store.images.version, store.patches.version, store.failures.version) == tuple(v + 1 for v in before)
+    assert rows(store) == {"b": "v1"}
+    assert set(store.patches.read(["image_id"])["image_id"].to_pylist()) == {"b"}
+    sound(store)

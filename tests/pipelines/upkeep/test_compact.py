@@ -1,0 +1,260 @@
+"""compact: fewer files with the same rows, order, encodings and row groups, whatever else happens meanwhile."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable
+from hand_made import add_failure, add_images, source, write_shard
+from small_runs import settings
+from stores import sorted_patches, sound
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.errors import RequestError
+from pipelines.index import job as index
+from pipelines.index import search
+from pipelines.results.clusters import training_of
+from pipelines.results.matches import MatchTables
+from pipelines.store.extraction import Committer
+from pipelines.store.parquet import new_file_name
+from pipelines.store.schemas import ASSIGNMENTS, MATCHES, PAIRS
+from pipelines.store.store import Store
+from pipelines.store.table import Table
+from pipelines.upkeep import compact
+
+RUNS, IMAGES_A_RUN = 7, 5
+KEEP_NOTHING = "compact.retention_hours=0"
+
+
+def small_runs_store(folder: Path, *overrides: str, runs: int = RUNS) -> Store:
+    """What many small runs leave: interleaved keys, one file a run and table."""
+    store = Store.create(str(folder), settings(*overrides))
+    for run in range(runs):
+        rows = [source(f"{index:03}/{run}.jpg", index) for index in range(IMAGES_A_RUN)]
+        add_images(store, f"20260101T00000{run}Z-00000{run}", rows)
+    return store
+
+
+def every_row(folder: Path) -> list[tuple[object, ...]]:
+    query = (
+        f"SELECT p.*, i.* EXCLUDE (shard, extracted_at) FROM delta_scan('{folder}/images') i JOIN "
+        f"delta_scan('{folder}/patches') p USING (image_id) ORDER BY ALL"
+    )
+    return duckdb.sql(query.replace("delta_scan", "read_parquet").replace("')", "/*.parquet')")).fetchall()
+
+
+def live(folder: Path, table: str) -> list[Path]:
+    return [folder / table / name for name in DeltaTable(folder / table).get_add_actions().column("path").to_pylist()]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+def test_rows_stay_and_files_become_one(tmp_path: Path, dtype: str) -> None:
+    small_runs_store(tmp_path, f"store.dtype={dtype}")
+    before, patches = every_row(tmp_path), sorted_patches(tmp_path)
+    options = pq.ParquetFile(live(tmp_path, "patches")[0]).metadata.row_group(0)
+
+    result = compact.run(settings(KEEP_NOTHING), store=str(tmp_path))
+
+    assert result.status == "done" and result.files_before == 2 * RUNS and result.files_after == 2
+    assert [len(live(tmp_path, table)) for table in ("images", "patches")] == [1, 1]
+    assert len(list((tmp_path / "patches").glob("*.parquet"))) == 1  # nothing is kept of the others
+    assert every_row(tmp_path) == before
+    assert sorted_patches(tmp_path).equals(patches)
+    assert sound(tmp_path).images == RUNS * IMAGES_A_RUN
+    merged = pq.ParquetFile(live(tmp_path, "patches")[0])
+    ids = merged.read(["image_id"])["image_id"].to_pylist()
+    assert ids == sorted(ids)
+    for column in range(options.num_columns):
+        was, now = options.column(column), merged.metadata.row_group(0).column(column)
+        assert (now.path_in_schema, now.compression) == (was.path_in_schema, was.compression)
+        assert set(was.encodings) <= set(now.encodings) | {"PLAIN", "RLE"}
+        assert now.is_stats_set == was.is_stats_set
+
+
+def test_row_groups_hold_whole_images_about_64_of_them(tmp_path: Path) -> None:
+    store = Store.create(str(tmp_path), settings())
+    for run in range(2):
+        add_images(store, f"20260101T00000{run}Z-00000{run}", [source(f"{at:03}/{run}.jpg", at) for at in range(80)])
+    compact.run(settings(), store=str(tmp_path))
+    parquet = pq.ParquetFile(live(tmp_path, "patches")[0])
+    groups = [set(parquet.read_row_group(at, ["image_id"])["image_id"].to_pylist()) for at in range(3)]
+    assert parquet.num_row_groups == 3 and [len(group) for group in groups] == [64, 64, 32]
+    assert not groups[0] & groups[1] and not groups[1] & groups[2]
+    log = DeltaTable(tmp_path / "patches").get_add_actions(flatten=True)
+    assert (log["min.image_id"][0].as_py(), log["max.image_id"][0].as_py()) == ("000/0.jpg", "079/1.jpg")
+
+
+def test_large_files_stay_and_groups_do_not_exceed_the_target(tmp_path: Path) -> None:
+    store = small_runs_store(tmp_path)
+    sizes = [file.size for file in store.patches.files().values()]
+    target = 3.5 * np.mean(sizes)  # three of them fit
+    result = compact.run(settings(f"compact.target_mb={target / 1e6}"), store=str(tmp_path))
+    store.refresh()
+    assert len(store.patches.files()) == 3 and result.merged >= 6
+    again = compact.run(settings(f"compact.target_mb={1.5 * np.mean(sizes) / 1e6}"), store=str(tmp_path))
+    assert again.status == "unchanged"
+
+
+def test_old_snapshots_are_readable_until_the_retention(tmp_path: Path) -> None:
+    small_runs_store(tmp_path)
+    version, rows = DeltaTable(tmp_path / "patches").version(), sorted_patches(tmp_path)
+    compact.run(settings(), store=str(tmp_path))
+    before = DeltaTable(tmp_path / "patches", version=version).to_pyarrow_table().num_rows
+    assert before == rows.num_rows
+    assert sound(tmp_path).unreferenced_files == 2 * RUNS
+    result = compact.run(settings(KEEP_NOTHING), store=str(tmp_path))
+    assert result.vacuumed == 2 * RUNS and sound(tmp_path).unreferenced_files == 0
+    assert sorted_patches(tmp_path).equals(rows)
+
+
+def test_extract_goes_on_after_it(tmp_path: Path) -> None:
+    store = small_runs_store(tmp_path)
+    compact.run(settings(KEEP_NOTHING), store=str(tmp_path))
+    reopened = Store.open(str(tmp_path), settings())
+    changed = [source("002/3.jpg", 0, version="v2"), source("new.jpg", 1)]
+    report = write_shard(reopened, "20260102T000000Z-000000", changed, value=2.0)
+    versions = {row["image_id"]: (row["source_size"], row["source_version"]) for row in changed}
+    Committer(reopened, "20260102T000000Z-000000", {"002/3.jpg"}).commit([report], versions)
+    assert sound(tmp_path).images == RUNS * IMAGES_A_RUN + 1
+    assert store.uri == reopened.uri
+
+
+def test_indices_and_jobs_stay_up_to_date(tmp_path: Path) -> None:
+    """It moves rows and the vacuum removes files; both are commits, and neither makes anything older than the store."""
+    uri, asked = str(tmp_path), settings(KEEP_NOTHING)
+    store = small_runs_store(tmp_path)
+    index.run(asked, store=uri, name="images")
+    before = store.images.content_version
+    assert before == store.images.version == RUNS
+    assert compact.run(asked, store=uri).vacuumed
+    opened = Store.open(uri, asked)
+    assert opened.images.version > RUNS and opened.images.content_version == before
+    assert index.run(asked, store=uri, name="images").status == "unchanged"
+    found = search.run(asked, store=uri, name="images", image="002/3.jpg", top=1)
+    assert len(found.results) == 1
+    add_images(opened, "20260102T000000Z-000000", [source("new.jpg", 0)])
+    opened.refresh()
+    assert opened.images.content_version == opened.images.version > before
+    with pytest.raises(RequestError, match="older than the store"):
+        search.run(asked, store=uri, name="images", image="002/3.jpg", top=1)
+
+
+def test_a_run_that_commits_meanwhile_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run replaces an image while its files are being merged: its rows stand, compact leaves the group."""
+    small_runs_store(tmp_path)
+    merge = compact.merge_files
+    calls = []
+
+    def merging(*args: object, **options: object) -> object:
+        if not calls:
+            other = Store.open(str(tmp_path), settings())
+            changed = [source("002/3.jpg", 0, version="v2")]
+            report = write_shard(other, "20260102T000000Z-000000", changed, value=2.0)
+            Committer(other, "20260102T000000Z-000000", {"002/3.jpg"}).commit([report], {"002/3.jpg": (10, "v2")})
+        calls.append(args)
+        return merge(*args, **options)
+
+    monkeypatch.setattr(compact, "merge_files", merging)
+    result = compact.run(settings(), store=str(tmp_path))
+    assert result.conflicts >= 1
+    assert sound(tmp_path).images == RUNS * IMAGES_A_RUN
+    images = duckdb.sql(
+        f"SELECT source_version FROM read_parquet({[str(p) for p in live(tmp_path, 'images')]}) "
+        "WHERE image_id = '002/3.jpg'"
+    ).fetchall()
+    assert images == [("v2",)]
+    monkeypatch.undo()
+    assert compact.run(settings(KEEP_NOTHING), store=str(tmp_path)).conflicts == 0
+    assert sound(tmp_path).unreferenced_files == 0 and len(live(tmp_path, "patches")) == 1
+
+
+def test_killed_between_the_two_commits_it_is_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = small_runs_store(tmp_path)
+    before = every_row(tmp_path)
+
+    def killed(first: tuple, last: tuple, run_id: str) -> None:
+        first[0].commit(first[1].add, first[1].remove, run_id)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compact, "commit_in_order", killed)
+    assert compact.run(settings(), store=str(tmp_path)).exit_code == 130
+    monkeypatch.undo()
+    store.refresh()
+    store.repair("20260103T000000Z-000000")
+    assert sound(tmp_path).images == RUNS * IMAGES_A_RUN
+    compact.run(settings(KEEP_NOTHING), store=str(tmp_path))
+    assert every_row(tmp_path) == before
+
+
+def test_stores_without_patches_and_failures(tmp_path: Path) -> None:
+    store = small_runs_store(tmp_path, "store.patches=none")
+    for at in range(3):
+        add_failure(store, f"20260101T00010{at}Z-00010{at}", f"bad-{at}.jpg")
+    compact.run(settings(KEEP_NOTHING), store=str(tmp_path))
+    assert len(live(tmp_path, "images")) == 1 and len(live(tmp_path, "failures")) == 1
+    assert sound(tmp_path).failures == 3
+
+
+def test_the_command(tmp_path: Path) -> None:
+    small_runs_store(tmp_path / "store")
+    runner = CliRunner()
+    planned = runner.invoke(app, ["compact", str(tmp_path / "store"), "--dry-run", "--json"])
+    assert json.loads(planned.stdout)["merged"] == 2 * RUNS
+    assert len(live(tmp_path / "store", "patches")) == RUNS
+    done = runner.invoke(app, ["compact", str(tmp_path / "store")])
+    assert done.exit_code == 0 and "14 files merged into 2" in done.stdout
+    missing = runner.invoke(app, ["compact", str(tmp_path / "nothing")])
+    assert missing.exit_code == 2 and "There is no store" in missing.stderr
+
+
+def test_matches_and_the_pairs_that_name_them(tmp_path: Path) -> None:
+    store = small_runs_store(tmp_path, runs=1)
+    tables = MatchTables(store.uri, "nearest", {})
+    for run in range(3):
+        run_id, name = f"20260102T00000{run}Z-00000{run}", new_file_name(f"20260102T00000{run}Z-00000{run}")
+        ids = [(f"{at:03}/0.jpg", f"{at + run + 1:03}/0.jpg") for at in range(IMAGES_A_RUN - run - 1)]
+        place = dict.fromkeys(("row_a", "col_a", "row_b", "col_b"), 0) | dict.fromkeys(
+            ("y_a", "x_a", "y_b", "x_b"), 1.0
+        )
+        matches = [
+            {"image_a": a, "image_b": b, **place, "similarity": 0.5, "saliency": 0.5, "rank": rank}
+            for a, b in ids
+            for rank in range(2)
+        ]
+        about = {"score": 0.5, "source": "all", "mutual": 2, "kept": 2, "shard": name}
+        about |= dict.fromkeys(("run_id_a", "run_id_b"), "20260101T000000Z-000000")
+        pairs = [{"image_a": a, "image_b": b, **about} for a, b in ids]
+        written = tables.matches.write_file(name, pa.Table.from_pylist(matches, schema=MATCHES))
+        tables.matches.commit([written], [], run_id)
+        tables.pairs.commit([tables.pairs.write_file(name, pa.Table.from_pylist(pairs, schema=PAIRS))], [], run_id)
+    sound(tmp_path)
+    folder = tmp_path / "matches" / "nearest"
+    before = duckdb.sql(f"FROM '{folder}/matches/*.parquet' ORDER BY ALL").fetchall()
+
+    compact.run(settings(KEEP_NOTHING), store=str(tmp_path))
+
+    assert [len(live(folder, table)) for table in ("pairs", "matches")] == [1, 1]
+    assert duckdb.sql(f"FROM '{folder}/matches/*.parquet' ORDER BY ALL").fetchall() == before
+    shards = duckdb.sql(f"SELECT DISTINCT shard FROM '{folder}/pairs/*.parquet'").fetchall()
+    assert shards == [(live(folder, "matches")[0].name,)]
+    sound(tmp_path)
+
+
+def test_files_of_two_trainings_stay_apart_and_say_which_they_are_of(tmp_path: Path) -> None:
+    table = Table(str(tmp_path / "assignments"), ASSIGNMENTS, {})
+    trainings = ("20260101T000000Z-aaaaaa", "20260102T000000Z-bbbbbb")
+    for number in range(4):
+        row = {"image_id": f"{number}.jpg", "row": 0, "col": 0, "cluster_id": 1, "distance": 0.5, "saliency": 0.5}
+        rows = pa.Table.from_pylist([row | {"run_id": "20260101T000000Z-000000"}], schema=ASSIGNMENTS)
+        table.commit([table.write_file(new_file_name(trainings[number % 2]), rows)], [], trainings[number % 2])
+    linked = compact.LinkedTables(table, run_in_names=True)
+    groups = linked.groups(1_000_000)
+    assert [{training_of(file.path) for file in group} for group in groups] == [{trainings[0]}, {trainings[1]}]
+    assert [training_of(linked.new_name(group, "20260103T000000Z-cccccc")) for group in groups] == list(trainings)
