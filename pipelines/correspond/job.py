@@ -171,7 +171,7 @@ def _match_pending(
     store: Store, tables: MatchTables, pending: Pairs, images: pa.Table, config: Config, result: Result
 ) -> None:
     """Match and commit every pending pair."""
-    from pipelines.correspond.tiles import stream_matches  # Ray and torch are needed from here on
+    from pipelines.correspond.tiles import plan_matching, stream_matches  # Ray and torch are needed from here on
     from pipelines.correspond.worker import MatchSetup
     from pipelines.store.vectors import BYTES_PER_VALUE
 
@@ -182,14 +182,12 @@ def _match_pending(
     stored = sum(file.size for file in files) / sum(file.rows for file in files) / len(descriptor_columns(spec))
     values = stored / BYTES_PER_VALUE[spec.store.dtype]
     with ray_session(config.run) as resources, interruptible(), ProgressLine(len(pending), "pairs") as progress:
-        if config.model.device == "cuda" and not resources.get("GPU"):
-            raise RequestError("model.device is cuda, but the Ray cluster has no GPU: give model.device=auto or cpu.")
-        device = "cuda" if config.model.device != "cpu" and resources.get("GPU") else "cpu"
-        setup = MatchSetup(store.uri, tables.uri, result.run_id, spec, device)
+        layout = plan_matching(resources, config)
+        setup = MatchSetup(store.uri, tables.uri, result.run_id, spec, layout.device)
         began = time.monotonic()
         commits = Commits(tables, config, result)
         try:
-            for report in stream_matches(setup, pending, pair_scores, images, values, resources):
+            for report in stream_matches(setup, pending, pair_scores, images, values, layout):
                 progress.advance(len(report.kept), 0)
                 commits.take(report)
         finally:

@@ -20,7 +20,7 @@ from pipelines import storage
 from pipelines.cosegment.made_with import check_settings
 from pipelines.cosegment.masks import MOST_PARTS, SetImage
 from pipelines.cosegment.sets import ImageSets, choose_sets, set_version
-from pipelines.cosegment.tasks import PendingSet, stream_reports
+from pipelines.cosegment.tasks import PendingSet, plan_segmentation, stream_reports
 from pipelines.cosegment.worker import SegmentSetup
 from pipelines.errors import JobError, RequestError
 from pipelines.features.same_features import spec_with_weights
@@ -131,7 +131,7 @@ def run(
         result.seconds["plan"] = time.monotonic() - started
         if pending or masks or overlays:
             with ray_session(config.run) as resources, interruptible():
-                _segment_pending(opened, tables, pending, images, spec, resources, result)
+                _segment_pending(opened, tables, pending, images, spec, config, resources, result)
                 if masks or overlays:
                     _export(tables, images, masks, overlays, by_set=not chosen.whole, result=result)
         if result.failed_sets:
@@ -238,6 +238,7 @@ def _segment_pending(
     pending: list[PendingSet],
     images: pa.Table,
     spec: Config,
+    config: Config,
     resources: dict[str, float],
     result: Result,
 ) -> None:
@@ -245,13 +246,14 @@ def _segment_pending(
     if not pending:
         return
     began = time.monotonic()
-    device = "cuda" if spec.model.device != "cpu" and resources.get("GPU") else "cpu"
-    setup = SegmentSetup(store.uri, tables.uri, result.run_id, spec, store.spec["model"]["weights"], device, 0.0)
+    layout = plan_segmentation(resources, config)
+    weights = store.spec["model"]["weights"]
+    setup = SegmentSetup(store.uri, tables.uri, result.run_id, spec, weights, layout.device, 0.0)
     described = SetImages(images, pending, spec)
     commits = Commits(tables, spec, result)
     with ProgressLine(result.pending) as progress:
         try:
-            for report in stream_reports(setup, pending, described.at, resources):
+            for report in stream_reports(setup, pending, described.at, layout, resources):
                 progress.advance(len(report.keys), 0)
                 commits.take(report)
         finally:

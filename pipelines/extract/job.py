@@ -143,12 +143,12 @@ def extract_pending(
     store: Store, plan: Plan, config: Config, result: Result, facts: ModelFacts, command: str = "extract"
 ) -> None:
     """Extract and commit every pending image, in passes over what is still undone. command: names it in metrics."""
-    from pipelines.extract.layout import plan_workers
+    from pipelines.extract.layout import plan_extraction
     from pipelines.extract.streaming import stream_reports  # Ray and torch are needed from here on
 
     with ray_session(config.run) as resources, interruptible(), ProgressLine(len(plan.pending)) as progress:
         work = PendingWork(store, plan, config, result, JobMetrics(command))
-        layout = plan_workers(resources, config, facts, len(plan.pending))
+        layout = plan_extraction(resources, config, facts, len(plan.pending))
         began = time.monotonic()
         try:
             for block_size in _block_sizes(config.run.attempts, layout.block_size):

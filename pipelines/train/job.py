@@ -10,6 +10,7 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipelines import storage
 from pipelines.errors import DinorayError, JobError, RequestError
 from pipelines.running.cpus import available_cpus
 from pipelines.running.interrupts import interruptible
+from pipelines.running.layout import Layout, device_of, plan_workers
 from pipelines.running.progress import ProgressLine
 from pipelines.running.ray_session import explain_ray_error, ray_session
 from pipelines.running.reports import RunReport, new_run_id, recorded
@@ -158,50 +160,33 @@ def _agree(training: TrainSetup, step: int, options: storage.Options) -> None:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Workers of a training: how many, on what, and how many CPUs each has."""
+class TrainingLayout(Layout):
+    """The workers of a training. crop_workers: processes of each that make crops, on crop_cpus each."""
 
-    workers: int
-    device: str
-    cpus: float
-    gpus: float
-    crop_workers: int  # of each
+    crop_workers: int
     crop_cpus: float
 
 
-def plan_layout(resources: dict[str, float], config: Config, batch_size: int) -> Layout:
+def plan_layout(resources: Mapping[str, float], config: Config, batch_size: int) -> TrainingLayout:
     """One worker a GPU, or one for all CPUs; as run.workers, cpus_per_worker and gpus_per_worker say.
 
-    Raises RequestError for what the cluster has not, and for a batch that workers cannot share evenly.
+    Raises RequestError for what the cluster does not have, and for a batch that workers cannot share evenly.
     """
-    asked = config.run
-    gpus = resources.get("GPU", 0.0)
-    if config.model.device == "cuda" and not gpus:
-        raise RequestError("model.device=cuda was asked for, but the cluster has no GPU: use auto or cpu.")
-    on_gpu = gpus > 0 and config.model.device != "cpu"
-    gpus_each = (asked.gpus_per_worker or 1.0) if on_gpu else 0.0
-    default = int(gpus / gpus_each) if on_gpu else 1
-    workers = asked.workers or max(1, default)
     cpus = resources.get("CPU", 1.0)
-    if on_gpu:
-        # the other CPUs make crops
-        cpus_each = asked.cpus_per_worker or 1.0
-    else:
-        cpus_each = asked.cpus_per_worker or max(1.0, min(cpus, available_cpus()) // workers)
-    if workers * cpus_each > cpus or workers * gpus_each > gpus:
+    on_gpu = device_of(resources, config) == "cuda"  # the other CPUs make crops
+    usual_cpus = 1.0 if on_gpu else max(1.0, min(cpus, available_cpus()))
+    most = None if on_gpu else 1
+    plan = plan_workers(resources, config, usual_cpus=usual_cpus, least_cpus=1.0, most_workers=most)
+    if batch_size % plan.workers:
+        nearest = max(1, round(batch_size / plan.workers)) * plan.workers
         raise RequestError(
-            f"{workers} workers with {cpus_each:g} CPUs and {gpus_each:g} GPUs each were asked for, but the cluster "
-            f"has {cpus:g} CPUs and {gpus:g} GPUs: lower run.workers or run.cpus_per_worker."
+            f"train.batch_size is {batch_size}, which {plan.workers} workers cannot share evenly: use {nearest}."
         )
-    if batch_size % workers:
-        nearest = max(1, round(batch_size / workers)) * workers
-        raise RequestError(
-            f"train.batch_size is {batch_size}, which {workers} workers cannot share evenly: use {nearest}."
-        )
+    shared = (plan.device, plan.workers, plan.cpus, plan.gpus)
     if not on_gpu:  # crops are made beside the training, on the same CPUs
-        return Layout(workers, "cpu", cpus_each, 0.0, crop_workers=max(1, round(CROP_SHARE * cpus_each)), crop_cpus=0.0)
-    spare = int((cpus - workers * cpus_each) / workers)
-    return Layout(workers, "cuda", cpus_each, gpus_each, crop_workers=max(1, spare), crop_cpus=1.0 if spare else 0.0)
+        return TrainingLayout(*shared, crop_workers=max(1, round(CROP_SHARE * plan.cpus)), crop_cpus=0.0)
+    spare = int((cpus - plan.workers * plan.cpus) / plan.workers)
+    return TrainingLayout(*shared, crop_workers=max(1, spare), crop_cpus=1.0 if spare else 0.0)
 
 
 def _train(training: TrainSetup, images: pa.Table, validation: pa.Table | None, result: Result) -> None:
@@ -255,7 +240,7 @@ def _train(training: TrainSetup, images: pa.Table, validation: pa.Table | None, 
 class _Fit:
     """Ray Train's run, in a thread of its own, so that this one can watch and be interrupted."""
 
-    def __init__(self, setup: Any, layout: Layout, attempts: int) -> None:
+    def __init__(self, setup: Any, layout: TrainingLayout, attempts: int) -> None:
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(setup, layout, attempts), daemon=True)
         self._thread.start()
@@ -264,7 +249,7 @@ class _Fit:
     def running(self) -> bool:
         return self._thread.is_alive()
 
-    def _run(self, setup: Any, layout: Layout, attempts: int) -> None:
+    def _run(self, setup: Any, layout: TrainingLayout, attempts: int) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
