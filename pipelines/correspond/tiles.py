@@ -24,7 +24,7 @@ from pipelines.correspond.pairs import Pairs
 from pipelines.correspond.worker import MatchSetup, PairRow, load_images, match_pairs
 from pipelines.results.matches import MatchReport
 from pipelines.running.layout import Layout, plan_workers
-from pipelines.running.ray_session import explain_ray_error
+from pipelines.running.tasks import as_task, finished_tasks
 from pipelines.settings.sections import Config
 from pipelines.store.parquet import IMAGES_PER_ROW_GROUP, ROWS_PER_ROW_GROUP
 from pipelines.store.patches import ImagePlace
@@ -124,9 +124,6 @@ def stream_matches(
 
     Raises JobError for what stops a worker.
     """
-    import ray
-    from ray.exceptions import RayError
-
     run = setup.config.run
     columns = {name: images[name].to_pylist() for name in ("image_id", "shard", "run_id")}
     grids = np.stack([images[name].to_numpy() for name in ("grid_height", "grid_width")], axis=1).astype(np.int64)
@@ -142,8 +139,7 @@ def stream_matches(
     workers = layout.workers
     task_seconds = float(np.clip(seconds.sum() / (workers * TASKS_A_WORKER), *TASK_SECONDS))
     task_seconds = min(task_seconds, run.commit_seconds / 2)  # what a kill loses is not committed yet, nor finished
-    load = ray.remote(load_images).options(num_cpus=layout.cpus)
-    match = ray.remote(match_pairs).options(num_cpus=layout.cpus, num_gpus=layout.gpus)
+    load, match = as_task(load_images, layout, gpu=False), as_task(match_pairs, layout)
 
     def read(chosen: np.ndarray, block: int) -> Any:
         wanted = _images_in(pairs, chosen, blocks, block)
@@ -173,19 +169,9 @@ def stream_matches(
                     at_hand = loaded | passing
                     yield match.remote(setup, [pair_row(at) for at in chunk], *(at_hand[block] for block in needed))
 
-    waiting: list[Any] = []
     upcoming = tasks()
-    try:
-        while True:
-            # one more than there are workers waits with its blocks read
-            while len(waiting) <= workers and (task := next(upcoming, None)) is not None:
-                waiting.append(task)
-            if not waiting:
-                return
-            finished, waiting = ray.wait(waiting, num_returns=1)
-            yield ray.get(finished[0])
-    except RayError as error:
-        raise explain_ray_error(error, "the matching") from None
+    for _, report in finished_tasks(lambda: next(upcoming, None), workers, "the matching"):
+        yield report
 
 
 def _smallest_object_store() -> float:

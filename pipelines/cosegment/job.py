@@ -8,6 +8,7 @@ A set is done when the rows of all its images are committed, for the members and
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,10 +28,12 @@ from pipelines.features.same_features import spec_with_weights
 from pipelines.results.parts import VERSIONED, PartTables, SegmentReport, parts_uri
 from pipelines.running.commits import WaitingReports
 from pipelines.running.interrupts import interruptible
+from pipelines.running.layout import Layout
 from pipelines.running.metrics import JobMetrics
 from pipelines.running.progress import ProgressLine
-from pipelines.running.ray_session import explain_ray_error, ray_session
+from pipelines.running.ray_session import ray_session
 from pipelines.running.reports import RunReport, new_run_id, recorded
+from pipelines.running.tasks import as_task, finished_tasks
 from pipelines.settings.sections import Config, CosegmentSettings
 from pipelines.store.originals import locate
 from pipelines.store.patches import ImagePlace
@@ -131,9 +134,10 @@ def run(
         result.seconds["plan"] = time.monotonic() - started
         if pending or masks or overlays:
             with ray_session(config.run) as resources, interruptible():
-                _segment_pending(opened, tables, pending, images, spec, config, resources, result)
+                layout = plan_segmentation(resources, config)
+                _segment_pending(opened, tables, pending, images, spec, layout, resources, result)
                 if masks or overlays:
-                    _export(tables, images, masks, overlays, by_set=not chosen.whole, result=result)
+                    _export(tables, images, masks, overlays, layout, by_set=not chosen.whole, result=result)
         if result.failed_sets:
             raise JobError(_about_failed(result))
     return result
@@ -238,7 +242,7 @@ def _segment_pending(
     pending: list[PendingSet],
     images: pa.Table,
     spec: Config,
-    config: Config,
+    layout: Layout,
     resources: dict[str, float],
     result: Result,
 ) -> None:
@@ -246,7 +250,6 @@ def _segment_pending(
     if not pending:
         return
     began = time.monotonic()
-    layout = plan_segmentation(resources, config)
     weights = store.spec["model"]["weights"]
     setup = SegmentSetup(store.uri, tables.uri, result.run_id, spec, weights, layout.device, 0.0)
     described = SetImages(images, pending, spec)
@@ -262,28 +265,33 @@ def _segment_pending(
 
 
 def _export(
-    tables: PartTables, images: pa.Table, masks: str | None, overlays: str | None, *, by_set: bool, result: Result
+    tables: PartTables,
+    images: pa.Table,
+    masks: str | None,
+    overlays: str | None,
+    layout: Layout,
+    *,
+    by_set: bool,
+    result: Result,
 ) -> None:
     """Write every mask of NAME as a file."""
-    import ray
-    from ray.exceptions import RayError
-
     from pipelines.cosegment.export import Export, export_file, exported_images
 
     began = time.monotonic()
     masks, overlays = (storage.normalise(uri) if uri else None for uri in (masks, overlays))
     export = Export(tables.uri, masks, overlays, by_set, tables.options)
     names, uris = exported_images(tables, images)
-    task = ray.remote(export_file)
-    waiting = []
-    for path in tables.images.files():
-        ids = set(tables.images.read_file(path, ["image_id"])["image_id"].to_pylist())
-        of_file = [{one: known[one] for one in ids if one in known} for known in (names, uris)]
-        waiting.append(task.remote(export, path, *of_file))
-    try:
-        result.exported = sum(ray.get(waiting))
-    except RayError as error:
-        raise explain_ray_error(error, "the export of masks") from None
+    export_task = as_task(export_file, layout, gpu=False)
+
+    def tasks() -> Iterator[Any]:
+        for path in tables.images.files():
+            ids = set(tables.images.read_file(path, ["image_id"])["image_id"].to_pylist())
+            known = [{one: of_all[one] for one in ids if one in of_all} for of_all in (names, uris)]
+            yield export_task.remote(export, path, *known)
+
+    upcoming = tasks()
+    for _, files in finished_tasks(lambda: next(upcoming, None), layout.workers, "the export of masks"):
+        result.exported += files
     result.seconds["export"] = time.monotonic() - began
 
 

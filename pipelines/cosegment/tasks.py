@@ -13,7 +13,7 @@ from pipelines.cosegment.masks import SetImage
 from pipelines.cosegment.worker import FittedSet, SegmentSetup, SetWork, fit_set, segment_batch, segment_sets
 from pipelines.results.parts import SegmentReport
 from pipelines.running.layout import Layout, plan_workers
-from pipelines.running.ray_session import explain_ray_error
+from pipelines.running.tasks import as_task, finished_tasks
 from pipelines.settings.sections import Config, CosegmentSettings
 
 TASKS_A_WORKER = 3  # at least, where there are images enough, so that workers finish together
@@ -106,17 +106,14 @@ def stream_reports(
     Raises JobError for what stops a worker.
     """
     import ray
-    from ray.exceptions import RayError
 
     asked = setup.asked
     workers = layout.workers
     memory = resources.get("memory", LEAST_MEMORY) * MEMORY_SHARE / workers
     setup = replace(setup, memory=float(np.clip(memory, LEAST_MEMORY, MOST_MEMORY)))
     batch = batch_size(asked, sum(len(one.left) for one in sets), workers)
-    on_model, plain = {"num_cpus": layout.cpus, "num_gpus": layout.gpus}, {"num_cpus": layout.cpus}
-    whole = ray.remote(segment_sets).options(**on_model)
-    fit = ray.remote(fit_set).options(**on_model)
-    part = ray.remote(segment_batch).options(**plain)
+    whole, fit = as_task(segment_sets, layout), as_task(fit_set, layout)
+    part = as_task(segment_batch, layout, gpu=False)
 
     def work(one: PendingSet, images: np.ndarray, fit_on: bool) -> SetWork:
         chosen = (
@@ -127,7 +124,6 @@ def stream_reports(
     begin = cut_sets(sets, batch, asked.fit_images)
     shared: deque[tuple[PendingSet, np.ndarray, Any]] = deque()  # batches of sets that are fitted
     fitting: dict[Any, PendingSet] = {}
-    waiting: list[Any] = []
 
     def submit() -> Any:
         """The next task, or None when there is none to begin yet."""
@@ -143,23 +139,14 @@ def stream_reports(
             return task
         return whole.remote(setup, [work(one, one.left, fit_on=True) for one in group])
 
-    try:
-        while True:
-            while len(waiting) <= workers and (task := submit()) is not None:
-                waiting.append(task)
-            if not waiting:
-                return
-            (task,), waiting = ray.wait(waiting, num_returns=1)
-            found = ray.get(task)
-            if (one := fitting.pop(task, None)) is None:
-                yield found
-                continue
-            yield _of_fit(one, found)
-            if found.model is not None:
-                model = ray.put(found)
-                shared.extend((one, part, model) for part in _batches(one.left, batch))
-    except RayError as error:
-        raise explain_ray_error(error, "the co-segmentation") from None
+    for task, found in finished_tasks(submit, workers, "the co-segmentation"):
+        if (one := fitting.pop(task, None)) is None:
+            yield found
+            continue
+        yield _of_fit(one, found)
+        if found.model is not None:
+            model = ray.put(found)
+            shared.extend((one, images, model) for images in _batches(one.left, batch))
 
 
 def _of_fit(one: PendingSet, fitted: FittedSet) -> SegmentReport:
