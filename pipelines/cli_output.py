@@ -317,18 +317,10 @@ def print_stats(result: Any) -> None:
     for name in ("images", "patches", "failures"):
         megabytes = f"{result.bytes[name] / 1e6:,.1f}"
         table.add_row(name, f"{getattr(result, name):,}", f"{result.files[name]:,}", megabytes)
-    for name, found in result.matches.items():
-        megabytes = f"{found['bytes'] / 1e6:,.1f}"
-        rows = f"{found['pairs']:,} pairs ({found['without_matches']:,} without), {found['matches']:,} matches"
-        table.add_row(f"matches/{name}", rows, f"{found['files']:,}", megabytes)
-    for name, found in result.clusters.items():
-        rows = f"{found['clusters']:,} clusters, {found['assignments']:,} assignments"
-        table.add_row(f"clusters/{name}", rows, f"{found['files']:,}", f"{found['bytes'] / 1e6:,.1f}")
-    for name, found in result.parts.items():
-        rows = (
-            f"{found['images']:,} images in {found['sets']:,} sets ({found['without_foreground']:,} without foreground)"
-        )
-        table.add_row(f"parts/{name}", rows, f"{found['files']:,}", f"{found['bytes'] / 1e6:,.1f}")
+    for kind, of_kind in result.results.items():
+        for name, found in of_kind.items():
+            files, size = (f"{found['files']:,}", f"{found['bytes'] / 1e6:,.1f}") if "files" in found else ("", "")
+            table.add_row(f"{kind}/{name}", result.described[f"{kind}/{name}"], files, size)
     console.print(table)
     model = result.spec["model"]
     features = result.spec["features"]

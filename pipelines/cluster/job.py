@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from pipelines.running.interrupts import interruptible, uninterrupted
 from pipelines.running.layout import Layout, plan_workers
 from pipelines.running.progress import StatusLine
 from pipelines.running.ray_session import explain_ray_error, ray_session
-from pipelines.running.reports import RunReport, new_run_id, recorded
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.loading import make_config
 from pipelines.settings.sections import ClusterSettings, Config
 from pipelines.store.store import Store
@@ -55,15 +55,11 @@ CHECKPOINT_SHARE = 0.1  # of the time at most that writing checkpoints may take
 
 
 @dataclass
-class Result:
+class Result(JobResult):
     """What a run of cluster did, or would do."""
 
-    run_id: str
-    store: str
     name: str
     of: str
-    status: str = "running"  # running | done | unchanged | failed | interrupted | dry_run
-    exit_code: int = 0
     what: str = ""  # train | update
     k: int = 0
     dimension: int = 0
@@ -81,14 +77,6 @@ class Result:
     empty: int = 0  # clusters without any
     held_share: float = 0.0  # of the vectors that workers kept in memory
     pass_seconds: float | None = None  # of one pass over the vectors to train on: the median
-    seconds: dict[str, float] = field(default_factory=dict)  # plan, start, train, assign, commit
-    messages: list[str] = field(default_factory=list)
-
-    def took(self, seconds: float) -> None:
-        self.seconds["total"] = seconds
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
 
 
 def run(

@@ -32,7 +32,7 @@ from pipelines.running.layout import Layout
 from pipelines.running.metrics import JobMetrics
 from pipelines.running.progress import ProgressLine
 from pipelines.running.ray_session import ray_session
-from pipelines.running.reports import RunReport, new_run_id, recorded
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.running.tasks import as_task, finished_tasks
 from pipelines.settings.sections import Config, CosegmentSettings
 from pipelines.store.originals import locate
@@ -44,14 +44,10 @@ MOST_FAILED_SHOWN = 3
 
 
 @dataclass
-class Result:
+class Result(JobResult):
     """What a run of cosegment did, or would do. An image counts once for each set that it is in."""
 
-    run_id: str
-    store: str
     name: str
-    status: str = "running"  # running | done | failed | interrupted | dry_run
-    exit_code: int = 0
     source: str = ""  # label | directory | cluster:NAME | file
     sets: int = 0  # asked for
     images: int = 0  # in them
@@ -65,18 +61,10 @@ class Result:
     done_elsewhere: int = 0  # another run committed them at the same time
     failed_sets: dict[str, str] = field(default_factory=dict)  # set_id -> why
     exported: int = 0  # files that --masks and --overlays wrote
-    seconds: dict[str, float] = field(default_factory=dict)  # plan, read, fit, segment, write, commit, export, total
     images_per_second: float = 0.0  # from the start of Ray to the last image
     bytes_read: int = 0  # of patches
     bytes_written: int = 0
     repaired: dict[str, int] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
-
-    def took(self, seconds: float) -> None:
-        self.seconds["total"] = seconds
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
 
 
 def run(
@@ -350,7 +338,7 @@ class Commits:
         result.bytes_read += report.bytes_read
         result.bytes_written += report.bytes_written
         for stage, spent in report.seconds.items():
-            result.seconds[stage] = result.seconds.get(stage, 0.0) + spent
+            result.spend(stage, spent)
         self._metrics.spent(report.seconds)
         self._metrics.read(report.bytes_read)
         if report.images:
@@ -370,7 +358,7 @@ class Commits:
         result.without_foreground += sum(report.without_foreground for report in reports)
         result.noted += sum(report.noted for report in reports)
         seconds = time.monotonic() - started
-        result.seconds["commit"] = result.seconds.get("commit", 0.0) + seconds
+        result.spend("commit", seconds)
         self._metrics.spent({"commit": seconds})
         self._metrics.committed(kept, sum(report.bytes_written for report in reports))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,19 +25,10 @@ from pipelines.results.indices import (
     read_numbered_manifest,
     without_dead,
 )
+from pipelines.results.stored import Findings
 from pipelines.store.store import Store
 
 SCHEMAS = {"images": IMAGES, "cells": CELLS, "dead": DEAD}
-
-
-@dataclass
-class Findings:
-    """problems: damage, a sentence each. notes: what is worth knowing and harmless."""
-
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    files: int = 0
-    unreferenced_files: int = 0  # left by killed runs; the next update removes them
 
 
 def check_index(store: Store, name: str, images: pa.Table) -> Findings:

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +23,7 @@ from pipelines.running.interrupts import interruptible
 from pipelines.running.layout import Layout, device_of, plan_workers
 from pipelines.running.progress import ProgressLine
 from pipelines.running.ray_session import explain_ray_error, ray_session
-from pipelines.running.reports import RunReport, new_run_id, recorded
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.sources import list_images
 from pipelines.store.weights import checked
@@ -39,15 +39,11 @@ STOP_SECONDS = 120.0  # that workers have to write a checkpoint when they are to
 
 
 @dataclass
-class Result:
-    """What a run of train did, or would do."""
+class Result(JobResult):
+    """What a run of train did, or would do. store: OUTPUT."""
 
-    run_id: str
-    store: str  # OUTPUT
     input: str
     model: str
-    status: str = "running"  # running | done | unchanged | failed | interrupted | dry_run
-    exit_code: int = 0
     images: int = 0
     labelled: int = 0
     steps: int = 0  # of the whole training
@@ -62,14 +58,6 @@ class Result:
     unreadable: int = 0  # images that were replaced by others
     weights: str = ""  # URI of the safetensors file
     use: str = ""  # the command that extracts with them
-    seconds: dict[str, float] = field(default_factory=dict)  # plan, start, train
-    messages: list[str] = field(default_factory=list)
-
-    def took(self, seconds: float) -> None:
-        self.seconds["total"] = seconds
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
 
 
 def run(config: Config, *, input: str, output: str, dry_run: bool = False) -> Result:

@@ -600,11 +600,11 @@ def test_verify_names_pairs_that_are_there_twice_or_lost_matches(tmp_path: Path)
 
 def test_stats_count_pairs_and_matches(tmp_path: Path) -> None:
     store = hand_made_store(tmp_path, "abc")
-    assert stats.run(settings(), store=store.uri).matches == {}
+    assert stats.run(settings(), store=store.uri).results["matches"] == {}
     tables, report = by_hand(store, "near", ["ab", "ac"])
     tables.commit([report], "r9")
     by_hand(store, "none", ["bc"])  # begun, nothing committed
-    found = stats.run(settings(), store=store.uri).matches
+    found = stats.run(settings(), store=store.uri).results["matches"]
     assert list(found) == ["near", "none"]
     near = {name: found["near"][name] for name in ("pairs", "matches", "without_matches", "files")}
     kept = list(report.kept.values())

@@ -475,7 +475,7 @@ def test_the_sample_is_spread_and_seeded() -> None:
 def test_verify_finds_what_does_not_fit_together(store: Store) -> None:
     run(store)
     assert verify.run(settings(), store=store.uri).problems == []
-    counted = stats.run(settings(), store=store.uri).parts["animals"]
+    counted = stats.run(settings(), store=store.uri).results["parts"]["animals"]
     assert (counted["sets"], counted["images"], counted["files"]) == (2, 10, 2)  # one image has no label
     tables = PartTables(store.uri, "animals", {})
     (path,) = tables.patches.files()

@@ -22,6 +22,7 @@ from pipelines.index import job as index
 from pipelines.index import search
 from pipelines.index import update as index_update
 from pipelines.results import indices as index_files
+from pipelines.results.index_checks import check_index
 from pipelines.results.indices import Manifest, Segment
 from pipelines.settings.sections import Config
 from pipelines.store.extraction import drop_images
@@ -73,7 +74,7 @@ def recall(store: Store, held: dict[str, np.ndarray], queries: int = 30) -> floa
 
 
 def sound(store: Store) -> bool:
-    checked = verify.check_index(store, "main", Store.open(store.uri, settings()).images.read(["image_id", "run_id"]))
+    checked = check_index(store, "main", Store.open(store.uri, settings()).images.read(["image_id", "run_id"]))
     return checked.problems == [] and checked.notes == [] and checked.unreferenced_files == 0
 
 
