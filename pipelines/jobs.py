@@ -19,8 +19,8 @@ RESULTS = "results"  # everything that other jobs left in the store
 class Job:
     """A command that works on a store.
 
-    module: whose `run(config, *, store, ...)` does it. arguments: the parameters of `run` besides config, store and
-    dry_run, with the type that each takes; needed: those that must be given.
+    module, function: what does it, mostly `run(config, *, store, ...)`. arguments: the parameters of the function
+    besides config, store and dry_run, with the type that each takes; needed: those that must be given.
 
     reads: the tables that its result depends on, or INPUT, or RESULTS. files: arguments, or settings of its section
     of the same name, whose value may name a file that the result depends on, or `cluster:NAME`.
@@ -44,7 +44,8 @@ class Job:
     unit: str = ""
     uses_ray: bool = True
     in_pipelines: bool = True
-    plans: bool = True  # `run` takes dry_run
+    plans: bool = True  # it takes dry_run
+    function: str = "run"
 
     @property
     def always_runs(self) -> bool:
@@ -54,7 +55,7 @@ class Job:
     @property
     def run(self) -> Callable[..., Any]:
         """The function that does it; loads the libraries that it needs."""
-        return importlib.import_module(self.module).run
+        return getattr(importlib.import_module(self.module), self.function)
 
 
 TABLES = ("images", "patches")
@@ -77,6 +78,7 @@ JOBS: dict[str, Job] = {
             {"input": str, "sample": int, "device": str, "cpus": int, "price": float},
             needed=("input",),
             reads=(INPUT,),
+            unit="images",
             in_pipelines=False,
             plans=False,
         ),
@@ -151,6 +153,7 @@ JOBS: dict[str, Job] = {
                 f"evaluate {task}",
                 f"pipelines.evaluate.{module}",
                 arguments,
+                function=function,
                 needed=needed,
                 reads=TABLES,
                 section="evaluate",
@@ -158,13 +161,13 @@ JOBS: dict[str, Job] = {
                 in_pipelines=False,
                 plans=False,
             )
-            for task, module, arguments, needed in (
-                ("pck", "pck", {"annotations": str}, ("annotations",)),
-                ("knn", "knn", {"test": str}, ()),
-                ("linear", "linear", {"test": str}, ()),
-                ("retrieval", "retrieval", {"of": str}, ()),
-                ("segmentation", "segmentation", {"name": str, "masks": str}, ("name", "masks")),
-                ("parts", "parts", {"name": str, "annotations": str}, ("name", "annotations")),
+            for task, module, function, arguments, needed in (
+                ("pck", "pck", "run", {"annotations": str}, ("annotations",)),
+                ("knn", "classify", "knn", {"test": str}, ()),
+                ("linear", "classify", "linear", {"test": str}, ()),
+                ("retrieval", "retrieval", "run", {"of": str}, ()),
+                ("segmentation", "segmentation", "run", {"name": str, "masks": str}, ("name", "masks")),
+                ("parts", "parts", "run", {"name": str, "annotations": str}, ("name", "annotations")),
             )
         ),
         Job(

@@ -190,7 +190,7 @@ class Commits:
     def __init__(self, tables: MatchTables, config: Config, result: Result) -> None:
         self._tables = tables
         self._result = result
-        self._metrics = JobMetrics("correspond", of="pairs")
+        self._metrics = JobMetrics("correspond")
         self._waiting = WaitingReports(config.run.commit_seconds, self._commit)
         self._reads: dict[str, tuple[int, float]] = {}
 

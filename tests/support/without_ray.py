@@ -17,8 +17,7 @@ import pyarrow as pa
 
 from pipelines import cli
 from pipelines.extract import job as extract
-from pipelines.extract import layout as workers
-from pipelines.extract import stages
+from pipelines.extract import layout, stages, streaming
 from pipelines.extract.stages import FusedWorker
 from pipelines.features.extractor import WorkerSetup
 from pipelines.settings.sections import Config
@@ -59,14 +58,14 @@ class Colours:
         )
 
 
-def model_facts(config: Config) -> workers.ModelFacts:
-    return workers.ModelFacts(PATCH, {"descriptor": DIMENSIONS}, patches=100, depth=1, width=DIMENSIONS)
+def model_facts(config: Config) -> layout.ModelFacts:
+    return layout.ModelFacts(PATCH, {"descriptor": DIMENSIONS}, patches=100, depth=1, width=DIMENSIONS)
 
 
 def stream_reports(
-    rows: pa.Table, block_size: int, layout: workers.Layout, store: Store, config: Config, run_id: str, **_: Any
+    rows: pa.Table, block_size: int, plan: layout.ExtractionLayout, store: Store, config: Config, run_id: str, **_: Any
 ) -> Iterator[ShardReport]:
-    """As workers.stream_reports does it, one block after the other."""
+    """As streaming.stream_reports does it, one block after the other."""
     worker = FusedWorker(WorkerSetup(store.uri, run_id, config, "cpu", store.spec["model"]["weights"], threads=1))
     for begin in range(0, len(rows), block_size):
         for table in worker(rows.slice(begin, block_size)):
@@ -79,7 +78,8 @@ def ray_session(*_: Any, **__: Any) -> Iterator[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    vars(workers).update(stream_reports=stream_reports, model_facts=model_facts)
+    vars(streaming).update(stream_reports=stream_reports)
+    vars(layout).update(model_facts=model_facts)
     vars(stages).update(make_extractor=Colours)
     vars(extract).update(ray_session=ray_session, JobMetrics=lambda command: None)
     cli.main()
