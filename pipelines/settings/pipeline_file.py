@@ -80,9 +80,9 @@ def _job(entry: Any, number: int, shared: Mapping[str, Any], settings: Mapping[s
     arguments = dict(_mapping(given, f"{place} ({command})"))
     own = _mapping(arguments.pop("settings", None), f"{place} ({command}): settings")
     _known(arguments, (*job.arguments, "settings"), f"{place} ({command})")
-    for name, kind in job.arguments.items():
-        value = arguments.get(name)
-        if name in job.needed and not value:
+    for name, argument in job.arguments.items():
+        value, kind = arguments.get(name), argument.kind
+        if (argument.position or argument.needed) and not value:
             raise RequestError(f"{place} ({command}) needs {name}: give `{command}: {{{name}: ...}}`.")
         if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
             raise RequestError(f"{place} ({command}): {name} is {value!r}, but should be a {kind.__name__}.")
