@@ -596,7 +596,7 @@ def test_training_starts_from_the_weights_that_are_given_or_from_random_ones(
     for name, tensor in expected.vit.state_dict().items():
         torch.testing.assert_close(written[name], tensor, rtol=0, atol=1e-6)
     assert (
-        f"From {f'`{start}`' if given else 'random weights'}, 1 epochs" in (tmp_path / "output/README.md").read_text()
+        f"From {f'`{start}`' if given else 'random weights'}, 1 epoch" in (tmp_path / "output/README.md").read_text()
     )
 
 
