@@ -229,7 +229,7 @@ def test_sets_of_a_file(store: Store, tmp_path: Path, ending: str, scenes: dict[
         (None, r"does not exist"),
         ("image_id,set_id\n", r"lists no images"),
         ("image_id,group\ncat/00.jpg,1\n", r"no column set_id \(it has image_id, group\)"),
-        ("image_id,set_id\ncat/00.jpg,\n", r"1 empty value where a set_id should be"),
+        ("image_id,set_id\ncat/00.jpg,\n", r"1 empty values where a set_id should be"),
         ("image_id,set_id\na,1\nb,1\nc,1\nd,2\ne,2\n", r"does not have: a, b, c and 2 more"),
         ("image_id,set_id\na\n", r"cannot be read"),
         ("image_id,set_id,set_id\na,1,1\n", r"several columns set_id"),
