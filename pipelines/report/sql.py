@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import duckdb
 
 
-MOST_ROWS = 1_000_000  # of a query's, of which a sample may be shown
+MAX_QUERY_ROWS_READ = 1_000_000
 
 
 def image_ids_of(store: Store, query: str) -> list[str]:
@@ -38,7 +38,7 @@ def image_ids_of(store: Store, query: str) -> list[str]:
         try:
             found = connection.execute(query)
             columns = [about[0] for about in found.description or ()]
-            rows = found.fetchmany(MOST_ROWS) if "image_id" in columns else []
+            rows = found.fetchmany(MAX_QUERY_ROWS_READ) if "image_id" in columns else []
         except duckdb.Error as error:
             said = " ".join(str(error).split())
             raise RequestError(f"--query cannot be run ({said}). The tables are {', '.join(tables)}.") from None

@@ -31,33 +31,39 @@ from pipelines.train.card import write_card
 from pipelines.train.checkpoints import list_checkpoints, read_checkpoint
 from pipelines.train.log import read_log
 from pipelines.train.output import card_uri, extract_command, read_unreadable, weights_uri, write_unreadable
-from pipelines.train.setup import IMAGES, TrainSetup, make_setup
+from pipelines.train.setup import IMAGES_DIGEST_KEY, TrainSetup, make_setup
 
 POLL_SECONDS = 0.5
-CROP_SHARE = 0.5  # processes that make crops for each CPU that trains
-STOP_SECONDS = 120.0  # that workers have to write a checkpoint when they are told to stop
+CROP_WORKERS_PER_TRAINING_CPU = 0.5
+# Workers that are to stop write a checkpoint first.
+STOP_TIMEOUT_SECONDS = 120.0
 
 
 @dataclass
 class Result(JobResult):
-    """What a run of train did, or would do. store: OUTPUT."""
+    """What a run of train did, or would do.
+
+    store: OUTPUT. steps: of the whole training. images_per_second: the median over this run's lines of the log. loss:
+    the mean over the last line of the log. unreadable: how many images were replaced by others. weights: URI of the
+    safetensors file. use: the command that extracts with it. seconds: plan, start, train and total.
+    """
 
     input: str
     model: str
     images: int = 0
     labelled: int = 0
-    steps: int = 0  # of the whole training
+    steps: int = 0
     steps_done: int = 0
     resumed_from: int = 0
     workers: int = 0
     device: str = ""
     epochs: int = 0
-    images_per_second: float | None = None  # of this run, the median over the lines of the log
-    loss: float | None = None  # mean over the last line of the log
+    images_per_second: float | None = None
+    loss: float | None = None
     knn_accuracy: float | None = None
-    unreadable: int = 0  # images that were replaced by others
-    weights: str = ""  # URI of the safetensors file
-    use: str = ""  # the command that extracts with them
+    unreadable: int = 0
+    weights: str = ""
+    use: str = ""
 
 
 def run(config: Config, *, input: str, output: str, dry_run: bool = False) -> Result:
@@ -136,7 +142,7 @@ def _agree(training: TrainSetup, step: int, options: storage.Options) -> None:
     now = json.loads(json.dumps(training.agreement()))
     before = json.loads(json.dumps(before))
     differing = [
-        "INPUT has other images" if key == IMAGES else f"{key} was {before.get(key)}, now {now.get(key)}"
+        "INPUT has other images" if key == IMAGES_DIGEST_KEY else f"{key} was {before.get(key)}, now {now.get(key)}"
         for key in now
         if before.get(key) != now.get(key)
     ]
@@ -171,8 +177,10 @@ def plan_layout(resources: Mapping[str, float], config: Config, batch_size: int)
             f"train.batch_size is {batch_size}, which {plan.workers} workers cannot share evenly: use {nearest}."
         )
     shared = (plan.device, plan.workers, plan.cpus, plan.gpus)
-    if not on_gpu:  # crops are made beside the training, on the same CPUs
-        return TrainingLayout(*shared, crop_workers=max(1, round(CROP_SHARE * plan.cpus)), crop_cpus=0.0)
+    if not on_gpu:
+        # Crops are made beside the training, on the same CPUs.
+        crop_workers = max(1, round(CROP_WORKERS_PER_TRAINING_CPU * plan.cpus))
+        return TrainingLayout(*shared, crop_workers=crop_workers, crop_cpus=0.0)
     spare = int((cpus - plan.workers * plan.cpus) / plan.workers)
     return TrainingLayout(*shared, crop_workers=max(1, spare), crop_cpus=1.0 if spare else 0.0)
 
@@ -218,7 +226,8 @@ def _train(training: TrainSetup, images: pa.Table, validation: pa.Table | None, 
         finally:
             bad = ray.get(monitor.bad_images.remote()) if ray.is_initialized() else []
             result.unreadable = len(bad)
-            with contextlib.suppress(OSError, DinorayError):  # a full disk must not hide what it broke
+            # A full disk must not hide what it broke.
+            with contextlib.suppress(OSError, DinorayError):
                 write_unreadable(training.output, bad, config.storage.options)
     records = read_log(training.output, config.storage.options)
     if result.steps_done >= training.steps:
@@ -296,7 +305,7 @@ def _follow(fit: _Fit, monitor: Any, training: TrainSetup, result: Result, began
             except KeyboardInterrupt as signal:
                 if interrupted is not None:
                     raise
-                interrupted, deadline = signal, time.monotonic() + STOP_SECONDS
+                interrupted, deadline = signal, time.monotonic() + STOP_TIMEOUT_SECONDS
                 line.say("Stopping after a checkpoint; once more stops at once.")
                 monitor.stop.remote()
     result.seconds["train"] = time.monotonic() - began - result.seconds.get("start", 0.0)

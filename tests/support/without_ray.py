@@ -2,7 +2,7 @@
 little time.
 
 Listing, plan, fetching, decoding, shards, commits, failures and reports are those of every run. Workers run in the
-driver's own process, and descriptors are the colours of the patches, which another image has not.
+driver's own process, and descriptors are the colours of the patches, which differ between images.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pipelines.settings.sections import Config
 from pipelines.store.extraction import ShardReport
 from pipelines.store.store import Store
 
-PATCH = 8  # pixels
-DIMENSIONS = 3 * PATCH * PATCH
+PATCH_PIXELS = 8
+DIMENSIONS = 3 * PATCH_PIXELS * PATCH_PIXELS
 
 
 class Colours:
     """In an Extractor's place: a patch is described by its pixels."""
 
-    patch_size, embed_dim, device, precision = PATCH, DIMENSIONS, "none", "exact"
+    patch_size, embed_dim, device, precision = PATCH_PIXELS, DIMENSIONS, "none", "exact"
 
     def __init__(self, setup: WorkerSetup) -> None:
         pass
@@ -40,8 +40,10 @@ class Colours:
         return [self._one(image) for image in prepared]
 
     def _one(self, image: Any) -> Any:
-        height, width = (side // PATCH for side in image.pixels.shape[:2])
-        tiles = image.pixels[: height * PATCH, : width * PATCH].reshape(height, PATCH, width, PATCH, 3)
+        height, width = (side // PATCH_PIXELS for side in image.pixels.shape[:2])
+        tiles = image.pixels[: height * PATCH_PIXELS, : width * PATCH_PIXELS].reshape(
+            height, PATCH_PIXELS, width, PATCH_PIXELS, 3
+        )
         descriptor = tiles.swapaxes(1, 2).reshape(height, width, DIMENSIONS).astype(np.float32) / 255
         y, x = (axis.astype(np.float32) for axis in np.mgrid[:height, :width])
         return SimpleNamespace(
@@ -53,13 +55,13 @@ class Colours:
             x=x,
             width=image.width,
             height=image.height,
-            model_width=width * PATCH,
-            model_height=height * PATCH,
+            model_width=width * PATCH_PIXELS,
+            model_height=height * PATCH_PIXELS,
         )
 
 
 def model_facts(config: Config) -> layout.ModelFacts:
-    return layout.ModelFacts(PATCH, {"descriptor": DIMENSIONS}, patches=100, depth=1, width=DIMENSIONS)
+    return layout.ModelFacts(PATCH_PIXELS, {"descriptor": DIMENSIONS}, patches=100, depth=1, width=DIMENSIONS)
 
 
 def stream_reports(

@@ -16,7 +16,7 @@ from s3_server import BUCKET, S3Server
 from small_runs import settings
 
 from benchmarks.embedded import add_embeddings
-from dino_ops.nearest import LEAST_TO_TRAIN, unit
+from dino_ops.nearest import MIN_TRAINING_VECTORS, unit
 from pipelines.errors import JobError
 from pipelines.index import job as index
 from pipelines.index import search
@@ -80,7 +80,7 @@ def sound(store: Store) -> bool:
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
 def test_updates_and_removals_and_merges_keep_the_answers(kind: str, tmp_path: Path) -> None:
-    count = LEAST_TO_TRAIN + 800 if kind == "ivfpq" else 1000
+    count = MIN_TRAINING_VECTORS + 800 if kind == "ivfpq" else 1000
     everything = vectors(count + 400)
     held = {f"{number:08d}": vector for number, vector in enumerate(everything[:count])}
     store = new_store(tmp_path, everything[:count], files=3)
