@@ -306,7 +306,7 @@ def _run(
         if shared.dry_run:
             content = {"settings": config.without_secrets(), **content}
         print(json.dumps(content, ensure_ascii=False))
-    else:
+    elif not (reads_only and result.status == "interrupted"):  # which has found nothing to show
         show(result)
     if code := getattr(result, "exit_code", 0):
         raise typer.Exit(code)

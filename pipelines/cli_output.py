@@ -59,7 +59,7 @@ def print_extract(result: Any) -> None:
     if result.failed_before:
         print(f"{result.failed_before:,} failed before and were not tried again (--retry-failed tries them).")
     print(f"Tables: {result.store}/images  {result.store}/patches  {result.store}/failures")
-    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.seconds['total']:.1f} s)")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.total_seconds:.1f} s)")
 
 
 def print_estimate(result: Any) -> None:
@@ -109,7 +109,7 @@ def print_cluster(result: Any) -> None:
         )
     empty = f", {result.empty:,} empty" if result.empty else ""
     print(f"{result.vectors:,} {result.of} in {result.k:,} clusters, the largest has {result.largest:,}{empty}.")
-    print(f"Tables: {uri}/centroids  {uri}/assignments ({result.seconds['total']:.1f} s)")
+    print(f"Tables: {uri}/centroids  {uri}/assignments ({result.total_seconds:.1f} s)")
 
 
 def print_train(result: Any) -> None:
@@ -156,7 +156,7 @@ def print_cosegment(result: Any) -> None:
     if result.exported:
         print(f"{result.exported:,} files of masks and overlays written.")
     print(f"Tables: {result.store}/parts/{result.name}/images  {result.store}/parts/{result.name}/patches")
-    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.seconds['total']:.1f} s)")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.total_seconds:.1f} s)")
 
 
 def print_index(result: Any) -> None:
@@ -168,7 +168,7 @@ def print_index(result: Any) -> None:
         print(f"The index {result.name} is up to date: nothing to do.")
     else:
         again = f", built anew since {result.rebuilt}" if result.rebuilt else ""
-        print(f"{what}{again} ({result.seconds['total']:.1f} s).")
+        print(f"{what}{again} ({result.total_seconds:.1f} s).")
     print(f"Kind {result.kind}: {result.why}.")
     dead = f", {result.dead:,} removed ones still take space" if result.dead else ""
     print(f"{result.count:,} vectors of {result.images:,} images, {result.memory_bytes / 1e6:,.1f} MB{dead}.")
@@ -207,7 +207,7 @@ def print_correspond(result: Any) -> None:
         lines.append(f"{result.done_elsewhere:,} done by another run at the same time")
     print(", ".join(lines) + ".")
     print(f"Tables: {result.store}/matches/{result.name}/pairs  {result.store}/matches/{result.name}/matches")
-    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.seconds['total']:.1f} s)")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.total_seconds:.1f} s)")
 
 
 def print_evaluate_pck(result: Any) -> None:
@@ -224,7 +224,7 @@ def print_evaluate_pck(result: Any) -> None:
             if score["threshold"] == threshold:
                 values = ["".join(f"{value:8.3f}" for value in score[mean]) for mean in ("per_pair", "per_point")]
                 print(f"{printable(score['category']):{width}}{score['pairs']:8,}{values[0]}   {values[1]}")
-    print(f"\nReport: {result.store}/runs/{result.run_id}.json ({result.seconds['total']:.1f} s)")
+    print(f"\nReport: {result.store}/runs/{result.run_id}.json ({result.total_seconds:.1f} s)")
 
 
 def print_evaluate_retrieval(result: Any) -> None:
@@ -234,7 +234,7 @@ def print_evaluate_retrieval(result: Any) -> None:
     left_out = f"{result.unlabelled:,} without label left out, {result.alone:,} alone with their label"
     print(f"{result.queries:,} queries among {result.images:,} images, {result.labels:,} labels ({left_out}).")
     print("recall@k: fraction of queries with one of their label among the k nearest by cosine of the embeddings.")
-    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds['total']:.1f} s)")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.total_seconds:.1f} s)")
 
 
 def _print_classification(result: Any) -> None:
@@ -248,7 +248,7 @@ def _print_classification(result: Any) -> None:
         left_out += f", {result.unknown:,} of a label that nobody to learn from has count as wrong"
     print(f"top-1 accuracy of {result.tested:,} images, learnt from {result.learnt_from:,}{how} ({left_out}).")
     print(f"{result.labels:,} labels; always the commonest one: {result.chance:.4f}.")
-    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds['total']:.1f} s)")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.total_seconds:.1f} s)")
 
 
 def print_evaluate_knn(result: Any) -> None:
@@ -270,7 +270,7 @@ def print_evaluate_segmentation(result: Any) -> None:
         print(f"{measure}: {result.conventions[measure]}.")
     if result.resized:
         print(f"{result.resized:,} annotated masks had another size than their image and were brought to it.")
-    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds['total']:.1f} s)")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.total_seconds:.1f} s)")
 
 
 def print_evaluate_parts(result: Any) -> None:
@@ -285,7 +285,7 @@ def print_evaluate_parts(result: Any) -> None:
         print(f"{printable(score['set']):{width}}{counts}{score['nmi']:9.4f}{score['ari']:9.4f}")
     for what in ("nmi", "ari", "set"):
         print(f"{what}: {result.conventions[what]}.")
-    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds['total']:.1f} s)")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.total_seconds:.1f} s)")
 
 
 def print_report(result: Any) -> None:
@@ -294,7 +294,7 @@ def print_report(result: Any) -> None:
         print(f"\nwould show {shown} in {result.output}. Nothing was written.")
         return
     gone = f", {result.without_photo:,} without their photo" if result.without_photo else ""
-    print(f"{shown}{gone}: {', '.join(result.sections)} ({result.seconds['total']:.1f} s).")
+    print(f"{shown}{gone}: {', '.join(result.sections)} ({result.total_seconds:.1f} s).")
     if result.plots:
         print(f"{len(result.plots):,} plots: {result.plots[0].rsplit('/', 1)[0]}")
     print(f"Report: {result.output} ({decimal(result.bytes)}); open it in a browser.")
@@ -324,7 +324,7 @@ def print_compact(result: Any) -> None:
     print(f"{result.merged:,} files merged into {result.written:,}: {result.files_before:,} -> {result.files_after:,}.")
     if result.conflicts:
         print(f"{result.conflicts:,} groups were changed by another run meanwhile: left for the next time.")
-    print(f"{result.vacuumed:,} files removed that no kept snapshot names ({result.seconds['total']:.1f} s).")
+    print(f"{result.vacuumed:,} files removed that no kept snapshot names ({result.total_seconds:.1f} s).")
 
 
 def print_run(result: Any) -> None:
@@ -336,7 +336,7 @@ def print_run(result: Any) -> None:
     if result.status == "dry_run":
         print("Nothing was written.")
         return
-    print(f"{result.status} in {result.seconds['total']:.1f} s: {result.store}/runs/{result.run_id}.json")
+    print(f"{result.status} in {result.total_seconds:.1f} s: {result.store}/runs/{result.run_id}.json")
 
 
 def print_stats(result: Any) -> None:

@@ -16,15 +16,14 @@ from dino_ops.linear_probe import fit_linear_probe
 from dino_ops.nearest_classes import classify_by_neighbours
 from pipelines.errors import RequestError
 from pipelines.evaluate.labelled import Labelled, open_pair, read_labelled
-from pipelines.evaluate.reports import write_report
-from pipelines.running.reports import RunReport, new_run_id
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
 
 FOLDS = 5
 
 
 @dataclass
-class Result:
+class Result(JobResult):
     """Top-1 accuracy.
 
     task: knn or linear. accuracy: fraction of the tested images whose label was found, by k for knn, under "linear"
@@ -33,25 +32,16 @@ class Result:
     chosen.
     """
 
-    run_id: str
     task: str
-    store: str
     test: str | None
-    learnt_from: int
-    tested: int
-    labels: int
-    accuracy: dict[str, float]
-    chance: float
-    unlabelled: int
+    learnt_from: int = 0
+    tested: int = 0
+    labels: int = 0
+    accuracy: dict[str, float] = field(default_factory=dict)
+    chance: float = 0.0
+    unlabelled: int = 0
     unknown: int = 0
     rates: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    messages: list[str] = field(default_factory=list)
-
-    exit_code = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__
 
 
 def run(config: Config, *, task: str, store: str, test: str | None = None) -> Result:
@@ -72,30 +62,30 @@ def run(config: Config, *, task: str, store: str, test: str | None = None) -> Re
             "apart."
         )
     tested = read_labelled(other, learnt.names) if other is not None else None
-    report = RunReport(f"evaluate {task}", opened.uri, config, new_run_id(), {"test": test})
-    rates: list[float] = []
-    if task == "knn":
-        predictions = _knn(learnt, tested, config)
-    else:
-        predictions, rates = _linear(learnt, tested, config)
     truth = (tested or learnt).labels
-    result = Result(
-        run_id=report.content["run_id"],
-        task=task,
-        store=opened.uri,
-        test=other.uri if other is not None else None,
-        learnt_from=len(learnt.labels),
-        tested=len(truth),
-        labels=len(learnt.names),
-        accuracy={what: round(float((found == truth).mean()), 6) for what, found in predictions.items()},
-        chance=round(float((truth == np.bincount(learnt.labels).argmax()).mean()), 6),
-        unlabelled=learnt.unlabelled + (tested.unlabelled if tested else 0),
-        unknown=tested.unknown if tested else 0,
-        rates=rates,
-        seconds=round(time.monotonic() - started, 2),
-    )
-    result.messages += write_report(report, result.as_dict())
+    result = Result(new_run_id(), opened.uri, task, other.uri if other is not None else None)
+    result.learnt_from, result.tested, result.labels = len(learnt.labels), len(truth), len(learnt.names)
+    result.unlabelled = learnt.unlabelled + (tested.unlabelled if tested else 0)
+    result.unknown = tested.unknown if tested else 0
+    result.chance = round(float((truth == np.bincount(learnt.labels).argmax()).mean()), 6)
+    report = RunReport(f"evaluate {task}", opened.uri, config, result.run_id, {"test": test}, optional=True)
+    with recorded(report, result, started):
+        if task == "knn":
+            predictions = _knn(learnt, tested, config)
+        else:
+            predictions, result.rates = _linear(learnt, tested, config)
+        result.accuracy = {what: round(float((found == truth).mean()), 6) for what, found in predictions.items()}
     return result
+
+
+def knn(config: Config, *, store: str, test: str | None = None) -> Result:
+    """k-NN accuracy of the embeddings of a store; see `run`."""
+    return run(config, task="knn", store=store, test=test)
+
+
+def linear(config: Config, *, store: str, test: str | None = None) -> Result:
+    """Linear-probe accuracy of the embeddings of a store; see `run`."""
+    return run(config, task="linear", store=store, test=test)
 
 
 def _knn(learnt: Labelled, tested: Labelled | None, config: Config) -> dict[str, np.ndarray]:

@@ -11,11 +11,10 @@ import numpy as np
 from dino_ops.clustering_metrics import Contingency, adjusted_rand_index, normalized_mutual_information
 from dino_ops.mask_refinement import resize_mask
 from pipelines.errors import RequestError
-from pipelines.evaluate.reports import write_report
 from pipelines.evaluate.segmentation import about_missing, open_parts, rows_of
 from pipelines.evaluate.truth import KeyPoints, TruthFolder, match_names, read_key_points
 from pipelines.results.masks import read_png
-from pipelines.running.reports import RunReport, new_run_id
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.store.store import Store
 
@@ -35,7 +34,7 @@ ITEMS = {
 
 
 @dataclass
-class Result:
+class Result(JobResult):
     """How well stored parts agree with annotations.
 
     kind: labels or keypoints. without_truth: images that have no annotation, which do not count. nmi, ari: means over
@@ -43,24 +42,15 @@ class Result:
     items, images, count, nmi, ari.
     """
 
-    run_id: str
-    store: str
     name: str
     annotations: str
-    kind: str
-    images: int
-    without_truth: int
-    nmi: float
-    ari: float
-    scores: list[dict[str, Any]]
-    conventions: dict[str, str]
-    seconds: float = 0.0
-    messages: list[str] = field(default_factory=list)
-
-    exit_code = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__
+    kind: str = ""
+    images: int = 0
+    without_truth: int = 0
+    nmi: float = 0.0
+    ari: float = 0.0
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    conventions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,40 +87,30 @@ def run(config: Config, *, store: str, name: str, annotations: str) -> Result:
             f"No image of {tables.uri} is annotated in {annotations}: {min(image_ids)} should have an annotation named "
             f"like it, and there is {names[0]}."
         )
-    run_id = new_run_id()
-    report = RunReport("evaluate parts", opened.uri, config, run_id, {"name": name, "annotations": annotations})
-
-    per_set: dict[str, _Counted] = {}
-    point_names: dict[str, int] = {}
-    for row in rows_of(tables, ["image_id", "set_id", "mask_png"]):
-        if (of_image := annotated.get(row["image_id"])) is None:
-            continue
-        parts = read_png(row["mask_png"]).astype(np.int64)
-        if labels:
-            found = _count_labels(parts, labels.read(of_image))
-        else:
-            found = _count_points(parts, (points or {})[of_image], point_names)
-        per_set.setdefault(row["set_id"], _Counted()).add(found)
-    kinds = ["pixels", "foreground"] if labels else ["keypoints"]
-    scores = _scores(per_set, kinds)
-    # The mean over sets follows the sets, and the first kind comes first.
-    whole = scores[len(per_set)]
-    result = Result(
-        run_id=run_id,
-        store=opened.uri,
-        name=name,
-        annotations=annotations,
-        kind="labels" if labels else "keypoints",
-        images=len(annotated),
-        without_truth=len(image_ids) - len(annotated),
-        nmi=whole["nmi"],
-        ari=whole["ari"],
-        scores=scores,
-        conventions=CONVENTIONS | {kind: ITEMS[kind] for kind in kinds},
-        seconds=round(time.monotonic() - started, 2),
-        messages=about_missing(sorted(image_ids - annotated.keys()), annotations),
-    )
-    result.messages += write_report(report, result.as_dict())
+    result = Result(new_run_id(), opened.uri, name, annotations, images=len(annotated))
+    result.kind = "labels" if labels else "keypoints"
+    result.without_truth = len(image_ids) - len(annotated)
+    result.messages += about_missing(sorted(image_ids - annotated.keys()), annotations)
+    asked = {"name": name, "annotations": annotations}
+    report = RunReport("evaluate parts", opened.uri, config, result.run_id, asked, optional=True)
+    with recorded(report, result, started):
+        per_set: dict[str, _Counted] = {}
+        point_names: dict[str, int] = {}
+        for row in rows_of(tables, ["image_id", "set_id", "mask_png"]):
+            if (of_image := annotated.get(row["image_id"])) is None:
+                continue
+            parts = read_png(row["mask_png"]).astype(np.int64)
+            if labels:
+                found = _count_labels(parts, labels.read(of_image))
+            else:
+                found = _count_points(parts, (points or {})[of_image], point_names)
+            per_set.setdefault(row["set_id"], _Counted()).add(found)
+        kinds = ["pixels", "foreground"] if labels else ["keypoints"]
+        result.scores = _scores(per_set, kinds)
+        # The mean over sets follows the sets, and the first kind comes first.
+        whole = result.scores[len(per_set)]
+        result.nmi, result.ari = whole["nmi"], whole["ari"]
+        result.conventions = CONVENTIONS | {kind: ITEMS[kind] for kind in kinds}
     return result
 
 

@@ -20,8 +20,7 @@ from dino_ops.keypoints import transfer_points
 from dino_ops.metrics import box_side, image_side, keypoint_box_side, pck
 from pipelines.errors import RequestError
 from pipelines.evaluate.annotations import AnnotatedPair, read_annotations
-from pipelines.evaluate.reports import write_report
-from pipelines.running.reports import RunReport, new_run_id
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config, ExtraFeature, FeatureSettings
 from pipelines.store.patches import ImagePlace, PatchMap, read_patch_maps
 from pipelines.store.store import Store
@@ -36,7 +35,7 @@ MAX_PATCHES_IN_MEMORY = 200_000
 
 
 @dataclass
-class Result:
+class Result(JobResult):
     """PCK of a store's descriptors.
 
     descriptor: the column of patches. thresholds: what the thresholds mean that the annotations allow, by name.
@@ -44,27 +43,18 @@ class Result:
     per_pair and per_point, each a list of fractions in the order of alphas.
     """
 
-    run_id: str
-    store: str
     annotations: str
-    layout: str
-    descriptor: str
-    facet: str
-    layer: int
-    binned: bool
-    alphas: list[float]
-    images: int
-    pairs: int
-    points: int
-    thresholds: dict[str, str]
-    scores: list[dict[str, Any]]
-    seconds: float = 0.0
-    messages: list[str] = field(default_factory=list)
-
-    exit_code = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__
+    layout: str = ""
+    descriptor: str = ""
+    facet: str = ""
+    layer: int = 0
+    binned: bool = False
+    alphas: list[float] = field(default_factory=list)
+    images: int = 0
+    pairs: int = 0
+    points: int = 0
+    thresholds: dict[str, str] = field(default_factory=dict)
+    scores: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -103,33 +93,21 @@ def run(config: Config, *, store: str, annotations: str) -> Result:
     annotated = read_annotations(annotations, settings.split, config.storage.options)
     images = _find_images(opened, annotated.images)
     _refuse_other_sizes(opened, annotated.pairs, images)
-    run_id = new_run_id()
-    report = RunReport("evaluate pck", opened.uri, config, run_id, {"annotations": annotations})
-
-    points = _carry_points(opened, annotated.pairs, images, config)
-    result = Result(
-        run_id=run_id,
-        store=opened.uri,
-        annotations=annotations,
-        layout=annotated.layout,
-        descriptor=settings.descriptor,
-        facet=feature.facet,
-        layer=feature.layer,
-        binned=settings.binned,
-        alphas=list(settings.alphas),
-        images=len(images),
-        pairs=len(points.errors),
-        points=sum(len(errors) for errors in points.errors),
-        thresholds={name: THRESHOLDS[name] for name in THRESHOLDS if name in points.lengths},
-        scores=_scores(points, settings.alphas),
-        seconds=round(time.monotonic() - started, 2),
-    )
-    if outside := sum(_outside(pair, images) for pair in annotated.pairs):
-        result.messages.append(
-            f"{outside:,} of {2 * result.points:,} annotated points lie outside of their images: the nearest patch "
-            "stands for such a source point."
-        )
-    result.messages += write_report(report, result.as_dict())
+    result = Result(new_run_id(), opened.uri, annotations, annotated.layout, settings.descriptor)
+    result.facet, result.layer, result.binned = feature.facet, feature.layer, settings.binned
+    result.alphas, result.images = list(settings.alphas), len(images)
+    asked = {"annotations": annotations}
+    report = RunReport("evaluate pck", opened.uri, config, result.run_id, asked, optional=True)
+    with recorded(report, result, started):
+        points = _carry_points(opened, annotated.pairs, images, config)
+        result.pairs, result.points = len(points.errors), sum(len(errors) for errors in points.errors)
+        result.thresholds = {name: THRESHOLDS[name] for name in THRESHOLDS if name in points.lengths}
+        result.scores = _scores(points, settings.alphas)
+        if outside := sum(_outside(pair, images) for pair in annotated.pairs):
+            result.messages.append(
+                f"{outside:,} of {2 * result.points:,} annotated points lie outside of their images: the nearest patch "
+                "stands for such a source point."
+            )
     return result
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow.compute as pc
 
 from dino_ops.metrics import retrieval_by_label
 from pipelines.errors import RequestError
-from pipelines.evaluate.reports import write_report
-from pipelines.running.reports import RunReport, new_run_id
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.store.store import Store
 
@@ -19,30 +17,21 @@ VECTOR_COLUMNS_OF_IMAGES = ("embeddings",)
 
 
 @dataclass
-class Result:
+class Result(JobResult):
     """Retrieval by label: every image asks for others of its label, ranked by exact cosine.
 
     recall: k -> fraction of queries with one of their label among the k nearest. mean_average_precision: over whole
     rankings. unlabelled: images left out. alone: images whose label no other has, which ask nothing.
     """
 
-    run_id: str
-    store: str
     of: str
-    images: int
-    labels: int
-    queries: int
-    unlabelled: int
-    alone: int
-    recall: dict[int, float]
-    mean_average_precision: float
-    seconds: float = 0.0
-    messages: list[str] = field(default_factory=list)
-
-    exit_code = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__
+    images: int = 0
+    labels: int = 0
+    queries: int = 0
+    unlabelled: int = 0
+    alone: int = 0
+    recall: dict[int, float] = field(default_factory=dict)
+    mean_average_precision: float = 0.0
 
 
 def run(config: Config, *, store: str, of: str = "embeddings") -> Result:
@@ -65,30 +54,18 @@ def run(config: Config, *, store: str, of: str = "embeddings") -> Result:
             f"No image of {opened.uri} has a label, and retrieval compares labels: extract from folders or a manifest "
             "with labels."
         )
-    run_id = new_run_id()
-    report = RunReport("evaluate retrieval", opened.uri, config, run_id, {"of": of})
-
     labels = labelled["label"].to_pylist()
-    values = pc.list_flatten(labelled["embedding"]).to_numpy()
-    embeddings = values.reshape(len(labelled), -1)
-    found = retrieval_by_label(embeddings, labels, config.evaluate.recall_at)
-    if not found.queries:
+    if len({*labels}) == len(labels):
         raise RequestError(
             f"No two images of {opened.uri} have the same label ({len(labelled):,} images, each with its own): "
             "retrieval has nothing to find."
         )
-    result = Result(
-        run_id=run_id,
-        store=opened.uri,
-        of=of,
-        images=len(images),
-        labels=len({*labels}),
-        queries=found.queries,
-        unlabelled=len(images) - len(labelled),
-        alone=found.alone,
-        recall={k: round(value, 6) for k, value in found.recall.items()},
-        mean_average_precision=round(found.mean_average_precision, 6),
-        seconds=round(time.monotonic() - started, 2),
-    )
-    result.messages += write_report(report, result.as_dict())
+    result = Result(new_run_id(), opened.uri, of, images=len(images), unlabelled=len(images) - len(labelled))
+    report = RunReport("evaluate retrieval", opened.uri, config, result.run_id, {"of": of}, optional=True)
+    with recorded(report, result, started):
+        values = pc.list_flatten(labelled["embedding"]).to_numpy()
+        found = retrieval_by_label(values.reshape(len(labelled), -1), labels, config.evaluate.recall_at)
+        result.labels, result.queries, result.alone = len({*labels}), found.queries, found.alone
+        result.recall = {k: round(value, 6) for k, value in found.recall.items()}
+        result.mean_average_precision = round(found.mean_average_precision, 6)
     return result

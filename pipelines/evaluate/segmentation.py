@@ -12,11 +12,10 @@ from scipy import ndimage
 from dino_ops.mask_refinement import resize_mask
 from dino_ops.segmentation_metrics import jaccard, localised, pixel_precision
 from pipelines.errors import RequestError, counted
-from pipelines.evaluate.reports import write_report
 from pipelines.evaluate.truth import TruthFolder, match_names
 from pipelines.results.masks import read_png
 from pipelines.results.parts import PartTables
-from pipelines.running.reports import RunReport, new_run_id
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.store.parquet import open_parquet
 from pipelines.store.store import Store
@@ -34,7 +33,7 @@ CONVENTIONS = {
 
 
 @dataclass
-class Result:
+class Result(JobResult):
     """How well stored foregrounds agree with annotated ones, pixel by pixel of the original images.
 
     without_truth: images of the co-segmentation that have no annotated mask, which do not count. resized: annotated
@@ -42,25 +41,16 @@ class Result:
     `all` for all images: set, images, jaccard, precision, corloc.
     """
 
-    run_id: str
-    store: str
     name: str
     masks: str
-    images: int
-    without_truth: int
-    resized: int
-    jaccard: float
-    precision: float
-    corloc: float
-    scores: list[dict[str, Any]]
+    images: int = 0
+    without_truth: int = 0
+    resized: int = 0
+    jaccard: float = 0.0
+    precision: float = 0.0
+    corloc: float = 0.0
+    scores: list[dict[str, Any]] = field(default_factory=list)
     conventions: dict[str, str] = field(default_factory=lambda: dict(CONVENTIONS))
-    seconds: float = 0.0
-    messages: list[str] = field(default_factory=list)
-
-    exit_code = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__
 
 
 def run(config: Config, *, store: str, name: str, masks: str) -> Result:
@@ -79,9 +69,18 @@ def run(config: Config, *, store: str, name: str, masks: str) -> Result:
             f"No image of {tables.uri} has a mask in {masks}: {min(image_ids)} should have one named like it, and "
             f"there is {truth.names[0]}."
         )
-    run_id = new_run_id()
-    report = RunReport("evaluate segmentation", opened.uri, config, run_id, {"name": name, "masks": masks})
+    result = Result(new_run_id(), opened.uri, name, masks, images=len(annotated))
+    result.without_truth = len(image_ids) - len(annotated)
+    result.messages += about_missing(sorted(image_ids - annotated.keys()), masks)
+    asked = {"name": name, "masks": masks}
+    report = RunReport("evaluate segmentation", opened.uri, config, result.run_id, asked, optional=True)
+    with recorded(report, result, started):
+        _compare(tables, truth, annotated, result)
+    return result
 
+
+def _compare(tables: PartTables, truth: TruthFolder, annotated: dict[str, str], result: Result) -> None:
+    """Fill in the scores. annotated: image_id -> the name of its annotated mask."""
     per_set: dict[str, list[tuple[float, float, bool]]] = {}
     resized = set()
     for row in rows_of(tables, ["image_id", "set_id", "foreground_png"]):
@@ -95,29 +94,12 @@ def run(config: Config, *, store: str, name: str, masks: str) -> Result:
         per_set.setdefault(row["set_id"], []).append(
             (jaccard(found, true), pixel_precision(found, true), localised(found, component_boxes(true)))
         )
-    groups = [*sorted(per_set.items()), ("all", [one for of_set in per_set.values() for one in of_set])]
-    scores: list[dict[str, Any]] = []
-    for set_id, values in groups:
+    for set_id, values in [*sorted(per_set.items()), ("all", [one for of_set in per_set.values() for one in of_set])]:
         means = np.mean(np.array(values, np.float64), axis=0)
         named = {measure: round(float(mean), 6) for measure, mean in zip(MEASURES, means, strict=True)}
-        scores.append({"set": set_id, "images": len(values), **named})
-    result = Result(
-        run_id=run_id,
-        store=opened.uri,
-        name=name,
-        masks=masks,
-        images=len(annotated),
-        without_truth=len(image_ids) - len(annotated),
-        resized=len(resized),
-        jaccard=scores[-1]["jaccard"],
-        precision=scores[-1]["precision"],
-        corloc=scores[-1]["corloc"],
-        scores=scores,
-        seconds=round(time.monotonic() - started, 2),
-        messages=about_missing(sorted(image_ids - annotated.keys()), masks),
-    )
-    result.messages += write_report(report, result.as_dict())
-    return result
+        result.scores.append({"set": set_id, "images": len(values), **named})
+    result.resized = len(resized)
+    result.jaccard, result.precision, result.corloc = (result.scores[-1][measure] for measure in MEASURES)
 
 
 def component_boxes(mask: np.ndarray) -> np.ndarray:

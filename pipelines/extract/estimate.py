@@ -1,7 +1,7 @@
 """estimate: what an extraction of INPUT will take, found by doing it for a sample.
 
 The sample goes through the very stages and workers of `extract`, into a store that is thrown away, so that bytes and
-rate are measured, not modelled. Only a device that is not at hand is reckoned, from its published arithmetic.
+rate are measured, not modelled. Only a device that is not here is calculated, from its published arithmetic.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pyarrow as pa
 from pipelines import sources, storage
 from pipelines.errors import RequestError
 from pipelines.extract import job as extract
+from pipelines.running.reports import JobResult, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.store.extraction import Plan
 from pipelines.store.projection import exists, images_to_fit
@@ -41,39 +42,36 @@ CPU_IMAGES_PER_SECOND = 250.0  # that one CPU fetches and decodes beside a GPU
 
 
 @dataclass
-class Result:
-    """What an extraction would take. Bytes and FLOPs are for `images`, those that STORE does not have yet."""
+class Result(JobResult):
+    """What an extraction would take. Bytes and FLOPs are for `images`, those that STORE does not have yet.
 
-    store: str
+    failed: of the sample. source_bytes: of the images; None where they lie in Parquet files. bytes: by table. device,
+    images_per_second: what is here, as measured. start_seconds: the part of `hours` for listing, starting workers and
+    fitting a PCA. named_limited_by: model or decoding. cost_per_million: for a million images, once workers run, on the
+    named device, or else on the one that is here.
+    """
+
     listed: int = 0
     images: int = 0
     sample: int = 0
-    failed: int = 0  # of the sample
-    source_bytes: int | None = None  # of the images; None where images lie in Parquet files
-    bytes: dict[str, int] = field(default_factory=dict)  # table -> bytes
+    failed: int = 0
+    source_bytes: int | None = None
+    bytes: dict[str, int] = field(default_factory=dict)
     bytes_per_image: float = 0.0
     patches: int = 0
     gflop_per_image: float = 0.0
     tflop: float = 0.0
-    device: str = ""  # at hand
-    images_per_second: float = 0.0  # on it, measured
-    start_seconds: float = 0.0  # of these hours: listing, starting workers, fitting a PCA
+    device: str = ""
+    images_per_second: float = 0.0
+    start_seconds: float = 0.0
     hours: float = 0.0
     named_device: str | None = None
     named_images_per_second: float | None = None
-    named_limited_by: str | None = None  # model | decoding
+    named_limited_by: str | None = None
     named_hours: float | None = None
     price_per_hour: float | None = None
-    cost_per_million: float | None = None  # images, on the named device, else on the one at hand, once it runs
+    cost_per_million: float | None = None
     cost: float | None = None
-    seconds: float = 0.0  # that this took
-    messages: list[str] = field(default_factory=list)
-
-    exit_code = 0
-    status = "done"
-
-    def as_dict(self) -> dict[str, Any]:
-        return dict(self.__dict__)
 
 
 def run(
@@ -86,10 +84,10 @@ def run(
     cpus: int = 16,
     price: float | None = None,
 ) -> Result:
-    """Extract a sample of the images of INPUT that STORE does not have, and reckon what all of them take.
+    """Extract a sample of the images of INPUT that STORE does not have, and estimate what all of them take.
 
     Args:
-        device: also reckon for one of this kind, a key of DEVICES, with `cpus` CPUs beside it.
+        device: also estimate for one of this kind, a key of DEVICES, with `cpus` CPUs beside it.
         price: an hour of the device, in any currency.
 
     Raises:
@@ -100,32 +98,40 @@ def run(
     if device is not None and device not in DEVICES:
         raise RequestError(f"There is no device {device!r}: known are {', '.join(DEVICES)}.")
     refuse_memory(input, "INPUT")
-    result = Result(storage.normalise(store))
-    listing = sources.list_images(input, storage_options=config.storage.options, exclude=result.store).table
-    listed_in = time.monotonic() - started
-    opened = Store.open_existing(result.store, config)
-    pending = (opened.plan(listing) if opened else Plan.of_empty_store(listing)).pending
-    result.listed, result.images = len(listing), len(pending)
-    if not len(pending):
-        result.messages.append("STORE has all images of INPUT: there is nothing to extract.")
-        return result
+    result = Result(new_run_id(), storage.normalise(store))
+    with recorded(None, result, started):
+        listing = sources.list_images(input, storage_options=config.storage.options, exclude=result.store).table
+        result.seconds["list"] = time.monotonic() - started
+        opened = Store.open_existing(result.store, config)
+        pending = (opened.plan(listing) if opened else Plan.of_empty_store(listing)).pending
+        result.listed, result.images = len(listing), len(pending)
+        if len(pending):
+            fitted = opened is not None and exists(opened.uri, config)
+            _estimate(config, pending, sample, result, fitted=fitted)
+            if device is not None:
+                _estimate_on(device, cpus, result)
+            _price(price, result)
+        else:
+            result.messages.append("STORE has all images of INPUT: there is nothing to extract.")
+    return result
+
+
+def _estimate(config: Config, pending: pa.Table, sample: int, result: Result, *, fitted: bool) -> None:
+    """What the device that is here takes. fitted: STORE has its PCA already."""
     chosen = np.random.default_rng(SEED).permutation(len(pending))[: min(sample, len(pending))]
-    fitted = opened is not None and exists(opened.uri, config)
     _measure(config, pending.take(pa.array(np.sort(chosen))), result, fitted=fitted)
-    result.start_seconds = round(result.start_seconds + listed_in, 2)
+    result.start_seconds = round(result.start_seconds + result.seconds["list"], 2)
     if result.images_per_second:
         result.hours = (result.start_seconds + result.images / result.images_per_second) / 3600
     result.source_bytes = _source_bytes(pending)
-    if device is not None:
-        result.named_device = device
-        _reckon(result, DEVICES[device], cpus)
-    here, there = (result.hours, result.images_per_second), (result.named_hours, result.named_images_per_second)
-    hours, rate = here if device is None else there
+
+
+def _price(price: float | None, result: Result) -> None:
+    here, named = (result.hours, result.images_per_second), (result.named_hours, result.named_images_per_second)
+    hours, rate = here if result.named_device is None else named
     if price is not None and hours and rate:
         result.price_per_hour, result.cost = price, round(price * hours, 2)
         result.cost_per_million = round(price * 1e6 / rate / 3600, 2)
-    result.seconds = round(time.monotonic() - started, 1)
-    return result
 
 
 def _measure(config: Config, rows: pa.Table, result: Result, *, fitted: bool) -> None:
@@ -176,10 +182,11 @@ def _source_bytes(pending: pa.Table) -> int | None:
     return int(np.maximum(pending["source_size"].to_numpy(), 0).sum())
 
 
-def _reckon(result: Result, tflops: float, cpus: int) -> None:
-    """The rate and hours on a device that is not at hand."""
-    by_model = UTILISATION * tflops * 1e3 / result.gflop_per_image
+def _estimate_on(device: str, cpus: int, result: Result) -> None:
+    """The rate and hours on a device that is not here."""
+    by_model = UTILISATION * DEVICES[device] * 1e3 / result.gflop_per_image
     by_decoding = CPU_IMAGES_PER_SECOND * cpus
+    result.named_device = device
     result.named_images_per_second = round(min(by_model, by_decoding), 1)
     result.named_limited_by = "model" if by_model <= by_decoding else "decoding"
     result.named_hours = result.images / result.named_images_per_second / 3600

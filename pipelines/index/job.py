@@ -5,38 +5,31 @@ what changed since the index -> take out what changed or is gone -> add what cha
 
 from __future__ import annotations
 
-import contextlib
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from pipelines.errors import RequestError
 from pipelines.index.changes import Changes, everything, find_changes
 from pipelines.index.update import build, memory_budget, update, worn
 from pipelines.results.index_vectors import check_settings, held_settings
 from pipelines.results.indices import Manifest, index_uri, publish, read_manifest, remove_files
-from pipelines.running.reports import RunReport, new_run_id
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config, IndexSettings
-from pipelines.storage.errors import explain_write_error
 from pipelines.store.store import Store
 
 
 @dataclass
-class Result:
+class Result(JobResult):
     """What a run of index did, or would do.
 
-    status: running, done, unchanged or dry_run. why: the reason for the kind. memory_bytes: estimate of what the index
+    why: the reason for the kind. memory_bytes: estimate of what the index
     takes in a search. images: that the index covers. count: vectors that a search can return. added, changed, removed:
     images. dead: removed vectors that still take space. segments: the base, and what came later and is not merged into
     it. rebuilt: why an existing index was built again from scratch. images_version: of the images table.
     """
 
-    run_id: str
-    store: str
     name: str
     of: str
-    status: str = "running"
-    exit_code: int = 0
     kind: str = ""
     why: str = ""
     memory_bytes: int = 0
@@ -50,11 +43,6 @@ class Result:
     segments: int = 0
     rebuilt: str = ""
     images_version: int = 0
-    seconds: float = 0.0
-    messages: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"seconds": round(self.seconds, 3)}
 
 
 def run(config: Config, *, store: str, name: str, dry_run: bool = False) -> Result:
@@ -86,32 +74,35 @@ def run(config: Config, *, store: str, name: str, dry_run: bool = False) -> Resu
         result.status = "dry_run"
         return result
     if before and not changes and not result.rebuilt and before.images_version == result.images_version:
-        return _describe(result, before, "unchanged", started)
+        _describe(result, before)
+        result.status, result.seconds["total"] = "unchanged", time.monotonic() - started
+        return result
 
     report = RunReport("index", opened.uri, config, result.run_id, {"name": name})
+    with recorded(report, result, started, fingerprint=opened.fingerprint):
+        manifest = _published(opened, asked, name, before, changes, result)
+        _describe(result, manifest)
+        if manifest.memory_bytes > (budget := memory_budget(asked)):
+            result.messages.append(
+                f"The index {name} grew to {manifest.memory_bytes / 1e9:.3g} GB, but index.memory_gb is "
+                f"{budget / 1e9:.3g}: give another index.kind to build it again."
+            )
+    return result
+
+
+def _published(
+    store: Store, asked: IndexSettings, name: str, before: Manifest | None, changes: Changes, result: Result
+) -> Manifest:
+    """The manifest of the index as it should be, once it is visible; what a failed run wrote is removed."""
     files_of_run: set[str] = set()
     try:
-        report.write(fingerprint=opened.fingerprint)
-        manifest = _bring_up_to_date(opened, asked, name, before, changes, result, files_of_run)
-        publish(opened, name, manifest, before)
-    except BaseException as error:
-        if (current := read_manifest(opened, name)) is None or current.run_id != result.run_id:
-            remove_files(opened, name, files_of_run)
-        # A full disk must not hide what it broke.
-        with contextlib.suppress(OSError):
-            report.finish("failed" if isinstance(error, Exception) else "interrupted")
-        explained = explain_write_error(error, opened.uri) if isinstance(error, Exception) else None
-        if explained is None:
-            raise
-        raise explained from None
-    _describe(result, manifest, "done", started)
-    if manifest.memory_bytes > (budget := memory_budget(asked)):
-        result.messages.append(
-            f"The index {name} grew to {manifest.memory_bytes / 1e9:.3g} GB, but index.memory_gb is "
-            f"{budget / 1e9:.3g}: give another index.kind to build it again."
-        )
-    report.finish("done", result=result.as_dict())
-    return result
+        manifest = _bring_up_to_date(store, asked, name, before, changes, result, files_of_run)
+        publish(store, name, manifest, before)
+    except BaseException:
+        if (current := read_manifest(store, name)) is None or current.run_id != result.run_id:
+            remove_files(store, name, files_of_run)
+        raise
+    return manifest
 
 
 def _refuse_other_content(store: Store, name: str, before: Manifest, asked: IndexSettings) -> None:
@@ -143,10 +134,7 @@ def _bring_up_to_date(
     return update(store, asked, name, before, changes, result.run_id, files)
 
 
-def _describe(result: Result, manifest: Manifest, status: str, started: float) -> Result:
-    result.status = status
+def _describe(result: Result, manifest: Manifest) -> None:
     result.kind, result.why, result.dimension = manifest.kind, manifest.why, manifest.dimension
     result.images, result.count, result.dead = manifest.images, manifest.count, manifest.dead
     result.memory_bytes, result.segments = manifest.memory_bytes, len(manifest.segments)
-    result.seconds = time.monotonic() - started
-    return result

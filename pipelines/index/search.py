@@ -16,6 +16,7 @@ from pipelines.errors import JobError, RequestError
 from pipelines.index.picture import Shown, draw
 from pipelines.index.query import Query, extracted_query, in_box, stored_query
 from pipelines.results.indices import Manifest, index_names, read_dead, read_manifest, read_parts, without_dead
+from pipelines.running.reports import JobResult, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.storage.errors import explain_write_error
 from pipelines.store.originals import stored_images
@@ -48,7 +49,7 @@ class IndexContent:
 
 
 @dataclass
-class Result:
+class Result(JobResult):
     """What a search found, best first.
 
     results: image_id, label, uri, similarity (cosine); from an index of patches also row, col, y, x (patch centre in
@@ -56,19 +57,12 @@ class Result:
     search.
     """
 
-    store: str
     name: str
     of: str
     image: str
     box: Box | None
     results: list[dict[str, Any]] = field(default_factory=list)
     saved: str | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    exit_code = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
 
 
 def run(
@@ -92,28 +86,29 @@ def run(
         RequestError: no such index, one that does not fit the request or is older than the store, a box that is not in
             the image, an image that cannot be read.
     """
+    started = time.monotonic()
     opened = Store.open(store, config)
     region = None if box is None else parse_box(box)
     manifest = _usable_index(opened, name, region)
-    result = Result(opened.uri, name, manifest.of, image, region)
+    result = Result(new_run_id(), opened.uri, name, manifest.of, image, region)
+    with recorded(None, result, started):
+        began = time.monotonic()
+        content = IndexContent.read(opened, name, manifest)
+        result.seconds["load"] = time.monotonic() - began
 
-    started = time.monotonic()
-    content = IndexContent.read(opened, name, manifest)
-    result.seconds["load"] = time.monotonic() - started
+        began = time.monotonic()
+        in_store = pc.any(pc.equal(content.images["image_id"], image)).as_py()
+        query = stored_query(opened, manifest, image) if in_store else extracted_query(opened, manifest, image, config)
+        if region is not None:
+            query = in_box(query, region)
+        result.seconds["query"] = time.monotonic() - began
 
-    started = time.monotonic()
-    in_store = pc.any(pc.equal(content.images["image_id"], image)).as_py()
-    query = stored_query(opened, manifest, image) if in_store else extracted_query(opened, manifest, image, config)
-    if region is not None:
-        query = in_box(query, region)
-    result.seconds["query"] = time.monotonic() - started
-
-    started = time.monotonic()
-    found = nearest_places(content, query, top) if region else nearest_images(content, query, top)
-    result.results = _with_facts(opened, found)
-    result.seconds["search"] = time.monotonic() - started
-    if save is not None:
-        result.saved = _save_picture(save, result, query, config)
+        began = time.monotonic()
+        found = nearest_places(content, query, top) if region else nearest_images(content, query, top)
+        result.results = _with_facts(opened, found)
+        result.seconds["search"] = time.monotonic() - began
+        if save is not None:
+            result.saved = _save_picture(save, result, query, config)
     return result
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from pipelines import storage
 from pipelines.errors import JobError, RequestError
@@ -13,35 +12,27 @@ from pipelines.report.choose import choose
 from pipelines.report.contents import Results, read_contents
 from pipelines.report.page import make_page
 from pipelines.report.sheets import make_sheets
+from pipelines.running.reports import JobResult, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.storage.errors import explain_write_error
 from pipelines.store.store import Store
 
 
 @dataclass
-class Result:
+class Result(JobResult):
     """What a report shows and where it is, or would be.
 
-    status: running, done or dry_run. how: in which way the images were chosen. without_photo: how many of them have an
+    how: in which way the images were chosen. without_photo: how many of them have an
     original that is gone or cannot be read. plots: the PNG files.
     """
 
-    store: str
     output: str
-    status: str = "running"
     images: int = 0
     how: str = ""
     without_photo: int = 0
     sections: list[str] = field(default_factory=list)
     bytes: int = 0
     plots: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    messages: list[str] = field(default_factory=list)
-
-    exit_code = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"seconds": round(self.seconds, 2)}
 
 
 def run(
@@ -72,20 +63,20 @@ def run(
     named = [images] if isinstance(images, str) else list(images or ())
     parts, matches = results.parts.values(), results.matches.values()
     choice = choose(opened, config.report, sample, named, query, parts, matches)
-    result = Result(opened.uri, target, images=len(choice.rows), how=choice.how, messages=choice.messages)
+    result = Result(new_run_id(), opened.uri, target, len(choice.rows), choice.how, messages=choice.messages)
     if dry_run:
         result.status = "dry_run"
         return result
-    contents = read_contents(opened, config, choice, results)
-    result.without_photo = contents.without_photo
-    page = make_page(contents)
-    result.sections, result.bytes = page.sections, len(page.html)
-    _write(target, page.html, config)
-    if png is not None:
-        for name, data in make_sheets(contents):
-            result.plots.append(storage.join(storage.normalise(png), name))
-            _write(result.plots[-1], data, config)
-    result.status, result.seconds = "done", time.monotonic() - started
+    with recorded(None, result, started):
+        contents = read_contents(opened, config, choice, results)
+        result.without_photo = contents.without_photo
+        page = make_page(contents)
+        result.sections, result.bytes = page.sections, len(page.html)
+        _write(target, page.html, config)
+        if png is not None:
+            for name, data in make_sheets(contents):
+                result.plots.append(storage.join(storage.normalise(png), name))
+                _write(result.plots[-1], data, config)
     return result
 
 

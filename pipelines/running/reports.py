@@ -82,6 +82,11 @@ class JobResult:
     seconds: dict[str, float] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
 
+    @property
+    def total_seconds(self) -> float:
+        """Of the whole run, once it has ended."""
+        return self.seconds.get("total", 0.0)
+
     def spend(self, stage: str, seconds: float) -> None:
         """Count seconds of a stage."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
