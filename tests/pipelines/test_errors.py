@@ -11,3 +11,10 @@ from pipelines.errors import counted
 )
 def test_one_is_singular_and_thousands_are_separated(count: int, said: str) -> None:
     assert counted(count, "image") == said
+
+
+@pytest.mark.parametrize(
+    ("noun", "plural"), [("patch", "patches"), ("pass", "passes"), ("entry", "entries"), ("day", "days")]
+)
+def test_plurals_are_regular_english(noun: str, plural: str) -> None:
+    assert (counted(1, noun), counted(2, noun)) == (f"1 {noun}", f"2 {plural}")

@@ -595,9 +595,7 @@ def test_training_starts_from_the_weights_that_are_given_or_from_random_ones(
     written = safetensors.torch.load_file(result.weights)
     for name, tensor in expected.vit.state_dict().items():
         torch.testing.assert_close(written[name], tensor, rtol=0, atol=1e-6)
-    assert (
-        f"From {f'`{start}`' if given else 'random weights'}, 1 epoch" in (tmp_path / "output/README.md").read_text()
-    )
+    assert f"From {f'`{start}`' if given else 'random weights'}, 1 epoch" in (tmp_path / "output/README.md").read_text()
 
 
 def test_another_seed_is_another_training(undisturbed: tuple[Path, Any], source: Path, tmp_path: Path) -> None:
