@@ -29,15 +29,9 @@ class StorageError(InputError):
     exit_code = 1
 
 
-def counted(count: int, noun: str) -> str:
-    """A number of things: "1 image", "2,000 images", "0 patches". noun: the singular of one with a regular plural."""
-    return f"{count:,} {noun if count == 1 else _plural(noun)}"
-
-
-def _plural(noun: str) -> str:
-    if noun.endswith(("s", "x", "ch", "sh")):
-        return f"{noun}es"
-    return f"{noun[:-1]}ies" if noun.endswith("y") and noun[-2] not in "aeiou" else f"{noun}s"
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number of things in a sentence: "1 image", "2,000 images". plural: where it is not the noun with an s."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def exit_code_of(error: BaseException) -> int | None:

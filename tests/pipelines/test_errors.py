@@ -13,8 +13,5 @@ def test_one_is_singular_and_thousands_are_separated(count: int, said: str) -> N
     assert counted(count, "image") == said
 
 
-@pytest.mark.parametrize(
-    ("noun", "plural"), [("patch", "patches"), ("pass", "passes"), ("entry", "entries"), ("day", "days")]
-)
-def test_plurals_are_regular_english(noun: str, plural: str) -> None:
-    assert (counted(1, noun), counted(2, noun)) == (f"1 {noun}", f"2 {plural}")
+def test_another_plural_can_be_given() -> None:
+    assert (counted(1, "patch", "patches"), counted(2, "patch", "patches")) == ("1 patch", "2 patches")
