@@ -29,9 +29,9 @@ class StorageError(InputError):
     exit_code = 1
 
 
-def counted(count: int, noun: str) -> str:
-    """A number of things in a sentence: "1 image", "2 images", "1,000 images"; noun: the singular of a regular one."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number of things in a sentence: "1 image", "2,000 images". plural: where it is not the noun with an s."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def exit_code_of(error: BaseException) -> int | None:

@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from pipelines.errors import counted
 from pipelines.report.clusterings import Clustering
 from pipelines.report.colours import FAINT, LINES, OTHER_KIND, amount_table
 from pipelines.report.contents import Contents, Shown
@@ -84,6 +85,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters["uri"] = _data_uri
     environment.filters["count"] = lambda value: f"{value:,}"
+    environment.filters["counted"] = counted
     return environment.get_template("report.html")
 
 

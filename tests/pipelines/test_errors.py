@@ -11,3 +11,7 @@ from pipelines.errors import counted
 )
 def test_one_is_singular_and_thousands_are_separated(count: int, said: str) -> None:
     assert counted(count, "image") == said
+
+
+def test_another_plural_can_be_given() -> None:
+    assert (counted(1, "patch", "patches"), counted(2, "patch", "patches")) == ("1 patch", "2 patches")
