@@ -135,9 +135,8 @@ def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 TABLES_INTRODUCTION = """\
 # Tables
 
-This page is generated from
-[pipelines/store/schemas.py](../pipelines/store/schemas.py), where every column is defined: run `make docs` after a
-change there.
+This page is generated from [pipelines/store/schemas.py](../pipelines/store/schemas.py), where every column is defined:
+run `make docs` after a change there.
 
 Every table is a Delta Lake table: zstd-compressed Parquet files and a log beside them. Files hold whole images in key
 order, so a lookup by `image_id` reads one row group. [Python](python.md) shows how to read them, and
@@ -180,7 +179,8 @@ key is an error that names the nearest known one.
     dinoray extract photos features -c configs/extract.yaml --set features.stride=8
 
 The settings of `model`, `image`, `features` and `store` decide the values in a store. They are its spec, and a store
-has one spec for life. The settings of the other sections may change from run to run.
+has one spec for life. `model.device` and `model.compile` and the settings of the other sections may change from run to
+run.
 """
 
 
