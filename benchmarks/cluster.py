@@ -29,10 +29,12 @@ from pipelines.store.vectors import encode
 
 WORK = Path(__file__).with_name("work")
 WHOLE, QUARTER = WORK / "cluster", WORK / "cluster-quarter"
-IMAGES_STORED, GRID, CHANNELS, K = 5_000, (10, 20), 384, 1_024  # 1,000,000 patches
+# Together 1,000,000 patches.
+IMAGES_STORED, GRID, CHANNELS, K = 5_000, (10, 20), 384, 1_024
 IMAGES_A_SHARD, IMAGES_A_ROW_GROUP = 1_000, 64
 PASSES = 5
-VALUE_BYTES = 2  # a worker holds what is stored as halves
+# A worker holds in half precision what is stored like that.
+BYTES_PER_VALUE_IN_MEMORY = 2
 
 
 def main() -> None:
@@ -56,7 +58,7 @@ def passes() -> list[Row]:
 
 def memory() -> list[Row]:
     """Peak memory of the whole job with one budget: for vectors that fit it, and for four times as many."""
-    budget = IMAGES_STORED // 4 * GRID[0] * GRID[1] * CHANNELS * VALUE_BYTES
+    budget = IMAGES_STORED // 4 * GRID[0] * GRID[1] * CHANNELS * BYTES_PER_VALUE_IN_MEMORY
     peaks = {
         folder: run_and_measure(_command(folder, "memory", f"--set=cluster.cache_gb={1.01 * budget / 1e9}"))
         for folder in (QUARTER, WHOLE)
@@ -72,7 +74,7 @@ def _command(folder: Path, name: str, *options: str) -> list[str]:
 
 
 def _single_process() -> dict[str, float]:
-    """Seconds of a pass of the best implementations at hand, vectors in memory as float32."""
+    """Seconds of a pass of the best implementations that are installed, vectors in memory as float32."""
     vectors = _vectors(np.random.default_rng(0), IMAGES_STORED * GRID[0] * GRID[1])
     return {"faiss": _faiss_pass(vectors), "torch": _torch_pass(torch.from_numpy(vectors))}
 
@@ -84,7 +86,8 @@ def _faiss_pass(vectors: np.ndarray) -> float:
         kmeans.train(vectors)
         return time.perf_counter() - started
 
-    return (train(3) - train(1)) / 2  # without what it does before the first
+    # What it does before the first iteration cancels out.
+    return (train(3) - train(1)) / 2
 
 
 def _torch_pass(vectors: torch.Tensor, block: int = 1_024) -> float:

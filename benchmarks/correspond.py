@@ -29,7 +29,8 @@ from pipelines.store.vectors import decode
 
 WORK = Path(__file__).with_name("work")
 IMAGES, PAIRS, LOOP_PAIRS = 100, 500, 50
-GRIDS, CHANNELS = ((27, 36), (36, 27), (27, 27)), 384  # 224 pixels, stride 8, ViT-S
+# A ViT-S at stride 8 on images of 224 pixels.
+GRIDS, CHANNELS = ((27, 36), (36, 27), (27, 27)), 384
 
 
 def main() -> None:

@@ -27,8 +27,10 @@ from pipelines.store.store import Store
 WORK = Path(__file__).with_name("work")
 COUNT, ADDED, QUERIES, TOP = 100_000, 1_000, 500, 10
 PHOTOS = 40
-UPDATES = 11  # the last brings a graph's segments above a tenth of it, and they are merged into it
-DIMENSIONS = (64, 192, 384)  # ViT-Ti has 192, ViT-S 384
+# The last update brings a graph's segments above a tenth of it, and they are merged into it.
+UPDATES = 11
+# A ViT-Ti has 192, a ViT-S 384.
+DIMENSIONS = (64, 192, 384)
 KINDS: tuple[Kind, ...] = ("flat", "hnsw", "ivfpq")
 WEIGHTS = TEST_DATA / "weights" / "deit_tiny_patch16_224_state_dict.pth"
 
@@ -55,7 +57,7 @@ def one_kind(kind: Kind, vectors: np.ndarray) -> list[Row]:
     config = load_config(overrides=["model.weights=random", f"index.kind={kind}"])
     store = _store(held[:COUNT], config)
     rebuild = _seconds_of_job(store, config, "bench")
-    if kind == "flat":  # cheap enough to repeat; the first one warms up
+    if kind == "flat":  # it is cheap enough to repeat, and the first one warms up
         rebuild = statistics.median(_seconds_of_job(store, config, f"again{number}") for number in range(3))
     in_memory = _seconds_in_memory(store, held[COUNT : COUNT + ADDED])
     updates = []
@@ -69,7 +71,7 @@ def one_kind(kind: Kind, vectors: np.ndarray) -> list[Row]:
     return [
         Row(f"{kind}: recall@{TOP}", recall, ">= 0.95", f"base and a segment; {per_second:,.0f} queries/s"),
         Row(what, usual / rebuild, "<= 0.05", f"whole job: {usual * 1e3:,.0f} ms and {rebuild:.2f} s"),
-        Row(f"{what}, mean of {UPDATES}", mean / rebuild, "", f"merges included, of which one took {most:.2f} s"),
+        Row(f"{what}, mean of {UPDATES}", mean / rebuild, "", f"merges included; the longest update took {most:.2f} s"),
         Row(f"{what}, in memory", in_memory / rebuild, "", f"into the base itself: {in_memory * 1e3:,.0f} ms"),
     ]
 

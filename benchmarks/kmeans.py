@@ -22,9 +22,12 @@ from dino_ops.kmeans import Codebook, LloydPass, PartialSums, kmeans, seed, upda
 from pipelines.running.cpus import available_cpus
 
 COUNT, DIMENSION, K = 1_000_000, 384, 1_024
-PIECE = 50_000  # rows a time; a second or less, so that some of the rounds run undisturbed
-ROUNDS = 3  # over the pieces, of which every tenth is measured
-PRODUCT_ROWS = (512, 1_024, 4_096)  # of bare products; the fastest is the machine's rate
+# A call takes a second or less, so that some of the rounds run undisturbed.
+ROWS_PER_CALL = 50_000
+# In a round every tenth call is measured.
+ROUNDS = 3
+# The fastest of these is the machine's rate.
+ROWS_PER_BARE_PRODUCT = (512, 1_024, 4_096)
 INERTIA_COUNT, INERTIA_K, ITERATIONS = 60_000, 256, 20
 
 
@@ -45,11 +48,12 @@ def speed(vectors: np.ndarray, faiss: Any) -> list[Row]:
     unit = centroids / np.linalg.norm(centroids, axis=1, keepdims=True)
     spherical, euclidean = Codebook(unit, spherical=True), Codebook(centroids, spherical=False)
     single = torch.from_numpy(centroids.astype(np.float32))
-    half = [torch.from_numpy(vectors[:PIECE]).half()]  # the same rows every time, already converted
+    # The same rows every time, already converted.
+    half = [torch.from_numpy(vectors[:ROWS_PER_CALL]).half()]
     best = _least_seconds(
         vectors,
         {
-            **{f"products of {rows}": _products(single, rows) for rows in PRODUCT_ROWS},
+            **{f"products of {rows}": _products(single, rows) for rows in ROWS_PER_BARE_PRODUCT},
             "assign, cosine": spherical.assign,
             "assign, Euclidean": euclidean.assign,
             "iteration, cosine": LloydPass(spherical).add,
@@ -59,9 +63,9 @@ def speed(vectors: np.ndarray, faiss: Any) -> list[Row]:
             "torch": _torch_iteration(single),
         },
     )
-    pieces = COUNT / PIECE
-    product = min(best[f"products of {rows}"] for rows in PRODUCT_ROWS)
-    rate = 2 * PIECE * DIMENSION * K / product / 1e9
+    pieces = COUNT / ROWS_PER_CALL
+    product = min(best[f"products of {rows}"] for rows in ROWS_PER_BARE_PRODUCT)
+    rate = 2 * ROWS_PER_CALL * DIMENSION * K / product / 1e9
     other = min("faiss", "torch", key=best.__getitem__)
     # What is done once an iteration, whatever the number of vectors.
     started = time.perf_counter()
@@ -95,7 +99,7 @@ def seeding(vectors: np.ndarray) -> list[Row]:
 
 
 def inertia(vectors: np.ndarray, faiss: Any) -> list[Row]:
-    """Ours in parts of faiss.Kmeans', from the same first centroids, after as many iterations."""
+    """Ours in parts of faiss.Kmeans', from the same first centroids, after the same number of iterations."""
     rows = []
     for spherical in (True, False):
         held = vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if spherical else vectors
@@ -116,8 +120,8 @@ def _least_seconds(vectors: np.ndarray, ways: dict[str, Callable[[torch.Tensor],
     """The shortest time that each way took for a piece."""
     best = dict.fromkeys(ways, np.inf)
     for _ in range(ROUNDS):
-        for first in range(0, COUNT, 10 * PIECE):
-            piece = torch.from_numpy(vectors[first : first + PIECE])
+        for first in range(0, COUNT, 10 * ROWS_PER_CALL):
+            piece = torch.from_numpy(vectors[first : first + ROWS_PER_CALL])
             for name, way in ways.items():
                 started = time.perf_counter()
                 way(piece)
@@ -140,7 +144,7 @@ def _faiss_iteration(centroids: np.ndarray, faiss: Any) -> Callable[[torch.Tenso
 
     def iterate(piece: torch.Tensor) -> None:
         clustering = faiss.Clustering(DIMENSION, K)
-        clustering.niter, clustering.max_points_per_centroid = 1, PIECE
+        clustering.niter, clustering.max_points_per_centroid = 1, ROWS_PER_CALL
         clustering.min_points_per_centroid = 1
         faiss.copy_array_to_vector(centroids.ravel(), clustering.centroids)
         clustering.train(piece.numpy(), faiss.IndexFlatL2(DIMENSION))

@@ -1,4 +1,4 @@
-"""Photographs to measure with: 120 full-size ones where test data is at hand, else those that packages carry."""
+"""Photographs to measure with: 120 full-size ones where there is test data, else those that packages carry."""
 
 from __future__ import annotations
 

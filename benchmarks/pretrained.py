@@ -26,9 +26,12 @@ from dino_ops.packaged import packaged_weights
 
 WORK = Path(__file__).with_name("work") / "pretrained"
 MODEL = "dinoray_tiny"
-AIM = 0.70  # of k-NN accuracy, when trained on a GPU
-VOTERS = 20  # k that DINO's authors report
-PIXELS = "image.shorter_side=96"  # about what it was trained with; the photos have 128
+# Weights that were trained on a GPU should reach it.
+KNN_ACCURACY_AIM = 0.70
+# DINO's authors report this k.
+KNN_VOTERS = 20
+# The model was trained with about this size; the photos have 128 pixels.
+IMAGE_SIZE_SETTING = "image.shorter_side=96"
 
 Figures = dict[str, float]
 
@@ -36,7 +39,7 @@ Figures = dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="a file to try instead of the packaged one")
-    parser.add_argument("--limit", type=int, help="at most so many images of each data set: to see that it runs")
+    parser.add_argument("--limit", type=int, help="at most this many images of each data set, to see that it runs")
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS))
     arguments = parser.parse_args()
     if not TEST_DATA.is_dir():
@@ -65,14 +68,14 @@ def _figures(weights: str, parts: list[str], limit: int | None) -> Figures:
 
 
 def _row(what: str, trained: float, random: float) -> Row:
-    bar = max(AIM, random) if what == _knn_name(VOTERS) else random
+    bar = max(KNN_ACCURACY_AIM, random) if what == _knn_name(KNN_VOTERS) else random
     return Row(what, trained, f">= {bar:.2f}", f"{trained:.4f}; at random initialisation {random:.4f}")
 
 
 def imagenette(weights: str, limit: int | None) -> Figures:
     """Top-1 accuracy of embeddings on the validation photos."""
     train, val = (
-        _extract(name, TEST_DATA / "imagenette" / files, weights, limit, "store.patches=none", PIXELS)
+        _extract(name, TEST_DATA / "imagenette" / files, weights, limit, "store.patches=none", IMAGE_SIZE_SETTING)
         for name, files in (("train", "train/*.tar"), ("val", "val"))
     )
     knn = _dinoray("evaluate", "knn", train, "--test", val)["accuracy"]

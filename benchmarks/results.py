@@ -16,11 +16,11 @@ FILE = Path(__file__).with_name("results.md")
 
 @dataclass(frozen=True)
 class Row:
-    """A measured ratio, the bar it should reach, and the figures behind it."""
+    """A measured ratio, the bar it should reach (">= 0.80", "<= 1.2", or "" for none), and the figures behind it."""
 
     what: str
     value: float
-    bar: str  # ">= 0.80", "<= 1.2", or empty where there is none
+    bar: str
     figures: str
 
     @property

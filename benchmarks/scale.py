@@ -35,9 +35,12 @@ from pipelines.store.vectors import encode
 WORK = Path(__file__).with_name("work") / "scale"
 SIZES = (10_000, 100_000, 1_000_000)
 SHARD = 1_000
-WIDTH = 8  # of embeddings and descriptors: neither is read here
-LATE_COMMITS = 10  # the last ones, when the store is full
-MOST = 1.15  # as an exponent: noise, and caches that the largest no longer fits
+# Few: neither embeddings nor descriptors are read here.
+VECTOR_DIMENSIONS = 8
+# The store is full in the last ones.
+LATE_COMMITS_MEASURED = 10
+# More than 1 for noise, and for caches that the largest store no longer fits.
+MAX_EXPONENT = 1.15
 
 T = TypeVar("T")
 
@@ -46,11 +49,11 @@ RUN_ID = "20200101T000000Z-000000"
 
 @dataclass
 class Steps:
-    """Seconds."""
+    """Seconds of each step. nothing_new: opening the store and planning, when everything is done."""
 
     listing: float = 0.0
     manifest: float = 0.0
-    nothing_new: float = 0.0  # opening the store and planning, when all is done
+    nothing_new: float = 0.0
     one_in_hundred: float = 0.0
     all_commits: float = 0.0
     late_commit: float = 0.0
@@ -87,7 +90,7 @@ def main() -> None:
 def _row(name: str, measured: dict[int, Steps], least: int, most: int) -> Row:
     seconds = {size: getattr(steps, name) for size, steps in measured.items()}
     exponent = math.log(seconds[most] / seconds[least]) / math.log(most / least)
-    bar = "" if name == WITHOUT_BAR else f"<= {MOST}"
+    bar = "" if name == WITHOUT_BAR else f"<= {MAX_EXPONENT}"
     return Row(NAMES[name], exponent, bar, "; ".join(f"{size:,}: {took:.3f} s" for size, took in seconds.items()))
 
 
@@ -105,7 +108,7 @@ def measure(images: int) -> Steps:
     uri = str(WORK / "store")
     store = Store.create(uri, config)
     took = _fill(store, listing)
-    steps.all_commits, steps.late_commit = sum(took), statistics.median(took[-LATE_COMMITS:])
+    steps.all_commits, steps.late_commit = sum(took), statistics.median(took[-LATE_COMMITS_MEASURED:])
 
     def plan(listing: pa.Table) -> int:
         opened = Store.open_existing(uri, config)
@@ -172,7 +175,7 @@ def _fill(store: Store, listing: pa.Table) -> list[float]:
 def _write_shard(store: Store, rows: pa.Table) -> ShardReport:
     """Both files of a shard: one patch for each image."""
     name, count = new_file_name(RUN_ID), len(rows)
-    vectors = encode(np.ones((count, WIDTH), np.float32), "float32")[0]
+    vectors = encode(np.ones((count, VECTOR_DIMENSIONS), np.float32), "float32")[0]
     numbers = pa.array(np.ones(count, np.int32))
     given = {column: rows[column] for column in ("image_id", "uri", "label", "source_size", "source_version")}
     given |= {"embedding": vectors, "shard": pa.array([name] * count), "run_id": pa.array([RUN_ID] * count)}

@@ -1,4 +1,4 @@
-"""One transformer block in parts, so that only what somebody asked for is computed.
+"""One transformer block in parts, so that only what was asked for is computed.
 
 Works on the standard pre-norm blocks of timm's VisionTransformer (Block, Attention) and Eva (EvaBlock, EvaAttention).
 Letters: B images, N tokens, D channels, h heads, d channels of a head.
@@ -71,7 +71,8 @@ def class_attention(attention: Any, class_query: torch.Tensor, key: torch.Tensor
     class_query: (B, h, 1, d) and key: (B, h, N, d), both ready. One row, so memory grows with N and not with its
     square.
     """
-    with torch.autocast(class_query.device.type, enabled=False):  # half precision would leave steps in the map
+    # Half precision would leave steps in the map.
+    with torch.autocast(class_query.device.type, enabled=False):
         scores = (class_query.float() * attention.scale) @ key.float().transpose(-2, -1)
         return scores.squeeze(2).softmax(dim=-1)
 

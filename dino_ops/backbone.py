@@ -87,7 +87,7 @@ class Backbone(nn.Module):
         return self.final_norm(tokens[:, :1]).squeeze(1)
 
     def final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The model's last LayerNorm, wherever timm keeps it: models pooled by averaging have it behind the pool."""
+        """The model's last LayerNorm, which timm keeps behind the pool in models that are pooled by averaging."""
         return self.vit.fc_norm(tokens) if isinstance(self.vit.norm, nn.Identity) else self.vit.norm(tokens)
 
     def _with_prefix_and_positions(self, patches: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
@@ -101,7 +101,7 @@ class Backbone(nn.Module):
         return tokens
 
     def _position_embedding(self, size_hw: tuple[int, int]) -> torch.Tensor:
-        if self.vit.training:  # the next step has others
+        if self.vit.training:  # every step changes the stored positions
             return self._resized_positions(size_hw)
         return self._positions.get(size_hw, lambda: self._resized_positions(size_hw))
 

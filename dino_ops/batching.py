@@ -11,19 +11,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # Beyond this many tokens a batch keeps any current accelerator busy, and more only costs memory.
-CUDA_TOKENS = 131_072
+MAX_CUDA_BATCH_TOKENS = 131_072
 # A CPU is busy with one image; a few hide the overhead of each call. Large images go alone, to bound memory.
-CPU_TOKENS = 16_384
-CPU_IMAGES = 8
-START_TOKENS = 16_384
-MOST_IMAGES = 1024
+MAX_CPU_BATCH_TOKENS = 16_384
+MAX_CPU_BATCH_IMAGES = 8
+FIRST_BATCH_TOKENS = 16_384
+MAX_CUDA_BATCH_IMAGES = 1024
 
 
 class BatchSizer:
     """Chooses batch sizes in tokens, so that what was learnt from one image shape holds for another.
 
-    "auto" on a GPU starts small and doubles after every full batch that went well, up to CUDA_TOKENS. Running out of
-    memory halves the batch and ends the growth. A number is used as it is, unless memory runs out.
+    "auto" on a GPU starts small and doubles after every full batch that went well, up to MAX_CUDA_BATCH_TOKENS.
+    Running out of memory halves the batch and ends the growth. A number is used as it is, unless memory runs out.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class BatchSizer:
         out_of_memory: type[BaseException] = torch.OutOfMemoryError,
     ) -> None:
         self._fixed = None if batch_size == "auto" else batch_size
-        self._max_images = CPU_IMAGES if device_type == "cpu" else MOST_IMAGES
-        self._ceiling = CPU_TOKENS if device_type == "cpu" else CUDA_TOKENS
-        self._tokens = START_TOKENS
+        self._max_images = MAX_CPU_BATCH_IMAGES if device_type == "cpu" else MAX_CUDA_BATCH_IMAGES
+        self._ceiling = MAX_CPU_BATCH_TOKENS if device_type == "cpu" else MAX_CUDA_BATCH_TOKENS
+        self._tokens = FIRST_BATCH_TOKENS
         self._out_of_memory = out_of_memory
         self._failing_tokens: int | None = None
 
@@ -70,7 +70,8 @@ class BatchSizer:
         ]
 
     def _succeeded(self, tokens: int) -> None:
-        grew_enough = 2 * tokens > self._tokens  # a batch far below the size tried says nothing about it
+        # A batch far below the size tried says nothing about it.
+        grew_enough = 2 * tokens > self._tokens
         if self._failing_tokens is None and grew_enough:
             self._tokens = min(2 * self._tokens, self._ceiling)
 

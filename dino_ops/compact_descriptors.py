@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FINE = 32_767  # steps of a region's query; with 127 of a code and 512 dimensions, sums stay below 2 ** 31
-MOST_DIMENSIONS = 512
+# With the 127 steps of a code and 512 dimensions, sums of products stay below 2 ** 31.
+REGION_QUERY_STEPS = 32_767
+MAX_DIMENSIONS = 512
 _ROWS_AT_A_TIME = 16_384
 
 
@@ -19,7 +20,7 @@ _ROWS_AT_A_TIME = 16_384
 class CompactDescriptors:
     """n descriptors in d dimensions.
 
-    codes: (n, d) int8, of which the direction counts; zeros for a descriptor of length zero. kept: the share of the
+    codes: (n, d) int8; only their direction counts; zeros for a descriptor of length zero. kept: the share of the
     squared length of unit descriptors that lies in the d dimensions, 0..1.
     """
 
@@ -37,8 +38,8 @@ def compact_descriptors(rows: np.ndarray, dimensions: int, seed: int = 0, max_ro
 
     Raises ValueError unless 1 <= dimensions <= 512.
     """
-    if not 1 <= dimensions <= MOST_DIMENSIONS:
-        raise ValueError(f"{dimensions} dimensions: there can be 1 to {MOST_DIMENSIONS}")
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise ValueError(f"{dimensions} dimensions: there can be 1 to {MAX_DIMENSIONS}")
     count, channels = rows.shape
     kept_dimensions = min(dimensions, channels)
     if not count:
@@ -70,14 +71,16 @@ def region_query(codes: np.ndarray) -> np.ndarray:
     if len(codes) == 1:
         return codes[0].astype(np.int32)
     total = np.zeros(codes.shape[1])
-    for row, length in zip(codes.astype(np.float64), inverse_lengths(codes), strict=True):  # in this order: see above
+    # Row by row, as the page's program adds them: another order could change the last bits.
+    for row, length in zip(codes.astype(np.float64), inverse_lengths(codes), strict=True):
         total += row * length
-    return _scaled(total[None], FINE)[0].astype(np.int32)
+    return _scaled(total[None], REGION_QUERY_STEPS)[0].astype(np.int32)
 
 
 def cosines(codes: np.ndarray, query: np.ndarray) -> np.ndarray:
     """Cosine of each of the codes (n, d) with a query (d,) of `region_query`: (n,) float64; 0 for those of length 0."""
-    products = codes.astype(np.float64) @ query.astype(np.float64)  # exact: sums of whole numbers below 2 ** 53
+    # These sums of whole numbers are exact, since they stay below 2 ** 53.
+    products = codes.astype(np.float64) @ query.astype(np.float64)
     return products * inverse_lengths(codes) * inverse_lengths(query[None])[0]
 
 

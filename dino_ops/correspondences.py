@@ -16,12 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dino_ops.descriptors import BLOCK_VALUES, Array, binned_similarity_tiles, bins_at, float_tensor
+from dino_ops.descriptors import MAX_SIMILARITY_BLOCK_VALUES, Array, binned_similarity_tiles, bins_at, float_tensor
 
 ForegroundRule = Literal["reference", "strict"]
 
-POINT_VALUES = 32_000_000  # of the joined descriptors of matches: more are projected before k-means
-PROJECTED_DIMENSIONS = 512  # squared distances keep to within some 6 %
+# Joined descriptors of matches that hold more values are projected before k-means.
+MAX_CLUSTERED_VALUES = 32_000_000
+# Enough to keep squared distances to within some 6 %.
+PROJECTED_DIMENSIONS = 512
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def find_correspondences(
     GPU. saliency_a, saliency_b: (grid height, grid width), 0..1. foreground: see `in_foreground`. seed: of k-means.
 
     Without mutual neighbours in the foreground, or without cells, the result is empty. Values of descriptors that are
-    not finite count as 0. Where more than POINT_VALUES values would be clustered (2,400 matches of binned descriptors
-    of 384 dimensions), a random projection of them is.
+    not finite count as 0. Where more than MAX_CLUSTERED_VALUES values would be clustered (2,400 matches of binned
+    descriptors of 384 dimensions), a random projection of them is.
 
     Raises ValueError for maps that are not two grids of vectors of one length, or saliency of another grid.
     """
@@ -98,7 +100,7 @@ def find_correspondences(
     cell_b = neighbours.b_of_a[cell_a]
     saliency = ((salient_a[cell_a] + salient_b[cell_b]) / 2).astype(np.float32)
     values = len(cell_a) * 2 * map_a.shape[-1] * (17 if binned else 1)
-    joined = paired_descriptors if values <= POINT_VALUES else projected_descriptors
+    joined = paired_descriptors if values <= MAX_CLUSTERED_VALUES else projected_descriptors
     points = joined(a, b, cell_a, cell_b, binned=binned)
     return Correspondences(
         cell_a,
@@ -140,7 +142,8 @@ class _Nearest:
     def see(self, first: int, first_of_other: int, best: torch.Tensor, at: torch.Tensor) -> None:
         """Take the best of a tile that begins with cells `first` and `first_of_other` where they are better."""
         seen = slice(first, first + len(best))
-        better = best > self.similarity[seen]  # not >=: tiles come in order, and the first of equals stays
+        # Not >=: tiles come in order, and the first of equals stays.
+        better = best > self.similarity[seen]
         self.neighbour[seen] = torch.where(better, at + first_of_other, self.neighbour[seen])
         self.similarity[seen] = torch.where(better, best, self.similarity[seen])
 
@@ -206,7 +209,8 @@ def spread_out(points: np.ndarray, saliency: np.ndarray, num_pairs: int, seed: i
         return np.zeros(0, np.int64)
     # n_init: the default of the scikit-learn that the published code was written for
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different points than clusters are no mistake
+        # Fewer different points than clusters are no mistake.
+        warnings.simplefilter("ignore", ConvergenceWarning)
         labels = KMeans(k, n_init=10, random_state=seed).fit_predict(_isometric(points))
     # a stable sort: of equals the first is the cluster's representative
     by_saliency = np.argsort(-saliency, kind="stable")
@@ -229,7 +233,7 @@ def _similarity_tiles(map_a: Array, map_b: Array) -> Iterator[tuple[int, int, to
     tensors = [float_tensor(one).flatten(0, 1) for one in (map_a, map_b)]
     kind = torch.promote_types(*(one.dtype for one in tensors))
     a, b = (F.normalize(one.to(kind), dim=1, eps=1e-8) for one in tensors)
-    rows = max(1, BLOCK_VALUES // len(b))
+    rows = max(1, MAX_SIMILARITY_BLOCK_VALUES // len(b))
     for first in range(0, len(a), rows):
         yield first, 0, a[first : first + rows] @ b.T
 

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from dino_ops.elbow import FaissKMeans, KMeansFunction, cluster_by_elbow, nearest_centroids, unit_rows
+from dino_ops.published_kmeans import FaissKMeans, KMeansFunction, cluster_by_elbow, nearest_centroids, unit_rows
 
 Voting = Literal["published", "relative"]
 
@@ -80,11 +80,11 @@ def fit_foreground(
     saliency: for each of them (grid height, grid width), 0..1, or None for one that joins the clustering without a
     vote, such as a crop. Images that are outliers (see `inliers`) are left out of both.
 
-    elbow: see `cluster_by_elbow`. sample_interval: k-means sees every so many-th patch of each image, from the first.
-    kmeans: by default the published code's. voting: "published", an image votes for a cluster when the mean saliency
-    of its patches there is above saliency_threshold, and a cluster needs the votes of votes_percentage of the voting
-    images. "relative" needs neither setting: an image votes when that mean is above the image's own, and a cluster
-    needs half of the images that have it. What is found then depends much less on the sample and the seed.
+    elbow: see `cluster_by_elbow`. sample_interval: k-means sees every sample_interval-th patch of each image, from
+    the first. kmeans: by default the published code's. voting: "published", an image votes for a cluster when the mean
+    saliency of its patches there is above saliency_threshold, and a cluster needs the votes of votes_percentage of the
+    voting images. "relative" needs neither setting: an image votes when that mean is above the image's own, and a
+    cluster needs half of the images that have it. What is found then depends much less on the sample and the seed.
 
     Raises ValueError for maps that do not fit together and for settings out of range.
     """

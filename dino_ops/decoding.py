@@ -1,4 +1,4 @@
-"""Bytes that nobody vouches for to an upright 8-bit RGB image, or an ImageError: nothing else leaves this module."""
+"""Untrusted bytes to an upright 8-bit RGB image, or an ImageError: nothing else leaves this module."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def decode_image(data: bytes, max_pixels: int, least_side: int | None = None) ->
 
     data: the whole file. max_pixels: larger images are refused from their header, before any pixel is decoded.
     least_side: a JPEG may be decoded at a half, quarter or eighth of its size, which is many times faster, as long as
-    its shorter side keeps so many pixels.
+    its shorter side keeps this many pixels.
 
     EXIF orientation is applied; an unreadable EXIF block counts as absent. Alpha is dropped, as the reference does.
     16-bit integers map 0..65535 to 0..255; `_eight_bits` has the rule for 32-bit and floating-point pixels.
@@ -95,7 +95,7 @@ def orient_and_convert(image: Image.Image, max_pixels: int) -> Image.Image:
 
 @cache
 def _load_plugins() -> None:
-    """Make every decoder known to Pillow: its own, and HEIF (what phones write) where pillow-heif is installed."""
+    """Make every decoder known to Pillow: its own, and HEIF (the format of phones) where pillow-heif is installed."""
     Image.init()
     with suppress(ImportError):
         import pillow_heif
@@ -157,7 +157,8 @@ def _check_icon(data: bytes, max_pixels: int) -> None:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # broken EXIF fails in as many ways as broken pixels, and the pixels are good
+    # Broken EXIF fails in as many ways as broken pixels do, and the pixels are good.
+    except Exception:
         return 1
 
 
@@ -208,10 +209,10 @@ def _reported_as_image_error() -> Iterator[None]:
 
 
 class _PillowWarningsIgnored:
-    """Keeps Pillow's warnings about damaged files out of everyone's log while any thread decodes.
+    """Keeps Pillow's warnings about damaged files out of the log while any thread decodes.
 
     warnings.catch_warnings replaces a process-wide list on entry and on exit, so threads that overlap can leave it
-    wrong for ever. Here one entry goes in with the first thread, and the same entry out with the last.
+    wrong forever. Here the first thread puts one entry in, and the last one takes the same entry out.
     """
 
     def __init__(self) -> None:

@@ -18,8 +18,9 @@ ChannelOrder = Literal["head_major", "dim_major"]
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
-BLOCK_VALUES = 16_000_000  # of a similarity matrix computed at once
-LEAST_ROWS = 4  # of a grid in a block: with fewer most of the work would be repeated at its edges
+MAX_SIMILARITY_BLOCK_VALUES = 16_000_000
+# With fewer, most of the work would be repeated at the block's edges.
+MIN_BLOCK_GRID_ROWS = 4
 
 
 def order_channels(projected: torch.Tensor, num_heads: int, order: ChannelOrder) -> torch.Tensor:
@@ -123,7 +124,7 @@ def binned_similarity_blocks(
     at least. Fewer rows take less memory and repeat more work at the blocks' edges.
     """
     height_b, width_b = map_b.shape[:2]
-    rows = block_rows or max(LEAST_ROWS, BLOCK_VALUES // (map_a.shape[1] * height_b * width_b))
+    rows = block_rows or max(MIN_BLOCK_GRID_ROWS, MAX_SIMILARITY_BLOCK_VALUES // (map_a.shape[1] * height_b * width_b))
     for first, _, block in binned_similarity_tiles(map_a, map_b, hierarchy, (rows, height_b)):
         yield first, block
 
@@ -163,10 +164,10 @@ def binned_similarity_tiles(
 
 def _tile_rows(width_a: int, height_b: int, width_b: int) -> tuple[int, int]:
     """Grid rows of both maps in a tile: all of b where that leaves enough rows of a, else a square."""
-    rows = BLOCK_VALUES // (width_a * height_b * width_b)
-    if rows >= LEAST_ROWS:
+    rows = MAX_SIMILARITY_BLOCK_VALUES // (width_a * height_b * width_b)
+    if rows >= MIN_BLOCK_GRID_ROWS:
         return rows, height_b
-    side = max(LEAST_ROWS, math.isqrt(BLOCK_VALUES // (width_a * width_b)))
+    side = max(MIN_BLOCK_GRID_ROWS, math.isqrt(MAX_SIMILARITY_BLOCK_VALUES // (width_a * width_b)))
     return side, side
 
 
@@ -223,7 +224,7 @@ def _padded(maps: torch.Tensor, reach: int) -> torch.Tensor:
 def float_tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
     """The same values as a float32 tensor, or float64 where they are; memory is shared where it can be."""
     if isinstance(array, np.ndarray):
-        # a copy of read-only arrays, such as columns of Arrow tables, of which torch warns, and of reversed ones
+        # torch warns of read-only arrays, such as columns of Arrow tables, and refuses reversed ones
         usable = array.flags.writeable and min(array.strides, default=0) >= 0
         array = torch.from_numpy(array if usable else array.copy())
     return array if array.dtype == torch.float64 else array.float()

@@ -27,7 +27,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if resolved.type == "cuda":
         present = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (resolved.index or 0) >= present:
-            raise ModelError(f"device {device} was asked for, but this process sees {present} GPUs: use auto or cpu")
+            gpus = "1 GPU" if present == 1 else f"{present} GPUs"
+            raise ModelError(f"device {device} was asked for, but this process sees {gpus}: use auto or cpu")
     return resolved
 
 

@@ -53,7 +53,7 @@ def _why_unreachable() -> str | None:
         request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close()
     except urllib.error.HTTPError:
-        return None  # it answered
+        return None  # an error is an answer, too
     except OSError as e:
         return f"{constants.ENDPOINT} does not answer: {getattr(e, 'reason', e)}"
     return None

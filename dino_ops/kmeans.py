@@ -1,8 +1,8 @@
 """k-means: the update between two passes over the data, and the whole of it for data in memory.
 
 Pieces for many workers: `seed` on a sample, then in every iteration each worker adds its vectors to a `LloydPass`
-(or calls `assign_and_sum`), PartialSums are added up, and `update` gives the next centroids. What is spherical, how
-ties are decided and why workers do not matter is said in `kmeans_assignment`.
+(or calls `assign_and_sum`), PartialSums are added up, and `update` gives the next centroids. What spherical means, how
+ties are decided and why workers do not matter: see `kmeans_assignment`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from dino_ops.kmeans_assignment import partial_sums as partial_sums
 from dino_ops.kmeans_seeding import seed as seed
 from dino_ops.kmeans_seeding import seed_within as seed_within
 
-SEEDS_SAMPLE = 256  # vectors for each cluster that k-means++ chooses from
-SPLIT_DISTANCE = 0.1  # of a cluster's root mean squared distance, by which its two halves are moved apart
-NO_INERTIA = 1e-10  # of a cluster's squared length: what rounding leaves of identical vectors
-NO_DIRECTION = 1e-12  # of a cluster's size: the sum of vectors that cancel each other out
+SEEDING_VECTORS_PER_CLUSTER = 256
+SPLIT_STEP_PER_RMS_DISTANCE = 0.1
+# A cluster with less inertia holds identical vectors; the rest is rounding.
+ROUNDING_INERTIA_PER_SQUARED_LENGTH = 1e-10
+# The vectors of a cluster whose sum is shorter cancel each other out.
+ROUNDING_LENGTH_PER_VECTOR = 1e-12
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def update(
     sizes = np.maximum(total.sizes, 1)
     lengths = np.linalg.norm(total.sums, axis=1)
     if spherical:
-        full &= lengths > NO_DIRECTION * sizes
+        full &= lengths > ROUNDING_LENGTH_PER_VECTOR * sizes
         scale, fallen = np.maximum(lengths, 1e-300), lengths - (total.sums * centroids).sum(axis=1)
     else:
         scale, fallen = sizes, np.zeros(0)
@@ -94,13 +96,13 @@ def update(
     if not spherical:
         fallen = sizes * apart**2
     left = np.where(full, total.inertia - fallen, 0)
-    left[left <= NO_INERTIA * lengths**2 / sizes] = 0
+    left[left <= ROUNDING_INERTIA_PER_SQUARED_LENGTH * lengths**2 / sizes] = 0
     shift = _shift(apart, total, centroids, spherical)
     reseeded = 0
     for empty, rich, inertia in _splits(total.sizes, left, offsets):
         spread = np.sqrt(inertia * (2 if spherical else 1))
         way = np.random.default_rng((seed, iteration, empty)).standard_normal(centroids.shape[1])
-        step = SPLIT_DISTANCE * spread * way / np.linalg.norm(way)
+        step = SPLIT_STEP_PER_RMS_DISTANCE * spread * way / np.linalg.norm(way)
         moved[empty], moved[rich] = moved[rich] - step, moved[rich] + step
         reseeded += 1
     if spherical:
@@ -124,7 +126,8 @@ def kmeans(
     k-means++. Without vectors there are no centroids; with fewer distinct vectors than k, a centroid for each.
     """
     if centroids is None:
-        centroids = _seed(_some(as_tensor(vectors), SEEDS_SAMPLE * k, seed), k, spherical=spherical, seed=seed)
+        sample = _some(as_tensor(vectors), SEEDING_VECTORS_PER_CLUSTER * k, seed)
+        centroids = _seed(sample, k, spherical=spherical, seed=seed)
     device = vectors.device if isinstance(vectors, torch.Tensor) else "cpu"
     done, converged = 0, len(vectors) == 0
     while done < iterations and not converged:
@@ -173,16 +176,17 @@ def choose_k(
     return most, objectives
 
 
-_seed = seed  # the name is also that of an argument
+# Functions here have an argument of the same name.
+_seed = seed
 
 
 def _shift(apart: np.ndarray, total: PartialSums, centroids: np.ndarray, spherical: bool) -> float:
     if not apart.any():
         return 0.0
-    mean = total.inertia.sum() * (2 if spherical else 1) / max(1, total.sizes.sum())  # of squared distances
+    mean_square = total.inertia.sum() * (2 if spherical else 1) / max(1, total.sizes.sum())
     # Identical vectors have no spread: what is left of it is rounding, as is the movement.
     rounding = 1e-6 * np.linalg.norm(centroids, axis=1).max()
-    return float(apart.max() / max(np.sqrt(mean), rounding))
+    return float(apart.max() / max(np.sqrt(mean_square), rounding))
 
 
 def _splits(
@@ -205,7 +209,7 @@ def _splits(
                 break
             negative, largest, size, apart = heapq.heappop(rich)
             yield cluster, largest, apart
-            if size > 3:  # a half that can be halved again
+            if size > 3:  # smaller halves cannot be halved again
                 heapq.heappush(rich, (negative / 2, largest, size // 2, apart))
                 heapq.heappush(rich, (negative / 2, cluster, size // 2, apart))
 

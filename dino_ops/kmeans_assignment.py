@@ -7,7 +7,7 @@ Euclidean and the inertia its square. Of equally near centroids the one with the
 The result does not depend on how rows are cut into blocks or spread over workers. Products are float32, whose last
 bits change with the shape of a block; where the best two centroids are closer than float32 can tell (the a priori bound
 of Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1), the row is decided again in float64. There,
-centroids within TIE of each other count as equally near, which absorbs what the order of float64 sums leaves.
+centroids within RELATIVE_TIE of each other count as equally near, which absorbs what the order of float64 sums leaves.
 
 Vectors and centroids are tensors on any device or arrays; work happens on the device of the vectors.
 """
@@ -24,18 +24,24 @@ import torch.nn.functional as F
 
 Vectors = np.ndarray | torch.Tensor
 
-CPU_BLOCK_VALUES = 2**20  # of the score matrix held at once: 4 MiB, so that it stays in the cache
-GPU_BLOCK_VALUES = 2**26
-CPU_BLOCK_ROWS = 64, 4_096  # at least and at most
-GPU_BLOCK_ROWS = 256, 2**18
-FLOAT64_VALUES = 400_000, 2**25  # of the vectors converted at once, on a CPU and on a GPU
-CHUNK_BLOCKS = 32  # blocks between two float64 decisions of the rows that were too close
-LANES = 32  # the maximum is taken over strided columns first, which runs at the speed of memory
-TIE = 1e-12  # of the lengths multiplied
+# 4 MiB of scores, so that a block stays in the cache.
+CPU_SCORE_BLOCK_VALUES = 2**20
+GPU_SCORE_BLOCK_VALUES = 2**26
+CPU_MIN_MAX_BLOCK_ROWS = 64, 4_096
+GPU_MIN_MAX_BLOCK_ROWS = 256, 2**18
+CPU_FLOAT64_BLOCK_VALUES = 400_000
+GPU_FLOAT64_BLOCK_VALUES = 2**25
+# After each chunk, the rows that were too close are decided again in float64.
+BLOCKS_PER_CHUNK = 32
+# The maximum is taken over strided columns first, which runs at the speed of memory.
+LANES = 32
+# Scores whose difference is at most this part of the product of both lengths count as equal.
+RELATIVE_TIE = 1e-12
 FLOAT32_ROUNDOFF = 2.0**-24
 # What a product loses before it is added up, when torch may shorten its factors (set_float32_matmul_precision).
 FACTOR_ROUNDOFF = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-6}
-SMALLEST = 1e-30  # of float32 products that may have been flushed to zero
+# A float32 product that is smaller may have been flushed to zero.
+MAX_FLUSHED_PRODUCT = 1e-30
 
 
 @dataclass(frozen=True)
@@ -62,24 +68,26 @@ class PartialSums:
 class _Range:
     """Centroids that compete with each other, made ready for products.
 
-    They are moved by their mean, which changes no comparison and makes the float32 error smaller.
+    matrix: (k, D) float64, the centroids less their mean, which changes no comparison and makes the float32 error
+    smaller. bias: (k,) float64; the nearest centroid has the greatest product with the vector plus bias. first_id: the
+    first centroid's. greatest_row: the greatest length of a row of matrix; greatest_length: of a centroid.
     """
 
-    first: int  # id of the first centroid
-    matrix: torch.Tensor  # (k, D) float64
-    bias: torch.Tensor  # (k,) float64: the nearest centroid has the greatest product with the vector plus bias
-    radius: float  # the greatest length of a row of matrix
-    length: float  # the greatest length of a centroid
+    first_id: int
+    matrix: torch.Tensor
+    bias: torch.Tensor
+    greatest_row: float
+    greatest_length: float
     spherical: bool
 
     @classmethod
-    def of(cls, centroids: torch.Tensor, first: int, spherical: bool) -> _Range:
+    def of(cls, centroids: torch.Tensor, first_id: int, spherical: bool) -> _Range:
         middle = centroids.mean(dim=0)
         matrix = centroids - middle
         squared = matrix.square().sum(dim=1)
         bias = torch.zeros_like(squared) if spherical else -(matrix @ middle) - squared / 2
         length = float(torch.linalg.vector_norm(centroids, dim=1).max())
-        return cls(first, matrix, bias, float(squared.max().sqrt()), length, spherical)
+        return cls(first_id, matrix, bias, float(squared.max().sqrt()), length, spherical)
 
     def __len__(self) -> int:
         return len(self.matrix)
@@ -95,22 +103,24 @@ class _Range:
         return float(self.bias.abs().max())
 
     def uncertainty(self, lengths: torch.Tensor) -> torch.Tensor:
-        """How far apart two float32 scores must be to be in the right order for certain: (n,) float32.
+        """How far apart two float32 scores must be to be certain of their order: (n,) float32.
 
         lengths: (n,) float32, of the vectors.
         """
-        terms = self.matrix.shape[1] + 4  # the products, the bias, and the rounding of centroid and bias to float32
+        # The products, the bias, and the rounding of centroid and bias to float32.
+        terms = self.matrix.shape[1] + 4
         relative = terms * FLOAT32_ROUNDOFF / (1 - terms * FLOAT32_ROUNDOFF)
         shortened = FACTOR_ROUNDOFF[torch.get_float32_matmul_precision()]
-        size = lengths * self.radius * 1.001 + self.greatest_bias  # 1.001: the lengths are rounded, too
-        return 2 * (relative + shortened) * size + self.tie(lengths) + SMALLEST
+        # 1.001, because the lengths are rounded, too.
+        size = lengths * self.greatest_row * 1.001 + self.greatest_bias
+        return 2 * (relative + shortened) * size + self.tie(lengths) + MAX_FLUSHED_PRODUCT
 
     def tie(self, lengths: torch.Tensor) -> torch.Tensor:
         """The difference of scores up to which centroids count as equally near: (n,)."""
-        return TIE * (lengths + (0.0 if self.spherical else self.length)) * self.length
+        return RELATIVE_TIE * (lengths + (0.0 if self.spherical else self.greatest_length)) * self.greatest_length
 
     def room(self, rows: int) -> torch.Tensor:
-        """For scores of so many rows: (rows, k') float32. Memory fresh from the system is slow to touch."""
+        """Memory for scores, (rows, k') float32, to be used again: memory fresh from the system is slow to touch."""
         matrix, _ = self.padded
         return matrix.new_empty(rows, len(matrix))
 
@@ -191,8 +201,8 @@ class Codebook:
         for parent, rows in self._groups(len(vectors), parents):
             competing = self._range(parent)
             size = block_rows or _block_rows(len(competing), self.centroids.device)
-            for chunk in _cut(rows, size * CHUNK_BLOCKS):
-                yield chunk, self._nearest(competing, vectors, chunk, size) + competing.first
+            for chunk in _cut(rows, size * BLOCKS_PER_CHUNK):
+                yield chunk, self._nearest(competing, vectors, chunk, size) + competing.first_id
 
     def _nearest(self, competing: _Range, vectors: Vectors, chunk: Rows, block_rows: int) -> torch.Tensor:
         parts, doubts, lengths = [], [], []
@@ -251,8 +261,8 @@ class Codebook:
         return as_tensor(vectors[rows]).to(self.centroids.device)
 
     def _float64_rows(self) -> int:
-        on_cpu, on_gpu = FLOAT64_VALUES
-        return max(1, (on_cpu if self.centroids.device.type == "cpu" else on_gpu) // max(1, self.dimension))
+        on_cpu = self.centroids.device.type == "cpu"
+        return max(1, (CPU_FLOAT64_BLOCK_VALUES if on_cpu else GPU_FLOAT64_BLOCK_VALUES) // max(1, self.dimension))
 
     def _joined(self, parts: list[_Placed], count: int, dtype: torch.dtype) -> torch.Tensor:
         joined = torch.empty(count, dtype=dtype, device=self.centroids.device)
@@ -289,7 +299,7 @@ class LloydPass:
         device, k = codebook.centroids.device, len(codebook)
         self._sums = torch.zeros_like(codebook.centroids)
         self._sizes = torch.zeros(k, dtype=torch.int64, device=device)
-        self._squares = torch.zeros(k, dtype=torch.float64, device=device)  # of the members' lengths
+        self._squared_lengths = torch.zeros(k, dtype=torch.float64, device=device)
 
     def add(self, vectors: Vectors, parents: Vectors | None = None, *, block_rows: int | None = None) -> torch.Tensor:
         """Labels (n,) int64 of vectors (n, D) that are added to the sums."""
@@ -309,7 +319,7 @@ class LloydPass:
             if codebook.spherical:
                 block = unit(block)
             else:
-                self._squares.index_add_(0, label, block.square().sum(dim=1))
+                self._squared_lengths.index_add_(0, label, block.square().sum(dim=1))
             self._sums.index_add_(0, label, block)
 
     def total(self) -> PartialSums:
@@ -319,7 +329,7 @@ class LloydPass:
         if self.codebook.spherical:
             inertia = self._sizes - towards
         else:
-            inertia = self._squares - 2 * towards + self._sizes * centroids.square().sum(dim=1)
+            inertia = self._squared_lengths - 2 * towards + self._sizes * centroids.square().sum(dim=1)
         parts = (self._sums, self._sizes, inertia.clamp_min(0))
         return PartialSums(*(part.cpu().numpy() for part in parts))
 
@@ -389,7 +399,8 @@ def as_tensor(array: Vectors) -> torch.Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-Rows = slice | torch.Tensor  # a run of rows, or their numbers
+# A run of rows, or their numbers.
+Rows = slice | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -419,8 +430,8 @@ def _at(rows: Rows, positions: torch.Tensor) -> torch.Tensor:
 
 def _block_rows(k: int, device: torch.device) -> int:
     on_cpu = device.type == "cpu"
-    least, most = CPU_BLOCK_ROWS if on_cpu else GPU_BLOCK_ROWS
-    return min(most, max(least, (CPU_BLOCK_VALUES if on_cpu else GPU_BLOCK_VALUES) // k))
+    least, most = CPU_MIN_MAX_BLOCK_ROWS if on_cpu else GPU_MIN_MAX_BLOCK_ROWS
+    return min(most, max(least, (CPU_SCORE_BLOCK_VALUES if on_cpu else GPU_SCORE_BLOCK_VALUES) // k))
 
 
 def _codebook(centroids: Vectors | Codebook, vectors: Vectors, spherical: bool, offsets: Vectors | None) -> Codebook:

@@ -18,9 +18,11 @@ import torch
 
 from dino_ops.kmeans_assignment import Vectors, as_tensor, float64, unit
 
-BATCH = 128  # candidates drawn at once
-BLOCK_VALUES = 2**19, 2**25  # of the sample converted at once, on a CPU and on a GPU
-SAME = 1e-12  # squared distance in parts of the squared lengths, up to which vectors count as the same
+CANDIDATES_PER_BATCH = 128
+CPU_FLOAT64_BLOCK_VALUES = 2**19
+GPU_FLOAT64_BLOCK_VALUES = 2**25
+# Vectors count as the same where their squared distance is at most this part of the squared lengths.
+ROUNDING_PER_SQUARED_LENGTH = 1e-12
 
 
 def seed(sample: Vectors, k: int, *, spherical: bool, seed: int | Sequence[int]) -> np.ndarray:
@@ -30,11 +32,11 @@ def seed(sample: Vectors, k: int, *, spherical: bool, seed: int | Sequence[int])
     nothing else, in which case the one centroid is a direction that stands for none.
     """
     if k < 1:
-        raise ValueError(f"k-means needs at least one cluster, {k} were asked for")
+        raise ValueError(f"k-means needs at least one cluster, but {k} were asked for")
     drawing = _Drawing(as_tensor(sample), spherical)
     generator = np.random.default_rng(seed)
     chosen = drawing.first(generator)
-    while 0 < len(chosen) < k and (batch := drawing.batch(generator, min(BATCH, k - len(chosen)))):
+    while 0 < len(chosen) < k and (batch := drawing.batch(generator, min(CANDIDATES_PER_BATCH, k - len(chosen)))):
         chosen += batch
     if not chosen and len(sample) and spherical:
         return np.full((1, sample.shape[1]), sample.shape[1] ** -0.5)
@@ -72,7 +74,8 @@ def seed_within(
     return np.concatenate(children), np.cumsum([0, *map(len, children)])
 
 
-_seed = seed  # the name is also that of an argument
+# Functions here have an argument of the same name.
+_seed = seed
 
 
 class _Drawing:
@@ -82,8 +85,7 @@ class _Drawing:
         if sample.ndim != 2:
             raise ValueError(f"a sample has two axes (n, D), not {sample.ndim}")
         self.sample, self.spherical = sample, spherical
-        on_cpu, on_gpu = BLOCK_VALUES
-        values = on_cpu if sample.device.type == "cpu" else on_gpu
+        values = CPU_FLOAT64_BLOCK_VALUES if sample.device.type == "cpu" else GPU_FLOAT64_BLOCK_VALUES
         self.rows = max(1, values // max(1, sample.shape[1]))
         starts = range(0, len(sample), self.rows)
         # Moving a sample to its mean changes no distance and keeps the products' rounding small.
@@ -111,15 +113,17 @@ class _Drawing:
         cumulated = np.cumsum(self.distances)
         if cumulated[-1] <= 0:
             return []
-        drawn = np.searchsorted(cumulated, generator.random(BATCH) * cumulated[-1], side="right")
-        drawn = np.minimum(drawn, np.flatnonzero(self.distances)[-1])  # a product may round up to the very end
-        keep = generator.random(BATCH)
+        drawn = np.searchsorted(cumulated, generator.random(CANDIDATES_PER_BATCH) * cumulated[-1], side="right")
+        # A product may round up to the very end.
+        drawn = np.minimum(drawn, np.flatnonzero(self.distances)[-1])
+        keep = generator.random(CANDIDATES_PER_BATCH)
         vectors = self._centred(drawn)
         among = _less_own_length(vectors, vectors).cpu().numpy() + self.squared[drawn, None] / 2
-        kept: list[int] = []  # positions in the batch
+        kept: list[int] = []
         for i, row in enumerate(drawn):
             near = among[i, kept]
-            now = np.min(np.where(near <= 2 * SAME * self.squared[row], 0, near), initial=self.distances[row])
+            rounding = 2 * ROUNDING_PER_SQUARED_LENGTH * self.squared[row]
+            now = np.min(np.where(near <= rounding, 0, near), initial=self.distances[row])
             if keep[i] * self.distances[row] < now:
                 kept.append(i)
                 if len(kept) == most:
@@ -142,7 +146,7 @@ class _Drawing:
             nearest = _less_own_length(self._block(start), vectors).amin(dim=1).cpu().numpy()
             self.distances[rows] = np.minimum(self.distances[rows], nearest + self.squared[rows] / 2)
         # What remains between equal vectors is rounding.
-        self.distances[self.distances <= 2 * SAME * self.squared] = 0
+        self.distances[self.distances <= 2 * ROUNDING_PER_SQUARED_LENGTH * self.squared] = 0
         self.distances[chosen] = 0
         if self.spherical:
             self.distances[self.squared == 0] = 0

@@ -14,17 +14,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-RATES = tuple(float(rate) for rate in np.logspace(-4, 0.5, 10))  # at a batch of 256
+LEARNING_RATES_AT_BATCH_256 = tuple(float(rate) for rate in np.logspace(-4, 0.5, 10))
 MOMENTUM = 0.9
-BATCH = 256
-HELD_OUT = 0.1  # of the training vectors, to choose the rate on
+BATCH_SIZE = 256
+# Training vectors on which the rate is chosen.
+HELD_OUT_SHARE = 0.1
 INITIAL_DEVIATION = 0.01
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """weight: (classes, D), bias: (classes,) float32. rate: that was chosen; held_out_accuracy: that it was chosen for,
-    nan where there were too few vectors to hold any out."""
+    """A fitted classifier.
+
+    weight: (classes, D), bias: (classes,) float32. rate: the chosen learning rate. held_out_accuracy: its accuracy on
+    the vectors held out, nan where there were too few to hold any out.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -56,14 +60,14 @@ def fit_linear_probe(
     targets = torch.from_numpy(np.ascontiguousarray(labels, np.int64)).to(device)
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(vectors))
-    held, kept = np.split(order, [int(HELD_OUT * len(order))])
-    rate, accuracy = RATES[len(RATES) // 2], math.nan
+    held, kept = np.split(order, [int(HELD_OUT_SHARE * len(order))])
+    rate, accuracy = LEARNING_RATES_AT_BATCH_256[len(LEARNING_RATES_AT_BATCH_256) // 2], math.nan
     if len(held):
-        fitted = _train(vectors[kept], targets[kept], classes, RATES, epochs, generator)
+        fitted = _train(vectors[kept], targets[kept], classes, LEARNING_RATES_AT_BATCH_256, epochs, generator)
         said = _scores(vectors[held], *fitted).argmax(dim=2)  # (rates, n)
         right = (said == targets[held]).double().mean(dim=1)
         best = int(right.argmax())
-        rate, accuracy = RATES[best], float(right[best])
+        rate, accuracy = LEARNING_RATES_AT_BATCH_256[best], float(right[best])
     weight, bias = _train(vectors, targets, classes, (rate,), epochs, generator)
     return LinearProbe(weight[0], bias[0], rate, accuracy)
 
@@ -81,7 +85,7 @@ def _train(
     weight = torch.from_numpy(start).to(vectors.device).repeat(len(rates), 1, 1)
     bias = torch.zeros(len(rates), classes, device=vectors.device)
     speed = torch.zeros_like(weight), torch.zeros_like(bias)
-    batch = min(BATCH, len(vectors))
+    batch = min(BATCH_SIZE, len(vectors))
     steps = math.ceil(len(vectors) / batch)
     scale = torch.tensor(rates, device=vectors.device) * batch / 256
     for epoch in range(epochs):

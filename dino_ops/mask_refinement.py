@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-GRABCUT_MARGIN = np.ones((7, 7), np.uint8)  # pixels this near to the mask's edge are for GrabCut to decide
+# GrabCut decides about the pixels that are this near to the mask's edge.
+GRABCUT_MARGIN_KERNEL = np.ones((7, 7), np.uint8)
 GRABCUT_ITERATIONS = 5
 
 
@@ -51,10 +52,11 @@ def grabcut(mask: np.ndarray, rgb: np.ndarray) -> RefinedMask:
     resized = resize_mask(mask, height, width)
     inside = resized.astype(np.uint8)
     trimap = np.full((height, width), cv2.GC_PR_FGD, np.uint8)
-    trimap[cv2.erode(1 - inside, GRABCUT_MARGIN) == 1] = cv2.GC_BGD
-    trimap[cv2.erode(inside, GRABCUT_MARGIN) == 1] = cv2.GC_FGD
-    no_rectangle = (0, 0, width, height)  # the mask says it all
-    background, foreground = np.zeros((1, 65)), np.zeros((1, 65))  # GrabCut's two colour models, for it to fill
+    trimap[cv2.erode(1 - inside, GRABCUT_MARGIN_KERNEL) == 1] = cv2.GC_BGD
+    trimap[cv2.erode(inside, GRABCUT_MARGIN_KERNEL) == 1] = cv2.GC_FGD
+    no_rectangle = (0, 0, width, height)  # ignored where a mask is given
+    # GrabCut fills these two colour models.
+    background, foreground = np.zeros((1, 65)), np.zeros((1, 65))
     cv2.setRNGSeed(0)
     try:
         labels, _, _ = cv2.grabCut(

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK_VALUES = 4_000_000  # of a similarity matrix ranked at once; ranking takes some 40 bytes for each
+# Ranking takes some 40 bytes for each similarity.
+MAX_RANKED_BLOCK_VALUES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,11 @@ def _rankings(embeddings: np.ndarray, label: np.ndarray, block_rows: int | None)
     embeddings = np.where(np.isfinite(embeddings).all(axis=1, keepdims=True), embeddings, 0)
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit = (embeddings / np.where(norms > 0, norms, 1)).astype(np.float32)
-    rows = block_rows or max(1, BLOCK_VALUES // max(count, 1))
+    rows = block_rows or max(1, MAX_RANKED_BLOCK_VALUES // max(count, 1))
     for first in range(0, count, rows):
         query = np.arange(first, min(first + rows, count))
         similarity = unit[query] @ unit.T
-        similarity[np.arange(len(query)), query] = -np.inf  # an image is not its own answer: it comes last
+        # An image is not its own answer: it comes last.
+        similarity[np.arange(len(query)), query] = -np.inf
         ranking = np.argsort(-similarity, axis=1, kind="stable")[:, :-1]
         yield label[ranking] == label[query, None]

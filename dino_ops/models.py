@@ -39,10 +39,11 @@ SHORT_NAMES: dict[str, str] = {
     "dinov3_vitl16": "vit_large_patch16_dinov3.lvd1689m",
     "dinov3_vith16plus": "vit_huge_plus_patch16_dinov3.lvd1689m",
     "dinov3_vit7b16": "vit_7b_patch16_dinov3.lvd1689m",
-    "dinoray_tiny": "deit_tiny_patch16_224",  # ViT-Ti/16; of its timm names the one with ImageNet's mean and std
+    # Of the timm names of a ViT-Ti/16, this one has ImageNet's mean and std.
+    "dinoray_tiny": "deit_tiny_patch16_224",
 }
 
-# Offered, besides the short names, as what an unfit weights file might be.
+# An unfit weights file is compared with these, besides the short names.
 _COMMON_OTHERS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
 
 

@@ -1,4 +1,4 @@
-"""Multi-crop augmentation: of one image two global crops, which show most of it, and several small local ones.
+"""Multi-crop augmentation: two global crops of an image, which show most of it, and several small local ones.
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021), section 3.1 and appendix B, after
 SwAV (Caron et al. 2020). Needs only numpy and Pillow, so that workers that make crops load no torch. All randomness
@@ -14,18 +14,18 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 GLOBAL_CROPS = 2
-ASPECT_RATIOS = (3 / 4, 4 / 3)  # width / height
-ATTEMPTS = 10  # to place a crop of the drawn shape
+CROP_WIDTH_PER_HEIGHT = (3 / 4, 4 / 3)
+PLACEMENT_ATTEMPTS = 10
 GREY_PROBABILITY = 0.2
 JITTER_PROBABILITY = 0.8
-BLUR_PROBABILITIES = (1.0, 0.1, 0.5)  # first global, second global, local
-SOLARISE_PROBABILITY = 0.2  # of the second global crop
-BLUR_RADIUS = (
-    0.1,
-    2.0,
-)  # pixels where global crops have PUBLISHED_SIZE; in proportion where they are smaller or larger
-PUBLISHED_SIZE = 224
-LONGEST_STRIP = 16  # sides' ratio up to which an evaluation looks at the whole image
+# The kinds are the first global, the second global and a local crop.
+BLUR_PROBABILITY_OF_KIND = (1.0, 0.1, 0.5)
+SECOND_GLOBAL_SOLARISE_PROBABILITY = 0.2
+# Smaller and larger global crops than PUBLISHED_GLOBAL_SIZE have a radius in proportion.
+BLUR_RADIUS_PIXELS = (0.1, 2.0)
+PUBLISHED_GLOBAL_SIZE = 224
+# An evaluation looks at the middle of longer strips only.
+MAX_SIDE_RATIO_SEEN_WHOLE = 16
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class MultiCrop:
     def least_side(self) -> int:
         """Pixels of an image's shorter side below which some crop would be enlarged more than in the whole image."""
         sides = [(self.global_size, self.global_scale[0]), (self.local_size, self.local_scale[0])]
-        return max(math.ceil(size / math.sqrt(share * ASPECT_RATIOS[0])) for size, share in sides)
+        return max(math.ceil(size / math.sqrt(share * CROP_WIDTH_PER_HEIGHT[0])) for size, share in sides)
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Crops:
         """Crops of one RGB image; the same generator state gives the same ones."""
@@ -96,11 +96,10 @@ class MultiCrop:
             crop = colour_jitter(crop, self.jitter, generator)
         if generator.random() < GREY_PROBABILITY:
             crop = crop.convert("L").convert("RGB")
-        if generator.random() < BLUR_PROBABILITIES[kind]:
-            crop = crop.filter(
-                ImageFilter.GaussianBlur(generator.uniform(*BLUR_RADIUS) * self.global_size / PUBLISHED_SIZE)
-            )
-        if kind == 1 and generator.random() < SOLARISE_PROBABILITY:
+        if generator.random() < BLUR_PROBABILITY_OF_KIND[kind]:
+            radius = generator.uniform(*BLUR_RADIUS_PIXELS) * self.global_size / PUBLISHED_GLOBAL_SIZE
+            crop = crop.filter(ImageFilter.GaussianBlur(radius))
+        if kind == 1 and generator.random() < SECOND_GLOBAL_SOLARISE_PROBABILITY:
             crop = ImageOps.solarize(crop)
         return np.asarray(crop)
 
@@ -113,8 +112,8 @@ def random_resized_crop(
     Where no drawn shape fits, the largest part in the middle whose shape is allowed.
     """
     width, height = image.size
-    logarithms = np.log(ASPECT_RATIOS)
-    for _ in range(ATTEMPTS):
+    logarithms = np.log(CROP_WIDTH_PER_HEIGHT)
+    for _ in range(PLACEMENT_ATTEMPTS):
         area = width * height * generator.uniform(*scale)
         ratio = math.exp(generator.uniform(*logarithms))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -123,8 +122,8 @@ def random_resized_crop(
             left = int(generator.integers(0, width - w, endpoint=True))
             break
     else:
-        w = min(width, max(1, round(height * ASPECT_RATIOS[1])))
-        h = min(height, max(1, round(width / ASPECT_RATIOS[0])))
+        w = min(width, max(1, round(height * CROP_WIDTH_PER_HEIGHT[1])))
+        h = min(height, max(1, round(width / CROP_WIDTH_PER_HEIGHT[0])))
         top, left = (height - h) // 2, (width - w) // 2
     # cut first: with `box` the filter would look at pixels outside of the crop
     return image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BICUBIC)
@@ -183,7 +182,7 @@ def resized_side(size: int) -> int:
 def _without_ends(image: Image.Image) -> Image.Image:
     """The middle of a strip: resized whole, one of 1 x 5000 pixels would take a gigabyte."""
     width, height = image.size
-    most = LONGEST_STRIP * min(width, height)
+    most = MAX_SIDE_RATIO_SEEN_WHOLE * min(width, height)
     if max(width, height) <= most:
         return image
     w, h = min(width, most), min(height, most)

@@ -16,31 +16,42 @@ Kind = Literal["flat", "hnsw", "ivfpq"]
 Pooling = Literal["mean", "gem"]
 
 GEM_POWER = 3.0
-GEM_FLOOR = 1e-6  # generalised mean pooling is of positive activations
+# Generalised mean pooling needs positive values.
+GEM_FLOOR = 1e-6
 
-EXACT_VALUES = 200_000_000  # values (vectors x dimension) that one query can afford to read: about 0.1 s
-GRAPH_VECTORS = 2_000_000  # a graph of more takes hours to build on few cores
+# Reading this many takes about 0.1 s.
+MAX_VALUES_READ_PER_QUERY = 200_000_000
+# A larger graph takes hours to build on few cores.
+MAX_GRAPH_VECTORS = 2_000_000
 
-LINKS = 32  # of a vector in an HNSW layer; the lowest layer has twice as many
-BUILD_WIDTH, SEARCH_WIDTH = 80, 128  # candidates that HNSW holds while it adds, and while it searches
+# The lowest of the layers of an HNSW graph has twice as many.
+GRAPH_LINKS_PER_VECTOR = 32
+GRAPH_BUILD_CANDIDATES, GRAPH_SEARCH_CANDIDATES = 80, 128
 
-CODEBOOK = 256  # entries of a product quantiser with 8 bits
-POINTS_PER_ENTRY = 40  # FAISS asks for 39 training vectors for each centroid
-LEAST_TO_TRAIN = CODEBOOK * POINTS_PER_ENTRY
-VALUES_PER_BYTE = 4  # of a vector, in its product quantiser code
-PROBED_SHARE = 32  # one list in so many is searched,
-LEAST_PROBED = 16  # but at least so many
-LEAST_RERANKED, RERANKED_PER_RESULT = 200, 10  # candidates whose cosine is computed again from half precision
+# A product quantiser's codes have 8 bits.
+CODEBOOK_ENTRIES = 256
+# FAISS asks for 39.
+TRAINING_VECTORS_PER_CENTROID = 40
+MIN_TRAINING_VECTORS = CODEBOOK_ENTRIES * TRAINING_VECTORS_PER_CENTROID
+VALUES_PER_CODE_BYTE = 4
+LISTS_PER_PROBED_LIST = 32
+MIN_PROBED_LISTS = 16
+# The cosine of these candidates is computed again from half precision.
+MIN_RERANKED, RERANKED_PER_RESULT = 200, 10
 
-DEAD_SHARE = 0.2  # where more vectors are dead, searches pass over too many: purge them, or build a graph anew
+# Where more are dead, searches pass over too many: they should be purged, or a graph built again.
+MAX_DEAD_SHARE = 0.2
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A kind of index, why it was chosen, and the memory that it takes."""
+    """A kind of index and the memory that it takes.
+
+    why: the reason, "2,000 vectors of 384 values are few enough to compare with every one".
+    """
 
     kind: Kind
-    why: str  # "2,000 vectors of 384 values are few enough to compare with every one"
+    why: str
     memory_bytes: int
 
 
@@ -51,14 +62,14 @@ def choose_kind(count: int, dimension: int, memory_bytes: float) -> Choice:
     """
     vectors = f"{count:,} vectors of {dimension} values"
     flat, hnsw, ivfpq = (estimate_bytes(kind, count, dimension) for kind in ("flat", "hnsw", "ivfpq"))
-    if flat <= memory_bytes and (count * dimension <= EXACT_VALUES or count < LEAST_TO_TRAIN):
+    if flat <= memory_bytes and (count * dimension <= MAX_VALUES_READ_PER_QUERY or count < MIN_TRAINING_VECTORS):
         return Choice("flat", f"{vectors} are few enough to compare with every one", flat)
-    if hnsw <= memory_bytes and count <= GRAPH_VECTORS:
+    if hnsw <= memory_bytes and count <= MAX_GRAPH_VECTORS:
         return Choice("hnsw", f"{vectors} are many to compare with every one, and a graph of them fits memory", hnsw)
-    if ivfpq <= memory_bytes and count >= LEAST_TO_TRAIN:
+    if ivfpq <= memory_bytes and count >= MIN_TRAINING_VECTORS:
         reason = "are too many for a graph" if hnsw <= memory_bytes else "fit memory only compressed"
         return Choice("ivfpq", f"{vectors} {reason}", ivfpq)
-    least = ivfpq if count >= LEAST_TO_TRAIN else flat
+    least = ivfpq if count >= MIN_TRAINING_VECTORS else flat
     raise MemoryError(f"{vectors} need {least / 1e9:.2g} GB even in the smallest index that can hold them")
 
 
@@ -67,16 +78,16 @@ def estimate_bytes(kind: Kind, count: int, dimension: int) -> int:
     if kind == "flat":
         each = 4 * dimension + 8
     elif kind == "hnsw":
-        each = 4 * dimension + 4 * 2 * LINKS + 16  # a vector's share of the upper layers is small
+        each = 4 * dimension + 4 * 2 * GRAPH_LINKS_PER_VECTOR + 16  # the upper layers' share is small
     else:
         padded = _padded_dimension(dimension)
-        each = padded // VALUES_PER_BYTE + 2 * padded + 16
+        each = padded // VALUES_PER_CODE_BYTE + 2 * padded + 16
     return count * each
 
 
 def training_size(count: int) -> int:
     """How many of `count` vectors an ivfpq index is trained on."""
-    return min(count, max(LEAST_TO_TRAIN, POINTS_PER_ENTRY * _lists(count)))
+    return min(count, max(MIN_TRAINING_VECTORS, TRAINING_VECTORS_PER_CENTROID * _lists(count)))
 
 
 class NearestIndex:
@@ -99,19 +110,19 @@ class NearestIndex:
 
         sample: (training_size(count), dimension) of them; needed by ivfpq only.
 
-        Raises ValueError when ivfpq has fewer than LEAST_TO_TRAIN to train on.
+        Raises ValueError when ivfpq has fewer than MIN_TRAINING_VECTORS to train on.
         """
         faiss = _faiss()
 
         if kind == "flat":
             parts: dict[str, Any] = {"vectors": faiss.IndexFlatIP(dimension)}
         elif kind == "hnsw":
-            graph = faiss.IndexHNSWFlat(dimension, LINKS, faiss.METRIC_INNER_PRODUCT)
-            graph.hnsw.efConstruction = BUILD_WIDTH
+            graph = faiss.IndexHNSWFlat(dimension, GRAPH_LINKS_PER_VECTOR, faiss.METRIC_INNER_PRODUCT)
+            graph.hnsw.efConstruction = GRAPH_BUILD_CANDIDATES
             parts = {"vectors": graph}
         else:
-            if sample is None or len(sample) < LEAST_TO_TRAIN:
-                raise ValueError(f"ivfpq needs {LEAST_TO_TRAIN:,} vectors to train on")
+            if sample is None or len(sample) < MIN_TRAINING_VECTORS:
+                raise ValueError(f"ivfpq needs {MIN_TRAINING_VECTORS:,} vectors to train on")
             parts = _train_ivfpq(_padded(unit(sample)), count)
         return cls(kind, dimension, parts, np.zeros(0, np.int64), np.zeros(0, np.int64))
 
@@ -144,12 +155,13 @@ class NearestIndex:
         self.dead = np.union1d(self.dead, np.intersect1d(ids, self.ids))
 
     def purge(self) -> None:
-        """Drop what was removed. A graph cannot: there it stays, until the graph is built anew."""
+        """Drop what was removed. A graph cannot: there it stays, until the graph is built again."""
         if self.kind == "hnsw" or not len(self.dead):
             return
         if self.kind == "ivfpq":
             self.parts["lists"].remove_ids(self.dead)
-        self.parts["vectors"].remove_ids(np.searchsorted(self.ids, self.dead))  # later ones move up
+        # Positions, not ids: later vectors move up.
+        self.parts["vectors"].remove_ids(np.searchsorted(self.ids, self.dead))
         self.ids = np.setdiff1d(self.ids, self.dead)
         self.dead = np.zeros(0, np.int64)
 
@@ -179,16 +191,16 @@ class NearestIndex:
         alive = {"sel": _all_but(np.searchsorted(self.ids, self.dead))} if len(self.dead) else {}
         if self.kind == "flat":
             return faiss.SearchParameters(**alive) if alive else None
-        return faiss.SearchParametersHNSW(efSearch=max(SEARCH_WIDTH, 2 * k), **alive)
+        return faiss.SearchParametersHNSW(efSearch=max(GRAPH_SEARCH_CANDIDATES, 2 * k), **alive)
 
     def _search_lists(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Candidates by their codes, then their cosines from half precision: (n, k) each, the second positions."""
         faiss = _faiss()
 
         lists, vectors = self.parts["lists"], self.parts["vectors"]
-        candidates = min(len(self), max(LEAST_RERANKED, RERANKED_PER_RESULT * k))
+        candidates = min(len(self), max(MIN_RERANKED, RERANKED_PER_RESULT * k))
         alive = {"sel": _all_but(self.dead)} if len(self.dead) else {}
-        probed = faiss.SearchParametersIVF(nprobe=max(LEAST_PROBED, lists.nlist // PROBED_SHARE), **alive)
+        probed = faiss.SearchParametersIVF(nprobe=max(MIN_PROBED_LISTS, lists.nlist // LISTS_PER_PROBED_LIST), **alive)
         _, ids = lists.search(queries, candidates, params=probed)
         cosine = np.full((len(queries), k), -np.inf, np.float32)
         positions = np.full((len(queries), k), -1, np.int64)
@@ -230,10 +242,12 @@ def _train_ivfpq(sample: np.ndarray, count: int) -> dict[str, Any]:
 
     width = sample.shape[1]
     lists = faiss.IndexIVFPQ(
-        faiss.IndexFlatIP(width), width, _lists(count), width // VALUES_PER_BYTE, 8, faiss.METRIC_INNER_PRODUCT
+        faiss.IndexFlatIP(width), width, _lists(count), width // VALUES_PER_CODE_BYTE, 8, faiss.METRIC_INNER_PRODUCT
     )
-    lists.cp.niter = 10  # more moves recall by less than the re-ranking makes up for
-    if getattr(faiss, "get_num_gpus", lambda: 0)():  # faiss-gpu and a GPU: k-means of the lists runs there
+    # More iterations move recall by less than the re-ranking makes up for.
+    lists.cp.niter = 10
+    # With faiss-gpu and a GPU, the k-means of the lists runs there.
+    if getattr(faiss, "get_num_gpus", lambda: 0)():
         lists.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(width))
     lists.train(sample)
     if getattr(faiss, "get_num_gpus", lambda: 0)():
@@ -256,11 +270,11 @@ def _all_but(ids: np.ndarray) -> Any:
 
 def _lists(count: int) -> int:
     """Inverted lists for `count` vectors."""
-    return max(1, min(int(4 * count**0.5), count // POINTS_PER_ENTRY, 65_536))
+    return max(1, min(int(4 * count**0.5), count // TRAINING_VECTORS_PER_CENTROID, 65_536))
 
 
 def _padded_dimension(dimension: int) -> int:
-    return -(-dimension // VALUES_PER_BYTE) * VALUES_PER_BYTE
+    return -(-dimension // VALUES_PER_CODE_BYTE) * VALUES_PER_CODE_BYTE
 
 
 def _padded(vectors: np.ndarray) -> np.ndarray:

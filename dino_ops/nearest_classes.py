@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-BLOCK_VALUES = 16_000_000  # of similarities held at once
+MAX_SIMILARITY_BLOCK_VALUES = 16_000_000
 
 
 def classify_by_neighbours(
@@ -38,7 +38,7 @@ def classify_by_neighbours(
     of_gallery = torch.from_numpy(np.ascontiguousarray(labels, np.int64)).to(gallery.device)
     most = min(max(ks), len(gallery) - (queries is None))
     found: dict[int, list[np.ndarray]] = {k: [] for k in ks}
-    rows = max(1, BLOCK_VALUES // len(gallery))
+    rows = max(1, MAX_SIMILARITY_BLOCK_VALUES // len(gallery))
     for number, block in enumerate(asked.split(rows)):
         similarity = block @ gallery.T
         if queries is None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dino_ops.cosegmentation import DEFAULT_KMEANS, ForegroundModel, check_settings, foreground_patches, sample_rows
 from dino_ops.dense_crf import Backend, crf_labels
-from dino_ops.elbow import KMeansFunction, cluster_by_elbow, squared_distances, unit_rows
+from dino_ops.published_kmeans import KMeansFunction, cluster_by_elbow, squared_distances, unit_rows
 
 BACKGROUND = -1
 
@@ -56,9 +56,9 @@ def fit_parts(
 ) -> PartModel:
     """Parts of the foreground in two stages: its descriptors clustered into num_parts.
 
-    foreground, descriptors, sample_interval, kmeans: as fit_foreground takes and gives them; k-means sees every so
-    many-th of the patches that are foreground, in each image. Fewer of those than num_parts make fewer parts, and
-    without foreground there are none.
+    foreground, descriptors, sample_interval, kmeans: as fit_foreground takes and gives them; k-means sees every
+    sample_interval-th of the patches that are foreground, in each image. Fewer of those than num_parts make fewer
+    parts, and without foreground there are none.
     """
     check_settings(sample_interval=sample_interval)
     kept = [foreground_patches(foreground, descriptor) for descriptor in descriptors]
@@ -80,14 +80,14 @@ def fit_common_parts(
     kmeans: KMeansFunction = DEFAULT_KMEANS,
     crf: Backend = "auto",
 ) -> PartModel:
-    """Parts of the foreground in three stages, of which the second finds out what every image has.
+    """Parts of the foreground in three stages; the second finds out which parts every image has.
 
     pixels: for each descriptor map the image (H, W, 3) uint8 as the model saw it, along whose edges the second
     stage's parts are smoothed; None leaves them as they are. originals: which maps are of images of the set, and not
     of crops that only join the clustering; by default all. elbow_second_stage: chooses the second stage's number of
     parts, see `cluster_by_elbow`. crf: see `crf_labels`. The rest is as in fit_parts.
 
-    A part is common when every image has it that has any part at all. Without common parts there are none.
+    A part is common when every image that has any part has this one. Without common parts there are none.
     """
     check_settings(elbow=elbow_second_stage, sample_interval=sample_interval)
     kept = [foreground_patches(foreground, descriptor) for descriptor in descriptors]
@@ -194,7 +194,7 @@ def _notes(foreground: ForegroundModel, kept: Sequence[np.ndarray]) -> tuple[str
 
 
 def _in_every_image(labels: Sequence[np.ndarray], parts: int) -> np.ndarray:
-    """Which parts every image has that has any: (parts,) bool; none where no image has any."""
+    """Which parts every image has, images without any part aside: (parts,) bool; none where no image has any."""
     present = np.array([np.isin(np.arange(parts), image_labels) for image_labels in labels]).reshape(-1, parts)
     showing = present[present.any(axis=1)]
     return np.logical_and.reduce(showing, axis=0) & (len(showing) > 0)

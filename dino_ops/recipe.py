@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from dino_ops.distillation import Centring
 from dino_ops.multicrop import MultiCrop
 
-GROWN_AFTER = 0.75  # of the epochs
+GROWN_AFTER_SHARE_OF_EPOCHS = 0.75
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Recipe:
         Sizes are whole patches. Small crops take less time, and the first epochs learn nearly as much from them
         (progressive resizing; Tan and Le 2021, "EfficientNetV2", section 4).
         """
-        grown_after = max(min(GROWN_AFTER * self.epochs, self.epochs - 1), 1)
+        grown_after = max(min(GROWN_AFTER_SHARE_OF_EPOCHS * self.epochs, self.epochs - 1), 1)
         share = min(1.0, self.growing_from + (1 - self.growing_from) * epoch / grown_after)
         if share == 1:
             return self.multicrop

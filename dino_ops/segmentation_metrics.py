@@ -23,7 +23,7 @@ LOCALISED = 0.5
 
 
 def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Intersection over union of the foregrounds, 0..1; 1 where both are empty, which is what it should have been."""
+    """Intersection over union of the foregrounds, 0..1; 1 where both are empty: the mask is right."""
     found, true = _masks(mask, truth)
     union = int((found | true).sum())
     return int((found & true).sum()) / union if union else 1.0
@@ -38,7 +38,7 @@ def pixel_precision(mask: np.ndarray, truth: np.ndarray) -> float:
 def localised(mask: np.ndarray, truth_boxes_xyxy: np.ndarray, *, around: BoxAround = "largest_component") -> bool:
     """Whether the box around a mask meets CorLoc's bar with any of the annotated boxes (n, 4).
 
-    around: what the box encloses. The largest component is what single-object discovery uses (LOST, TokenCut); "mask"
+    around: what the box encloses. Single-object discovery uses the largest component (LOST, TokenCut); "mask"
     takes all of it. An empty mask has no box and localises nothing, and without annotated boxes nothing is right.
     """
     box = mask_box(mask, around=around)

@@ -35,8 +35,11 @@ from dino_ops.training_steps import clip_each_gradient, drop_gradients, follow, 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did. loss (the KoLeo term left out), teacher_entropy, divergence, centre_norm: scalar tensors on
-    the device, see Monitors, of this process's share of the batch; the others are what the schedules said."""
+    """What one step did.
+
+    loss (the KoLeo term left out), teacher_entropy, divergence, centre_norm: scalar tensors on the device, see
+    Monitors, of this process's share of the batch. The other values come from the schedules.
+    """
 
     loss: torch.Tensor
     teacher_entropy: torch.Tensor
@@ -78,7 +81,7 @@ class SelfDistillation:
     to save memory; the result is the same, except that KoLeo looks for neighbours within a part, and batch
     normalisation of the head for its mean.
 
-    Raises ModelError for a backbone without class token, whose embedding is what is trained.
+    Raises ModelError for a backbone without a class token, which self-distillation trains.
     """
 
     def __init__(

@@ -47,7 +47,8 @@ class Transfer:
             batch = host.to(self._device, non_blocking=True)
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._uploads)
-        batch.record_stream(computing)  # or its memory would be reused by the next upload while the model reads it
+        # Otherwise the next upload would use its memory again while the model reads it.
+        batch.record_stream(computing)
         return batch
 
     def download(self, tensors: dict[str, torch.Tensor]) -> Download:

@@ -36,7 +36,8 @@ _NOT_BACKBONE = re.compile(
     r"(head|fc|head_dist|pre_logits|dino_head|ibot_head|last_layer|projectors|local_cls_norm)\.|mask_token$|rope_embed\."
 )
 
-_CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")  # DINOv2 trains in chunks of blocks, numbered through
+# DINOv2 trains in chunks of blocks, numbered through.
+_CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 _VIT_NAMES = {"register_tokens": "reg_token", ".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}
 _EVA_NAMES = {
     "storage_tokens": "reg_token",
@@ -48,12 +49,13 @@ _EVA_NAMES = {
 }
 
 
-_PYTORCH_FILES = (b"PK\x03\x04", b"\x80")  # a zip archive; before 1.6 a pickle
+# A zip archive; before PyTorch 1.6 a pickle.
+_PYTORCH_FILE_BEGINNINGS = (b"PK\x03\x04", b"\x80")
 
 
 @dataclass(frozen=True)
 class FittedWeights:
-    """state: timm's names, float32, exactly the model's keys. build_options: what timm must build it with."""
+    """state: timm's names, float32, exactly the model's keys. build_options: for timm to build the model with."""
 
     state: State
     build_options: dict[str, Any]
@@ -109,7 +111,7 @@ def _read(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         with path.open("rb") as file:
             beginning = file.read(16)
-        if not beginning.startswith(_PYTORCH_FILES):
+        if not beginning.startswith(_PYTORCH_FILE_BEGINNINGS):
             raise ModelError(
                 f"the file {path} is not a weights file of PyTorch (it begins with {beginning!r}): give a .pth, .pt, "
                 ".bin or .safetensors file"

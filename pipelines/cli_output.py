@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from rich.filesize import decimal
@@ -12,6 +14,28 @@ def printable(text: str) -> str:
     """A stranger's text, such as a file's name, as a terminal may show it: on one line, and what would move the
     cursor, colour, ring or turn the direction of writing is spelt out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printer_of(command: str) -> Callable[[Any], None]:
+    """What prints the result of a command; for one without a printer of its own, its counts."""
+    return globals().get(f"print_{command.replace(' ', '_')}", print_counts)
+
+
+def print_counts(result: Any) -> None:
+    """Every count and text of a result, a line each."""
+    for name, value in result.as_dict().items():
+        if name not in ("messages", "seconds", "exit_code") and isinstance(value, str | int | float) and value != "":
+            shown = f"{value:,}" if isinstance(value, int | float) else printable(value)
+            print(f"{name.replace('_', ' ')}: {shown}")
+
+
+def print_settings(config: Any) -> None:
+    """Every setting, its value and what it does."""
+    values = config.without_secrets()
+    for section in type(config).model_fields:
+        print(f"\n{section}:")
+        for key, about in type(getattr(config, section)).model_fields.items():
+            print(f"  {key}: {json.dumps(values[section][key])}\n      {about.description}")
 
 
 def print_extract(result: Any) -> None:
@@ -85,7 +109,7 @@ def print_cluster(result: Any) -> None:
         )
     empty = f", {result.empty:,} empty" if result.empty else ""
     print(f"{result.vectors:,} {result.of} in {result.k:,} clusters, the largest has {result.largest:,}{empty}.")
-    print(f"Tables: {uri}/centroids  {uri}/assignments ({result.seconds.get('total', 0.0):.1f} s)")
+    print(f"Tables: {uri}/centroids  {uri}/assignments ({result.seconds['total']:.1f} s)")
 
 
 def print_train(result: Any) -> None:
@@ -144,7 +168,7 @@ def print_index(result: Any) -> None:
         print(f"The index {result.name} is up to date: nothing to do.")
     else:
         again = f", built anew since {result.rebuilt}" if result.rebuilt else ""
-        print(f"{what}{again} ({result.seconds:.1f} s).")
+        print(f"{what}{again} ({result.seconds['total']:.1f} s).")
     print(f"Kind {result.kind}: {result.why}.")
     dead = f", {result.dead:,} removed ones still take space" if result.dead else ""
     print(f"{result.count:,} vectors of {result.images:,} images, {result.memory_bytes / 1e6:,.1f} MB{dead}.")
@@ -186,7 +210,7 @@ def print_correspond(result: Any) -> None:
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.seconds['total']:.1f} s)")
 
 
-def print_pck(result: Any) -> None:
+def print_evaluate_pck(result: Any) -> None:
     compared = f"{result.facet} of layer {result.layer}, {'binned' if result.binned else 'plain'}"
     print(f"{result.pairs:,} pairs of {result.images:,} images ({result.layout}), {compared}.")
     print("By pair: mean over pairs of the fraction of their points that are right. By point: fraction of all points.")
@@ -200,20 +224,20 @@ def print_pck(result: Any) -> None:
             if score["threshold"] == threshold:
                 values = ["".join(f"{value:8.3f}" for value in score[mean]) for mean in ("per_pair", "per_point")]
                 print(f"{printable(score['category']):{width}}{score['pairs']:8,}{values[0]}   {values[1]}")
-    print(f"\nReport: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
+    print(f"\nReport: {result.store}/runs/{result.run_id}.json ({result.seconds['total']:.1f} s)")
 
 
-def print_retrieval(result: Any) -> None:
+def print_evaluate_retrieval(result: Any) -> None:
     for k, value in result.recall.items():
         print(f"recall@{k:<4} {value:.4f}")
     print(f"mAP         {result.mean_average_precision:.4f}")
     left_out = f"{result.unlabelled:,} without label left out, {result.alone:,} alone with their label"
     print(f"{result.queries:,} queries among {result.images:,} images, {result.labels:,} labels ({left_out}).")
     print("recall@k: fraction of queries with one of their label among the k nearest by cosine of the embeddings.")
-    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds['total']:.1f} s)")
 
 
-def print_classification(result: Any) -> None:
+def _print_classification(result: Any) -> None:
     for what, value in result.accuracy.items():
         print(f"{f'k = {what}' if result.task == 'knn' else what:<9} {value:.4f}")
     how = (
@@ -224,10 +248,18 @@ def print_classification(result: Any) -> None:
         left_out += f", {result.unknown:,} of a label that nobody to learn from has count as wrong"
     print(f"top-1 accuracy of {result.tested:,} images, learnt from {result.learnt_from:,}{how} ({left_out}).")
     print(f"{result.labels:,} labels; always the commonest one: {result.chance:.4f}.")
-    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds['total']:.1f} s)")
 
 
-def print_segmentation(result: Any) -> None:
+def print_evaluate_knn(result: Any) -> None:
+    _print_classification(result)
+
+
+def print_evaluate_linear(result: Any) -> None:
+    _print_classification(result)
+
+
+def print_evaluate_segmentation(result: Any) -> None:
     measures = ("jaccard", "precision", "corloc")
     width = max(len(score["set"]) for score in result.scores)
     print(f"{'':{width}}{'images':>8}" + "".join(f"{measure:>11}" for measure in measures))
@@ -238,10 +270,10 @@ def print_segmentation(result: Any) -> None:
         print(f"{measure}: {result.conventions[measure]}.")
     if result.resized:
         print(f"{result.resized:,} annotated masks had another size than their image and were brought to it.")
-    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds['total']:.1f} s)")
 
 
-def print_parts(result: Any) -> None:
+def print_evaluate_parts(result: Any) -> None:
     width = max(len(score["set"]) for score in result.scores)
     items = None
     for score in result.scores:
@@ -253,7 +285,7 @@ def print_parts(result: Any) -> None:
         print(f"{printable(score['set']):{width}}{counts}{score['nmi']:9.4f}{score['ari']:9.4f}")
     for what in ("nmi", "ari", "set"):
         print(f"{what}: {result.conventions[what]}.")
-    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds:.1f} s)")
+    print(f"Report: {result.store}/runs/{result.run_id}.json ({result.seconds['total']:.1f} s)")
 
 
 def print_report(result: Any) -> None:
@@ -262,7 +294,7 @@ def print_report(result: Any) -> None:
         print(f"\nwould show {shown} in {result.output}. Nothing was written.")
         return
     gone = f", {result.without_photo:,} without their photo" if result.without_photo else ""
-    print(f"{shown}{gone}: {', '.join(result.sections)} ({result.seconds:.1f} s).")
+    print(f"{shown}{gone}: {', '.join(result.sections)} ({result.seconds['total']:.1f} s).")
     if result.plots:
         print(f"{len(result.plots):,} plots: {result.plots[0].rsplit('/', 1)[0]}")
     print(f"Report: {result.output} ({decimal(result.bytes)}); open it in a browser.")
@@ -292,10 +324,10 @@ def print_compact(result: Any) -> None:
     print(f"{result.merged:,} files merged into {result.written:,}: {result.files_before:,} -> {result.files_after:,}.")
     if result.conflicts:
         print(f"{result.conflicts:,} groups were changed by another run meanwhile: left for the next time.")
-    print(f"{result.vacuumed:,} files removed that no kept snapshot names ({result.seconds.get('total', 0.0):.1f} s).")
+    print(f"{result.vacuumed:,} files removed that no kept snapshot names ({result.seconds['total']:.1f} s).")
 
 
-def print_pipeline(result: Any) -> None:
+def print_run(result: Any) -> None:
     width = max(len(job.title) for job in result.jobs)
     for job in result.jobs:
         why = f"  {job.why}" if job.status in ("failed", "would_run", "would_fail") else ""
@@ -304,7 +336,7 @@ def print_pipeline(result: Any) -> None:
     if result.status == "dry_run":
         print("Nothing was written.")
         return
-    print(f"{result.status} in {result.seconds:.1f} s: {result.store}/runs/{result.run_id}.json")
+    print(f"{result.status} in {result.seconds['total']:.1f} s: {result.store}/runs/{result.run_id}.json")
 
 
 def print_stats(result: Any) -> None:
@@ -317,18 +349,10 @@ def print_stats(result: Any) -> None:
     for name in ("images", "patches", "failures"):
         megabytes = f"{result.bytes[name] / 1e6:,.1f}"
         table.add_row(name, f"{getattr(result, name):,}", f"{result.files[name]:,}", megabytes)
-    for name, found in result.matches.items():
-        megabytes = f"{found['bytes'] / 1e6:,.1f}"
-        rows = f"{found['pairs']:,} pairs ({found['without_matches']:,} without), {found['matches']:,} matches"
-        table.add_row(f"matches/{name}", rows, f"{found['files']:,}", megabytes)
-    for name, found in result.clusters.items():
-        rows = f"{found['clusters']:,} clusters, {found['assignments']:,} assignments"
-        table.add_row(f"clusters/{name}", rows, f"{found['files']:,}", f"{found['bytes'] / 1e6:,.1f}")
-    for name, found in result.parts.items():
-        rows = (
-            f"{found['images']:,} images in {found['sets']:,} sets ({found['without_foreground']:,} without foreground)"
-        )
-        table.add_row(f"parts/{name}", rows, f"{found['files']:,}", f"{found['bytes'] / 1e6:,.1f}")
+    for kind, of_kind in result.results.items():
+        for name, found in of_kind.items():
+            files, size = (f"{found['files']:,}", f"{found['bytes'] / 1e6:,.1f}") if "files" in found else ("", "")
+            table.add_row(f"{kind}/{name}", result.described[f"{kind}/{name}"], files, size)
     console.print(table)
     model = result.spec["model"]
     features = result.spec["features"]

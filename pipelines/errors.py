@@ -29,6 +29,11 @@ class StorageError(InputError):
     exit_code = 1
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things in a sentence: "1 image", "2 images", "1,000 images"; noun: the singular of a regular one."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def exit_code_of(error: BaseException) -> int | None:
     """The exit code of an error that is shown as a sentence; None for a bug, which keeps its traceback."""
     if isinstance(error, DinorayError):

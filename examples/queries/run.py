@@ -22,7 +22,8 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 QUESTIONS = Path(__file__).parent
-Tables = dict[str, str]  # view -> URI of its Delta table
+# Names of views, and the URIs of their Delta tables.
+Tables = dict[str, str]
 Ask = Callable[[str], pa.Table]
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import datetime as dt
 
 from airflow import DAG
-from airflow.providers.standard.operators.bash import BashOperator  # of Airflow 3; before it: airflow.operators.bash
+
+# Before Airflow 3 it is airflow.operators.bash.
+from airflow.providers.standard.operators.bash import BashOperator
 
 with DAG(
     dag_id="dinoray_nightly",
     schedule="30 2 * * *",
     start_date=dt.datetime(2026, 1, 1),
-    catchup=False,  # a run looks at everything that is there, so nights that were missed need none of their own
-    default_args={"retries": 2, "retry_delay": dt.timedelta(minutes=10)},  # a run continues where one stopped
+    # A run looks at everything that is there, so nights that were missed need no run of their own.
+    catchup=False,
+    # A run continues where the last one stopped.
+    default_args={"retries": 2, "retry_delay": dt.timedelta(minutes=10)},
 ) as dag:
     BashOperator(
         task_id="run",

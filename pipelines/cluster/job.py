@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,9 +33,10 @@ from pipelines.results.cluster_statistics import Counting, Statistics
 from pipelines.results.clusters import ClusterTables, checkpoint, clusters_uri
 from pipelines.running.cpus import available_cpus
 from pipelines.running.interrupts import interruptible, uninterrupted
+from pipelines.running.layout import Layout, plan_workers
 from pipelines.running.progress import StatusLine
 from pipelines.running.ray_session import explain_ray_error, ray_session
-from pipelines.running.reports import RunReport, new_run_id, recorded
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.loading import make_config
 from pipelines.settings.sections import ClusterSettings, Config
 from pipelines.store.store import Store
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from pipelines.cluster.worker import WorkerSetup
 
 
-CPUS_A_WORKER = 4  # at most: matrix products of a row group use more of them badly
+MOST_CPUS_PER_WORKER = 4.0  # matrix products of a row group use more of them badly
 CACHE_SHARE = 1 / 3  # of the memory that Ray has
 PUBLISHED_ELBOW = 0.975  # Amir et al. 2021, supplementary material
 DRIFT = 1.1  # mean distance of new images to that of the training's above which it is said
@@ -54,15 +55,11 @@ CHECKPOINT_SHARE = 0.1  # of the time at most that writing checkpoints may take
 
 
 @dataclass
-class Result:
+class Result(JobResult):
     """What a run of cluster did, or would do."""
 
-    run_id: str
-    store: str
     name: str
     of: str
-    status: str = "running"  # running | done | unchanged | failed | interrupted | dry_run
-    exit_code: int = 0
     what: str = ""  # train | update
     k: int = 0
     dimension: int = 0
@@ -80,14 +77,6 @@ class Result:
     empty: int = 0  # clusters without any
     held_share: float = 0.0  # of the vectors that workers kept in memory
     pass_seconds: float | None = None  # of one pass over the vectors to train on: the median
-    seconds: dict[str, float] = field(default_factory=dict)  # plan, start, train, assign, commit
-    messages: list[str] = field(default_factory=list)
-
-    def took(self, seconds: float) -> None:
-        self.seconds["total"] = seconds
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
 
 
 def run(
@@ -327,7 +316,7 @@ def _workers(job: _Job, images: pa.Table) -> Iterator[tuple[Workers, StatusLine]
     with ray_session(job.config.run) as resources, interruptible(), StatusLine() as line:
         import ray
 
-        layout = plan_workers(resources, job.config)
+        layout = plan_cluster_workers(resources, job.config)
         shares = split_units(units, layout.workers)
         memory = resources.get("memory", 0.0) * CACHE_SHARE
         budget = asked.cache_gb * 1e9 if asked.cache_gb is not None else memory
@@ -353,38 +342,10 @@ def _workers(job: _Job, images: pa.Table) -> Iterator[tuple[Workers, StatusLine]
                 ray.kill(one)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Workers of a job and what each takes."""
-
-    device: str  # cpu | cuda
-    workers: int
-    cpus: float
-    gpus: float
-
-
-def plan_workers(resources: dict[str, float], config: Config) -> Layout:
-    """Workers for a cluster with `resources` ({"CPU": ..., "GPU": ...}), fewer where there is less to hold.
-
-    Raises RequestError when what was asked is not there: Ray would wait for it for ever.
-    """
-    run = config.run
-    cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
-    if config.model.device == "cuda" and not gpus:
-        raise RequestError("model.device is cuda, but the Ray cluster has no GPU: give model.device=auto or cpu.")
-    device = "cuda" if config.model.device != "cpu" and gpus else "cpu"
-    gpus_each = (run.gpus_per_worker or 1.0) if device == "cuda" else 0.0
-    usual = 1.0 if cpus <= CPUS_A_WORKER else float(CPUS_A_WORKER)
-    fitting = gpus / gpus_each if gpus_each else cpus / (run.cpus_per_worker or usual)
-    workers = run.workers or max(1, int(fitting))
-    cpus_each = run.cpus_per_worker or min(usual, cpus / workers)
-    if cpus_each * workers > cpus + 1e-6 or gpus_each * workers > gpus:
-        raise RequestError(
-            f"{workers} workers with {cpus_each:g} CPUs and {gpus_each:g} GPUs each were asked for, but the cluster "
-            f"has {cpus:g} CPUs and {gpus:g} GPUs: give smaller run.workers, run.cpus_per_worker or "
-            "run.gpus_per_worker."
-        )
-    return Layout(device, workers, cpus_each, gpus_each)
+def plan_cluster_workers(resources: Mapping[str, float], config: Config) -> Layout:
+    """Workers for a cluster with `resources`. Raises RequestError when what was asked is not there."""
+    many_cpus = resources.get("CPU", 1.0) > MOST_CPUS_PER_WORKER
+    return plan_workers(resources, config, usual_cpus=MOST_CPUS_PER_WORKER if many_cpus else 1.0)
 
 
 def _worker_setup(job: _Job, device: str, cpus: float, cache_bytes: float) -> WorkerSetup:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ from pipelines.running.interrupts import interruptible
 from pipelines.running.metrics import JobMetrics
 from pipelines.running.progress import ProgressLine
 from pipelines.running.ray_session import ray_session
-from pipelines.running.reports import RunReport, new_run_id, recorded
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.store.schemas import PAIRS, descriptor_columns
 from pipelines.store.store import Store
@@ -34,14 +34,10 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Result:
+class Result(JobResult):
     """What a run of correspond did, or would do."""
 
-    run_id: str
-    store: str
     name: str
-    status: str = "running"  # running | done | failed | interrupted | dry_run
-    exit_code: int = 0
     source: str = ""  # knn | all | file
     images: int = 0  # in the store
     pairs: int = 0  # asked for
@@ -52,19 +48,11 @@ class Result:
     without_matches: int = 0  # of the matched pairs: kept = 0
     outdated: int = 0  # pairs removed because an image was extracted again or is gone
     done_elsewhere: int = 0  # another run committed them at the same time
-    seconds: dict[str, float] = field(default_factory=dict)  # plan, read, match, write, commit: summed over workers
     pairs_per_second: float = 0.0  # from the start of Ray to the last pair
     steady_pairs_per_second: float = 0.0  # once workers are warm
     bytes_read: int = 0  # of patches
     bytes_written: int = 0
     repaired: dict[str, int] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
-
-    def took(self, seconds: float) -> None:
-        self.seconds["total"] = seconds
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
 
 
 def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_run: bool = False) -> Result:
@@ -171,7 +159,7 @@ def _match_pending(
     store: Store, tables: MatchTables, pending: Pairs, images: pa.Table, config: Config, result: Result
 ) -> None:
     """Match and commit every pending pair."""
-    from pipelines.correspond.tiles import stream_matches  # Ray and torch are needed from here on
+    from pipelines.correspond.tiles import plan_matching, stream_matches  # Ray and torch are needed from here on
     from pipelines.correspond.worker import MatchSetup
     from pipelines.store.vectors import BYTES_PER_VALUE
 
@@ -182,14 +170,12 @@ def _match_pending(
     stored = sum(file.size for file in files) / sum(file.rows for file in files) / len(descriptor_columns(spec))
     values = stored / BYTES_PER_VALUE[spec.store.dtype]
     with ray_session(config.run) as resources, interruptible(), ProgressLine(len(pending), "pairs") as progress:
-        if config.model.device == "cuda" and not resources.get("GPU"):
-            raise RequestError("model.device is cuda, but the Ray cluster has no GPU: give model.device=auto or cpu.")
-        device = "cuda" if config.model.device != "cpu" and resources.get("GPU") else "cpu"
-        setup = MatchSetup(store.uri, tables.uri, result.run_id, spec, device)
+        layout = plan_matching(resources, config)
+        setup = MatchSetup(store.uri, tables.uri, result.run_id, spec, layout.device)
         began = time.monotonic()
         commits = Commits(tables, config, result)
         try:
-            for report in stream_matches(setup, pending, pair_scores, images, values, resources):
+            for report in stream_matches(setup, pending, pair_scores, images, values, layout):
                 progress.advance(len(report.kept), 0)
                 commits.take(report)
         finally:
@@ -204,7 +190,7 @@ class Commits:
     def __init__(self, tables: MatchTables, config: Config, result: Result) -> None:
         self._tables = tables
         self._result = result
-        self._metrics = JobMetrics("correspond", of="pairs")
+        self._metrics = JobMetrics("correspond")
         self._waiting = WaitingReports(config.run.commit_seconds, self._commit)
         self._reads: dict[str, tuple[int, float]] = {}
 
@@ -222,7 +208,7 @@ class Commits:
     def _commit(self, reports: list[MatchReport]) -> None:
         started = time.monotonic()
         kept = [rows for report in self._tables.commit(reports, self._result.run_id) for rows in report.kept.values()]
-        result, seconds = self._result, self._result.seconds
+        result = self._result
         result.done_elsewhere += sum(len(report.kept) for report in reports) - len(kept)
         result.matched += len(kept)
         result.matches += sum(kept)
@@ -232,11 +218,11 @@ class Commits:
         read = sum(read for read, _ in self._reads.values())
         self._metrics.read(read - result.bytes_read)
         result.bytes_read = read
-        seconds["read"] = sum(spent for _, spent in self._reads.values())
+        result.seconds["read"] = sum(spent for _, spent in self._reads.values())
         for report in reports:
             for stage, spent in report.seconds.items():
-                seconds[stage] = seconds.get(stage, 0.0) + spent
+                result.spend(stage, spent)
         took = time.monotonic() - started
-        seconds["commit"] = seconds.get("commit", 0.0) + took
+        result.spend("commit", took)
         self._metrics.spent({"commit": took})
         self._metrics.committed(len(kept), written)

@@ -12,7 +12,7 @@ once, with n bands up to (n + 1) / 2 times, less where few blocks have pairs wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
@@ -23,7 +23,9 @@ import pyarrow as pa
 from pipelines.correspond.pairs import Pairs
 from pipelines.correspond.worker import MatchSetup, PairRow, load_images, match_pairs
 from pipelines.results.matches import MatchReport
-from pipelines.running.ray_session import explain_ray_error
+from pipelines.running.layout import Layout, plan_workers
+from pipelines.running.tasks import as_task, finished_tasks
+from pipelines.settings.sections import Config
 from pipelines.store.parquet import IMAGES_PER_ROW_GROUP, ROWS_PER_ROW_GROUP
 from pipelines.store.patches import ImagePlace
 
@@ -35,7 +37,7 @@ PATCH_PRODUCTS_A_SECOND = 30e6  # of one CPU, binned: patches of one image times
 SELECTION_SECONDS = 0.02  # of a pair, besides
 TASK_SECONDS = (3.0, 8.0)  # least: worth a worker's start and a file; most: commits are due, kills cost little
 TASKS_A_WORKER = 2  # at least, where there is enough to do, so that workers finish together
-GPU_SHARE = 0.25  # the selection runs on the CPU meanwhile
+GPUS_PER_TASK = 0.25  # the selection runs on the CPU meanwhile
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,18 @@ def make_tiles(pairs: Pairs, blocks: np.ndarray, band_blocks: int) -> list[Tile]
     ]
 
 
+def plan_matching(resources: Mapping[str, float], config: Config) -> Layout:
+    """The tasks that run at once. Raises RequestError when what was asked is not there."""
+    return plan_workers(resources, config, usual_cpus=1.0, usual_gpus=GPUS_PER_TASK, whole_cpus=True)
+
+
 def stream_matches(
     setup: MatchSetup,
     pairs: Pairs,
     scores: np.ndarray | None,
     images: pa.Table,
     values: float,
-    resources: dict[str, float],
+    layout: Layout,
 ) -> Iterator[MatchReport]:
     """Match pairs on Ray and yield what its workers wrote, in the order in which they finish.
 
@@ -117,9 +124,6 @@ def stream_matches(
 
     Raises JobError for what stops a worker.
     """
-    import ray
-    from ray.exceptions import RayError
-
     run = setup.config.run
     columns = {name: images[name].to_pylist() for name in ("image_id", "shard", "run_id")}
     grids = np.stack([images[name].to_numpy() for name in ("grid_height", "grid_width")], axis=1).astype(np.int64)
@@ -132,15 +136,10 @@ def stream_matches(
     band_blocks = max(1, int(object_store * BAND_SHARE / largest_block))
     seconds = cells[pairs.a] * cells[pairs.b] / PATCH_PRODUCTS_A_SECOND + SELECTION_SECONDS
 
-    gpu = setup.device == "cuda"
-    cpus_each = run.cpus_per_worker or 1.0
-    gpus_each = (run.gpus_per_worker or GPU_SHARE) if gpu else 0.0
-    slots = [resources.get("CPU", 1.0) / cpus_each] + ([resources["GPU"] / gpus_each] if gpu else [])
-    workers = run.workers or max(1, int(min(slots)))
+    workers = layout.workers
     task_seconds = float(np.clip(seconds.sum() / (workers * TASKS_A_WORKER), *TASK_SECONDS))
     task_seconds = min(task_seconds, run.commit_seconds / 2)  # what a kill loses is not committed yet, nor finished
-    load = ray.remote(load_images).options(num_cpus=cpus_each)
-    match = ray.remote(match_pairs).options(num_cpus=cpus_each, num_gpus=gpus_each)
+    load, match = as_task(load_images, layout, gpu=False), as_task(match_pairs, layout)
 
     def read(chosen: np.ndarray, block: int) -> Any:
         wanted = _images_in(pairs, chosen, blocks, block)
@@ -170,19 +169,9 @@ def stream_matches(
                     at_hand = loaded | passing
                     yield match.remote(setup, [pair_row(at) for at in chunk], *(at_hand[block] for block in needed))
 
-    waiting: list[Any] = []
     upcoming = tasks()
-    try:
-        while True:
-            # one more than there are workers waits with its blocks read
-            while len(waiting) <= workers and (task := next(upcoming, None)) is not None:
-                waiting.append(task)
-            if not waiting:
-                return
-            finished, waiting = ray.wait(waiting, num_returns=1)
-            yield ray.get(finished[0])
-    except RayError as error:
-        raise explain_ray_error(error, "the matching") from None
+    for _, report in finished_tasks(lambda: next(upcoming, None), workers, "the matching"):
+        yield report
 
 
 def _smallest_object_store() -> float:

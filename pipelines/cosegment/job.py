@@ -8,6 +8,7 @@ A set is done when the rows of all its images are committed, for the members and
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,17 +21,19 @@ from pipelines import storage
 from pipelines.cosegment.made_with import check_settings
 from pipelines.cosegment.masks import MOST_PARTS, SetImage
 from pipelines.cosegment.sets import ImageSets, choose_sets, set_version
-from pipelines.cosegment.tasks import PendingSet, stream_reports
+from pipelines.cosegment.tasks import PendingSet, plan_segmentation, stream_reports
 from pipelines.cosegment.worker import SegmentSetup
 from pipelines.errors import JobError, RequestError
 from pipelines.features.same_features import spec_with_weights
 from pipelines.results.parts import VERSIONED, PartTables, SegmentReport, parts_uri
 from pipelines.running.commits import WaitingReports
 from pipelines.running.interrupts import interruptible
+from pipelines.running.layout import Layout
 from pipelines.running.metrics import JobMetrics
 from pipelines.running.progress import ProgressLine
-from pipelines.running.ray_session import explain_ray_error, ray_session
-from pipelines.running.reports import RunReport, new_run_id, recorded
+from pipelines.running.ray_session import ray_session
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
+from pipelines.running.tasks import as_task, finished_tasks
 from pipelines.settings.sections import Config, CosegmentSettings
 from pipelines.store.originals import locate
 from pipelines.store.patches import ImagePlace
@@ -41,14 +44,10 @@ MOST_FAILED_SHOWN = 3
 
 
 @dataclass
-class Result:
+class Result(JobResult):
     """What a run of cosegment did, or would do. An image counts once for each set that it is in."""
 
-    run_id: str
-    store: str
     name: str
-    status: str = "running"  # running | done | failed | interrupted | dry_run
-    exit_code: int = 0
     source: str = ""  # label | directory | cluster:NAME | file
     sets: int = 0  # asked for
     images: int = 0  # in them
@@ -62,18 +61,10 @@ class Result:
     done_elsewhere: int = 0  # another run committed them at the same time
     failed_sets: dict[str, str] = field(default_factory=dict)  # set_id -> why
     exported: int = 0  # files that --masks and --overlays wrote
-    seconds: dict[str, float] = field(default_factory=dict)  # plan, read, fit, segment, write, commit, export, total
     images_per_second: float = 0.0  # from the start of Ray to the last image
     bytes_read: int = 0  # of patches
     bytes_written: int = 0
     repaired: dict[str, int] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
-
-    def took(self, seconds: float) -> None:
-        self.seconds["total"] = seconds
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
 
 
 def run(
@@ -131,9 +122,10 @@ def run(
         result.seconds["plan"] = time.monotonic() - started
         if pending or masks or overlays:
             with ray_session(config.run) as resources, interruptible():
-                _segment_pending(opened, tables, pending, images, spec, resources, result)
+                layout = plan_segmentation(resources, config)
+                _segment_pending(opened, tables, pending, images, spec, layout, resources, result)
                 if masks or overlays:
-                    _export(tables, images, masks, overlays, by_set=not chosen.whole, result=result)
+                    _export(tables, images, masks, overlays, layout, by_set=not chosen.whole, result=result)
         if result.failed_sets:
             raise JobError(_about_failed(result))
     return result
@@ -238,6 +230,7 @@ def _segment_pending(
     pending: list[PendingSet],
     images: pa.Table,
     spec: Config,
+    layout: Layout,
     resources: dict[str, float],
     result: Result,
 ) -> None:
@@ -245,13 +238,13 @@ def _segment_pending(
     if not pending:
         return
     began = time.monotonic()
-    device = "cuda" if spec.model.device != "cpu" and resources.get("GPU") else "cpu"
-    setup = SegmentSetup(store.uri, tables.uri, result.run_id, spec, store.spec["model"]["weights"], device, 0.0)
+    weights = store.spec["model"]["weights"]
+    setup = SegmentSetup(store.uri, tables.uri, result.run_id, spec, weights, layout.device, 0.0)
     described = SetImages(images, pending, spec)
     commits = Commits(tables, spec, result)
     with ProgressLine(result.pending) as progress:
         try:
-            for report in stream_reports(setup, pending, described.at, resources):
+            for report in stream_reports(setup, pending, described.at, layout, resources):
                 progress.advance(len(report.keys), 0)
                 commits.take(report)
         finally:
@@ -260,28 +253,33 @@ def _segment_pending(
 
 
 def _export(
-    tables: PartTables, images: pa.Table, masks: str | None, overlays: str | None, *, by_set: bool, result: Result
+    tables: PartTables,
+    images: pa.Table,
+    masks: str | None,
+    overlays: str | None,
+    layout: Layout,
+    *,
+    by_set: bool,
+    result: Result,
 ) -> None:
     """Write every mask of NAME as a file."""
-    import ray
-    from ray.exceptions import RayError
-
     from pipelines.cosegment.export import Export, export_file, exported_images
 
     began = time.monotonic()
     masks, overlays = (storage.normalise(uri) if uri else None for uri in (masks, overlays))
     export = Export(tables.uri, masks, overlays, by_set, tables.options)
     names, uris = exported_images(tables, images)
-    task = ray.remote(export_file)
-    waiting = []
-    for path in tables.images.files():
-        ids = set(tables.images.read_file(path, ["image_id"])["image_id"].to_pylist())
-        of_file = [{one: known[one] for one in ids if one in known} for known in (names, uris)]
-        waiting.append(task.remote(export, path, *of_file))
-    try:
-        result.exported = sum(ray.get(waiting))
-    except RayError as error:
-        raise explain_ray_error(error, "the export of masks") from None
+    export_task = as_task(export_file, layout, gpu=False)
+
+    def tasks() -> Iterator[Any]:
+        for path in tables.images.files():
+            ids = set(tables.images.read_file(path, ["image_id"])["image_id"].to_pylist())
+            known = [{one: of_all[one] for one in ids if one in of_all} for of_all in (names, uris)]
+            yield export_task.remote(export, path, *known)
+
+    upcoming = tasks()
+    for _, files in finished_tasks(lambda: next(upcoming, None), layout.workers, "the export of masks"):
+        result.exported += files
     result.seconds["export"] = time.monotonic() - began
 
 
@@ -340,7 +338,7 @@ class Commits:
         result.bytes_read += report.bytes_read
         result.bytes_written += report.bytes_written
         for stage, spent in report.seconds.items():
-            result.seconds[stage] = result.seconds.get(stage, 0.0) + spent
+            result.spend(stage, spent)
         self._metrics.spent(report.seconds)
         self._metrics.read(report.bytes_read)
         if report.images:
@@ -360,7 +358,7 @@ class Commits:
         result.without_foreground += sum(report.without_foreground for report in reports)
         result.noted += sum(report.noted for report in reports)
         seconds = time.monotonic() - started
-        result.seconds["commit"] = result.seconds.get("commit", 0.0) + seconds
+        result.spend("commit", seconds)
         self._metrics.spent({"commit": seconds})
         self._metrics.committed(kept, sum(report.bytes_written for report in reports))
 

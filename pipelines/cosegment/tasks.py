@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,15 +12,16 @@ import numpy as np
 from pipelines.cosegment.masks import SetImage
 from pipelines.cosegment.worker import FittedSet, SegmentSetup, SetWork, fit_set, segment_batch, segment_sets
 from pipelines.results.parts import SegmentReport
-from pipelines.running.ray_session import explain_ray_error
-from pipelines.settings.sections import CosegmentSettings
+from pipelines.running.layout import Layout, plan_workers
+from pipelines.running.tasks import as_task, finished_tasks
+from pipelines.settings.sections import Config, CosegmentSettings
 
 TASKS_A_WORKER = 3  # at least, where there are images enough, so that workers finish together
 BATCH_REFINED, BATCH_PLAIN = (4, 16), (64, 512)  # images of a task, least and most: refining one takes a second
 SETS_A_TASK = 8  # at most: fitting one takes a second or more
 MEMORY_SHARE = 0.25  # of what Ray has, for the descriptors and pictures that all tasks hold
 LEAST_MEMORY, MOST_MEMORY = 64 * 2**20, 4 * 2**30  # of a task, bytes
-GPU_SHARE = 0.25  # of a task that makes crops
+CROPPING_TASK_GPUS = 0.25
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,23 @@ def cut_sets(sets: Sequence[PendingSet], batch: int, fit_images: int) -> Iterato
         yield group
 
 
+def plan_segmentation(resources: Mapping[str, float], config: Config) -> Layout:
+    """The tasks that run at once. Only crops need the model, and with it a GPU where there is one.
+
+    config: of the run. Raises RequestError when what was asked is not there.
+    """
+    crops = config.cosegment.crop_augmentations > 0
+    return plan_workers(
+        resources, config, usual_cpus=1.0, usual_gpus=CROPPING_TASK_GPUS, uses_gpu=crops, whole_cpus=True
+    )
+
+
 def stream_reports(
     setup: SegmentSetup,
     sets: Sequence[PendingSet],
     describe: Callable[[np.ndarray, np.ndarray], list[SetImage]],
-    resources: dict[str, float],
+    layout: Layout,
+    resources: Mapping[str, float],
 ) -> Iterator[SegmentReport]:
     """Segment sets on Ray and yield what its workers wrote, in the order in which they finish.
 
@@ -93,21 +106,14 @@ def stream_reports(
     Raises JobError for what stops a worker.
     """
     import ray
-    from ray.exceptions import RayError
 
-    run, asked = setup.config.run, setup.asked
-    gpu = asked.crop_augmentations > 0 and setup.device == "cuda"
-    cpus_each = run.cpus_per_worker or 1.0
-    gpus_each = (run.gpus_per_worker or GPU_SHARE) if gpu else 0.0
-    slots = [resources.get("CPU", 1.0) / cpus_each] + ([resources["GPU"] / gpus_each] if gpu else [])
-    workers = run.workers or max(1, int(min(slots)))
+    asked = setup.asked
+    workers = layout.workers
     memory = resources.get("memory", LEAST_MEMORY) * MEMORY_SHARE / workers
     setup = replace(setup, memory=float(np.clip(memory, LEAST_MEMORY, MOST_MEMORY)))
     batch = batch_size(asked, sum(len(one.left) for one in sets), workers)
-    on_model, plain = {"num_cpus": cpus_each, "num_gpus": gpus_each}, {"num_cpus": cpus_each}
-    whole = ray.remote(segment_sets).options(**on_model)
-    fit = ray.remote(fit_set).options(**on_model)
-    part = ray.remote(segment_batch).options(**plain)
+    whole, fit = as_task(segment_sets, layout), as_task(fit_set, layout)
+    part = as_task(segment_batch, layout, gpu=False)
 
     def work(one: PendingSet, images: np.ndarray, fit_on: bool) -> SetWork:
         chosen = (
@@ -118,7 +124,6 @@ def stream_reports(
     begin = cut_sets(sets, batch, asked.fit_images)
     shared: deque[tuple[PendingSet, np.ndarray, Any]] = deque()  # batches of sets that are fitted
     fitting: dict[Any, PendingSet] = {}
-    waiting: list[Any] = []
 
     def submit() -> Any:
         """The next task, or None when there is none to begin yet."""
@@ -134,23 +139,14 @@ def stream_reports(
             return task
         return whole.remote(setup, [work(one, one.left, fit_on=True) for one in group])
 
-    try:
-        while True:
-            while len(waiting) <= workers and (task := submit()) is not None:
-                waiting.append(task)
-            if not waiting:
-                return
-            (task,), waiting = ray.wait(waiting, num_returns=1)
-            found = ray.get(task)
-            if (one := fitting.pop(task, None)) is None:
-                yield found
-                continue
-            yield _of_fit(one, found)
-            if found.model is not None:
-                model = ray.put(found)
-                shared.extend((one, part, model) for part in _batches(one.left, batch))
-    except RayError as error:
-        raise explain_ray_error(error, "the co-segmentation") from None
+    for task, found in finished_tasks(submit, workers, "the co-segmentation"):
+        if (one := fitting.pop(task, None)) is None:
+            yield found
+            continue
+        yield _of_fit(one, found)
+        if found.model is not None:
+            model = ray.put(found)
+            shared.extend((one, images, model) for images in _batches(one.left, batch))
 
 
 def _of_fit(one: PendingSet, fitted: FittedSet) -> SegmentReport:

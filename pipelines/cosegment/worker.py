@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from dino_ops.cosegmentation import ForegroundModel, fit_foreground
-from dino_ops.elbow import FaissKMeans
 from dino_ops.parts import PartModel, fit_common_parts, fit_parts
+from dino_ops.published_kmeans import FaissKMeans
 from pipelines import storage
 from pipelines.cosegment.masks import Segmented, SetImage, SetModel, parts_are_foreground, segment
 from pipelines.cosegment.pictures import Cropper, Picture, read_pictures

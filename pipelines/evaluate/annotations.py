@@ -20,7 +20,8 @@ from pipelines.errors import RequestError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
 READS_AT_ONCE = 16
-NEWEST_MATLAB_FORMAT = 1  # as SciPy numbers them: version 5 to 7; 2 is 7.3, which is HDF5
+# SciPy numbers the versions 5 to 7 like this; 2 is 7.3, which is HDF5.
+NEWEST_MATLAB_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _willow_pairs(fs: Any, root: str) -> Iterator[AnnotatedPair]:
     """All ordered pairs within each class."""
     names = [name for name in sorted(fs.find(root, maxdepth=2)) if name.removeprefix(f"{root}/").count("/") == 1]
     image_of = {name.rpartition(".")[0]: name for name in names if name.lower().endswith(IMAGE_ENDINGS)}
-    points: dict[str, dict[str, np.ndarray]] = {}  # class -> CLASS/NAME -> (n, 2)
+    points_by_class: dict[str, dict[str, np.ndarray]] = {}
     for name in names:
         if not name.endswith(".mat"):
             continue
@@ -125,8 +126,8 @@ def _willow_pairs(fs: Any, root: str) -> Iterator[AnnotatedPair]:
         if image is None:
             raise RequestError(f"{name} has no image of the same name beside it ({', '.join(IMAGE_ENDINGS)}).")
         category, _, file = image.removeprefix(f"{root}/").partition("/")
-        points.setdefault(category, {})[f"{category}/{file}"] = _willow_points(fs, name)
-    for category, of_image in points.items():
+        points_by_class.setdefault(category, {})[f"{category}/{file}"] = _willow_points(fs, name)
+    for category, of_image in points_by_class.items():
         for source, target in itertools.permutations(of_image, 2):
             _check_points(f"{source} to {target}", of_image[source], of_image[target])
             yield AnnotatedPair(category, source, target, of_image[source], of_image[target])

@@ -27,13 +27,14 @@ FOLDS = 5
 class Result:
     """Top-1 accuracy.
 
-    accuracy: what was asked -> fraction of the tested images whose label was found: k -> for knn, "linear" -> else.
-    chance: fraction that the commonest label alone would find. unknown: tested images whose label nobody to learn from
-    has; they count as wrong.
+    task: knn or linear. accuracy: fraction of the tested images whose label was found, by k for knn, under "linear"
+    otherwise. chance: fraction that the commonest label alone would find. unlabelled: images left out. unknown: tested
+    images whose label no image to learn from has; they count as wrong. rates: for linear, the learning rates that were
+    chosen.
     """
 
     run_id: str
-    task: str  # knn | linear
+    task: str
     store: str
     test: str | None
     learnt_from: int
@@ -41,9 +42,9 @@ class Result:
     labels: int
     accuracy: dict[str, float]
     chance: float
-    unlabelled: int  # left out
+    unlabelled: int
     unknown: int = 0
-    rates: list[float] = field(default_factory=list)  # linear: learning rates that were chosen
+    rates: list[float] = field(default_factory=list)
     seconds: float = 0.0
     messages: list[str] = field(default_factory=list)
 

@@ -12,7 +12,8 @@ from pipelines.errors import RequestError
 from pipelines.settings.sections import Config
 from pipelines.store.store import Store
 
-UNKNOWN = -1  # a label that no image to learn from has
+# The position of a label that no image to learn from has.
+UNKNOWN = -1
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from pipelines.running.reports import RunReport, new_run_id
 from pipelines.settings.sections import Config
 from pipelines.store.store import Store
 
-NOT_ANNOTATED = 255  # in part labels: pixels that do not count
-BACKGROUND = 0  # in part labels and in mask_png
+NOT_ANNOTATED_LABEL = 255
+BACKGROUND_LABEL = 0
 CONVENTIONS = {
     "nmi": "mutual information of part and annotation over the arithmetic mean of their entropies, 0 to 1",
     "ari": "adjusted Rand index: 1 for equal groupings, about 0 for random ones",
-    "set": "parts are numbered anew in each set, so each set is counted by itself; `all` is the mean over sets",
+    "set": "every set numbers its parts from 0, so each set is counted by itself; `all` is the mean over sets",
 }
 ITEMS = {
     "pixels": "all pixels that are annotated (255 is not); background is one more part",
@@ -38,8 +38,9 @@ ITEMS = {
 class Result:
     """How well stored parts agree with annotations.
 
-    kind: labels | keypoints. scores: one row per set and kind of items, `all` for the mean over sets: set, items,
-    images, count, nmi, ari. without_truth: images that have no annotation, which do not count.
+    kind: labels or keypoints. without_truth: images that have no annotation, which do not count. nmi, ari: means over
+    sets, of all pixels or of key points. scores: one row per set and kind of items, `all` for the mean over sets: set,
+    items, images, count, nmi, ari.
     """
 
     run_id: str
@@ -49,7 +50,7 @@ class Result:
     kind: str
     images: int
     without_truth: int
-    nmi: float  # mean over sets; of all pixels, or of key points
+    nmi: float
     ari: float
     scores: list[dict[str, Any]]
     conventions: dict[str, str]
@@ -64,7 +65,7 @@ class Result:
 
 @dataclass
 class _Counted:
-    """What a set has come to. tables: kind of items -> how often each pair of part and annotation occurs."""
+    """What was counted in a set. tables: kind of items -> how often each pair of part and annotation occurs."""
 
     images: int = 0
     tables: dict[str, Contingency] = field(default_factory=dict)
@@ -112,7 +113,8 @@ def run(config: Config, *, store: str, name: str, annotations: str) -> Result:
         per_set.setdefault(row["set_id"], _Counted()).add(found)
     kinds = ["pixels", "foreground"] if labels else ["keypoints"]
     scores = _scores(per_set, kinds)
-    whole = scores[len(per_set)]  # behind the sets, of the first kind
+    # The mean over sets follows the sets, and the first kind comes first.
+    whole = scores[len(per_set)]
     result = Result(
         run_id=run_id,
         store=opened.uri,
@@ -136,8 +138,8 @@ def _count_labels(parts: np.ndarray, truth: np.ndarray) -> dict[str, Contingency
     truth = truth.astype(np.int32)
     if truth.shape != parts.shape:
         truth = resize_mask(truth, *parts.shape)
-    counted = truth != NOT_ANNOTATED
-    inside = counted & (truth != BACKGROUND)
+    counted = truth != NOT_ANNOTATED_LABEL
+    inside = counted & (truth != BACKGROUND_LABEL)
     return {
         "pixels": Contingency.of(parts[counted], truth[counted]),
         "foreground": Contingency.of(parts[inside], truth[inside]),

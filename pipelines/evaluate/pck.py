@@ -31,13 +31,15 @@ THRESHOLDS = {
     "box": "alpha x longer side of the target's annotated bounding box (SPair-71k)",
     "image": "alpha x longer side of the target image",
 }
-PATCHES_HELD = 200_000  # in a tile of images: 300 MB of a small model's descriptors
+# 300 MB of a small model's descriptors.
+MAX_PATCHES_IN_MEMORY = 200_000
 
 
 @dataclass
 class Result:
     """PCK of a store's descriptors.
 
+    descriptor: the column of patches. thresholds: what the thresholds mean that the annotations allow, by name.
     scores: one row per class and threshold, `all` for all classes together: category, threshold, pairs, points, and
     per_pair and per_point, each a list of fractions in the order of alphas.
     """
@@ -46,7 +48,7 @@ class Result:
     store: str
     annotations: str
     layout: str
-    descriptor: str  # column of patches
+    descriptor: str
     facet: str
     layer: int
     binned: bool
@@ -54,7 +56,7 @@ class Result:
     images: int
     pairs: int
     points: int
-    thresholds: dict[str, str]  # name -> what it means; those that the annotations have
+    thresholds: dict[str, str]
     scores: list[dict[str, Any]]
     seconds: float = 0.0
     messages: list[str] = field(default_factory=list)
@@ -67,18 +69,24 @@ class Result:
 
 @dataclass(frozen=True)
 class _ImageFacts:
+    """Where an image's patches are, and the size of the original in pixels."""
+
     place: ImagePlace
-    height: int  # pixels of the original
+    height: int
     width: int
 
 
 @dataclass
 class _Points:
-    """What is known of each point of the pairs so far."""
+    """What is known of the points so far, pair by pair.
 
-    categories: list[str] = field(default_factory=list)  # of a pair
-    errors: list[np.ndarray] = field(default_factory=list)  # of a pair: (n,) pixels of the target
-    lengths: dict[str, list[float]] = field(default_factory=dict)  # threshold -> of a pair, pixels
+    categories: each pair's class. errors: (n,) for each pair, the distances of its points in pixels of the target.
+    lengths: threshold -> each pair's length in pixels.
+    """
+
+    categories: list[str] = field(default_factory=list)
+    errors: list[np.ndarray] = field(default_factory=list)
+    lengths: dict[str, list[float]] = field(default_factory=dict)
 
 
 def run(config: Config, *, store: str, annotations: str) -> Result:
@@ -227,7 +235,7 @@ def _carry_points(store: Store, pairs: list[AnnotatedPair], images: dict[str, _I
 def _with_maps(
     store: Store, pairs: list[AnnotatedPair], images: dict[str, _ImageFacts], config: Config
 ) -> Iterator[tuple[list[AnnotatedPair], dict[str, PatchMap]]]:
-    """Yield pairs with the patches of their images, of two tiles of a class at a time: memory stays bounded."""
+    """Yield pairs with the patches of their images, two tiles of a class at a time, so that memory stays bounded."""
     by_category: dict[str, list[AnnotatedPair]] = {}
     for pair in pairs:
         by_category.setdefault(pair.category, []).append(pair)
@@ -245,11 +253,11 @@ def _with_maps(
 
 
 def _tiles(names: list[str], images: dict[str, _ImageFacts]) -> dict[str, int]:
-    """The tile of each image: as many neighbours as hold at most half of PATCHES_HELD, or one image."""
+    """The tile of each image: a run of images with at most half of MAX_PATCHES_IN_MEMORY, or one image."""
     cells = [images[name].place.grid[0] * images[name].place.grid[1] for name in names]
     tile_of, tile, held = {}, 0, 0
     for name, count in zip(names, cells, strict=True):
-        if held and held + count > PATCHES_HELD // 2:
+        if held and held + count > MAX_PATCHES_IN_MEMORY // 2:
             tile, held = tile + 1, 0
         tile_of[name] = tile
         held += count

@@ -9,9 +9,9 @@ from pipelines.running.reports import RunReport
 
 
 def write_report(report: RunReport, result: dict[str, Any]) -> list[str]:
-    """Finish the report of an evaluation that is done; what to tell the user when it could not be written.
+    """Finish the report of an evaluation that is done. Returns messages where it could not be written.
 
-    Stores that somebody else owns can often be read only, and the figures are worth having all the same.
+    Other people's stores can often only be read, and the figures are worth having all the same.
     """
     try:
         report.finish("done", result=result)

@@ -15,7 +15,7 @@ from pipelines.running.reports import RunReport, new_run_id
 from pipelines.settings.sections import Config
 from pipelines.store.store import Store
 
-VECTORS = ("embeddings",)  # of the images table
+VECTOR_COLUMNS_OF_IMAGES = ("embeddings",)
 
 
 @dataclass
@@ -51,8 +51,8 @@ def run(config: Config, *, store: str, of: str = "embeddings") -> Result:
     Raises RequestError without labels that two images share, and without embeddings.
     """
     started = time.monotonic()
-    if of not in VECTORS:
-        raise RequestError(f"--of is {of!r}, but it should be {' or '.join(VECTORS)}.")
+    if of not in VECTOR_COLUMNS_OF_IMAGES:
+        raise RequestError(f"--of is {of!r}, but it should be {' or '.join(VECTOR_COLUMNS_OF_IMAGES)}.")
     opened = Store.open(store, config)
     if not opened.config.features.embedding:
         raise RequestError(f"The store {opened.uri} has no embeddings (it was made with features.embedding=false).")

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from dino_ops.mask_refinement import resize_mask
 from dino_ops.segmentation_metrics import jaccard, localised, pixel_precision
-from pipelines.errors import RequestError
+from pipelines.errors import RequestError, counted
 from pipelines.evaluate.reports import write_report
 from pipelines.evaluate.truth import TruthFolder, match_names
 from pipelines.results.masks import read_png
@@ -21,9 +21,9 @@ from pipelines.settings.sections import Config
 from pipelines.store.parquet import open_parquet
 from pipelines.store.store import Store
 
-FOREGROUND_ABOVE = 127  # in an annotated mask
+MASK_FOREGROUND_ABOVE = 127
 ROWS_AT_ONCE = 64
-MOST_NAMED = 3
+MAX_NAMES_SHOWN = 3
 MEASURES = ("jaccard", "precision", "corloc")
 CONVENTIONS = {
     "jaccard": "intersection over union of the foregrounds of an image, mean over images; 1 where both are empty",
@@ -37,8 +37,9 @@ CONVENTIONS = {
 class Result:
     """How well stored foregrounds agree with annotated ones, pixel by pixel of the original images.
 
-    scores: one row per set, and `all` for all images: set, images, jaccard, precision, corloc.
-    without_truth: images of the co-segmentation that have no annotated mask, which do not count.
+    without_truth: images of the co-segmentation that have no annotated mask, which do not count. resized: annotated
+    masks of another size than their image. jaccard, precision, corloc: of all images. scores: one row per set, and
+    `all` for all images: set, images, jaccard, precision, corloc.
     """
 
     run_id: str
@@ -47,8 +48,8 @@ class Result:
     masks: str
     images: int
     without_truth: int
-    resized: int  # annotated masks of another size than their image
-    jaccard: float  # of all images
+    resized: int
+    jaccard: float
     precision: float
     corloc: float
     scores: list[dict[str, Any]]
@@ -86,7 +87,7 @@ def run(config: Config, *, store: str, name: str, masks: str) -> Result:
     for row in rows_of(tables, ["image_id", "set_id", "foreground_png"]):
         if row["image_id"] not in annotated:
             continue
-        true = truth.read(annotated[row["image_id"]]) > FOREGROUND_ABOVE
+        true = truth.read(annotated[row["image_id"]]) > MASK_FOREGROUND_ABOVE
         found = read_png(row["foreground_png"]) > 0
         if found.shape != true.shape:
             resized.add(row["image_id"])
@@ -147,12 +148,12 @@ def rows_of(tables: PartTables, columns: list[str]) -> Any:
 
 
 def about_missing(image_ids: list[str], where: str) -> list[str]:
-    """What to tell about images that are not annotated."""
+    """Messages about images that are not annotated."""
     if not image_ids:
         return []
-    more = f" and {len(image_ids) - MOST_NAMED:,} more" if len(image_ids) > MOST_NAMED else ""
+    more = f" and {len(image_ids) - MAX_NAMES_SHOWN:,} more" if len(image_ids) > MAX_NAMES_SHOWN else ""
     one = len(image_ids) == 1
     return [
-        f"{len(image_ids):,} image{'' if one else 's'} {'has' if one else 'have'} no annotation in {where} and "
-        f"{'does' if one else 'do'} not count: {', '.join(image_ids[:MOST_NAMED])}{more}."
+        f"{counted(len(image_ids), 'image')} {'has' if one else 'have'} no annotation in {where} and "
+        f"{'does' if one else 'do'} not count: {', '.join(image_ids[:MAX_NAMES_SHOWN])}{more}."
     ]

@@ -20,7 +20,7 @@ from pipelines.errors import RequestError
 from pipelines.evaluate.annotations import read_annotations
 from pipelines.sources.names import extension, is_image_name
 
-KEYPOINT_FOLDERS = ("ImageAnnotation", "PairAnnotation")  # of SPair-71k
+SPAIR_FOLDERS = ("ImageAnnotation", "PairAnnotation")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TruthFolder:
             raise RequestError(f"The folder {uri} holds no image files: give the one with the annotated masks.")
 
     def read(self, name: str) -> np.ndarray:
-        """The values of a file: (H, W) integers; of a palette image the indices.
+        """The values of a file: (H, W) integers, for a palette image its indices.
 
         Raises RequestError for a file that is no image, or has colours.
         """
@@ -62,14 +62,14 @@ class TruthFolder:
             raise RequestError(f"{self.uri}/{name} cannot be read as an image: {error}.") from None
         values = np.asarray(one)
         if values.ndim == 3 and (values[..., :3] == values[..., :1]).all():
-            values = values[..., 0]  # grey, saved with three channels
+            values = values[..., 0]  # grey that was saved with three channels
         if values.ndim != 2:
             raise RequestError(f"{self.uri}/{name} has colours ({image.mode}), and a mask has one value a pixel.")
         return values
 
 
 def match_names(image_ids: Iterable[str], names: Sequence[str]) -> dict[str, str]:
-    """The annotation of each image that has one; of several the one that shares the longest path.
+    """The annotation of each image that has one; where several fit, the one that shares the longest path.
 
     Raises RequestError where two fit equally.
     """
@@ -106,7 +106,7 @@ def read_key_points(uri: str, options: storage.Options) -> dict[str, KeyPoints] 
     root = root.rstrip("/")
     if not fs.isdir(root):
         raise RequestError(f"There is no folder {uri} with annotations.")
-    if any(fs.isdir(f"{root}/{folder}") for folder in KEYPOINT_FOLDERS):
+    if any(fs.isdir(f"{root}/{folder}") for folder in SPAIR_FOLDERS):
         files = sorted(name for name in fs.find(f"{root}/ImageAnnotation") if name.endswith(".json"))
         if not files:
             raise RequestError(f"{uri} looks like SPair-71k, but ImageAnnotation holds no .json with key points.")

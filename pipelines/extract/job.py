@@ -26,7 +26,7 @@ from pipelines.running.interrupts import interruptible
 from pipelines.running.metrics import JobMetrics
 from pipelines.running.progress import ProgressLine
 from pipelines.running.ray_session import ray_session
-from pipelines.running.reports import RunReport, new_run_id, recorded
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.storage.errors import explain_write_error
 from pipelines.store.extraction import Committer, Plan, ShardReport, drop_images
@@ -41,13 +41,9 @@ SMALL_BLOCK = 8  # images tried together after their worker died
 
 
 @dataclass
-class Result:
+class Result(JobResult):
     """What a run of extract did, or would do."""
 
-    run_id: str
-    store: str
-    status: str = "running"  # running | done | failed | interrupted | dry_run
-    exit_code: int = 0
     listed: int = 0
     skipped: int = 0  # files that are not images by name
     already_done: int = 0
@@ -59,20 +55,12 @@ class Result:
     pruned: int = 0
     done_elsewhere: int = 0  # another run committed them at the same time
     failures_by_reason: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)  # list, fetch, decode, model, write: summed over workers
     images_per_second: float = 0.0  # from the start of Ray to the last image
     steady_images_per_second: float = 0.0  # once workers are warm
     bytes_read: int = 0
     bytes_written: int = 0
     device: str = ""
     repaired: dict[str, int] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
-
-    def took(self, seconds: float) -> None:
-        self.seconds["total"] = seconds
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
 
 
 def run(
@@ -143,12 +131,12 @@ def extract_pending(
     store: Store, plan: Plan, config: Config, result: Result, facts: ModelFacts, command: str = "extract"
 ) -> None:
     """Extract and commit every pending image, in passes over what is still undone. command: names it in metrics."""
-    from pipelines.extract.layout import plan_workers
+    from pipelines.extract.layout import plan_extraction
     from pipelines.extract.streaming import stream_reports  # Ray and torch are needed from here on
 
     with ray_session(config.run) as resources, interruptible(), ProgressLine(len(plan.pending)) as progress:
         work = PendingWork(store, plan, config, result, JobMetrics(command))
-        layout = plan_workers(resources, config, facts, len(plan.pending))
+        layout = plan_extraction(resources, config, facts, len(plan.pending))
         began = time.monotonic()
         try:
             for block_size in _block_sizes(config.run.attempts, layout.block_size):
@@ -198,7 +186,7 @@ class PendingWork:
         """
         result = self._result
         for stage, seconds in report.seconds.items():
-            result.seconds[stage] = result.seconds.get(stage, 0.0) + seconds
+            result.spend(stage, seconds)
         result.bytes_read += report.bytes_read
         if self._metrics:
             self._metrics.spent(report.seconds)
@@ -238,7 +226,7 @@ class PendingWork:
         reasons = Counter({f"{stage}: {error}": count for (stage, error), count in failures.items()})
         result.failures_by_reason = dict(Counter(result.failures_by_reason) + reasons)
         seconds = time.monotonic() - started
-        result.seconds["commit"] = result.seconds.get("commit", 0.0) + seconds
+        result.spend("commit", seconds)
         if self._metrics:
             self._metrics.committed(outcome.extracted, written, failures)
             self._metrics.spent({"commit": seconds})

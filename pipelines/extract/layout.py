@@ -1,12 +1,14 @@
-"""Laying out an extraction on a Ray cluster, and streaming the workers' reports back to the driver."""
+"""How an extraction is spread over a cluster: which workers, and how many images in a block."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipelines.errors import RequestError
 from pipelines.features.extractor import WorkerSetup, make_extractor
+from pipelines.running.layout import Layout, device_of, plan_workers
 from pipelines.settings.sections import Config
 from pipelines.store import weights
 from pipelines.store.schemas import descriptor_columns
@@ -16,7 +18,7 @@ SHARD_BYTES = 256 * 2**20  # of stored descriptors: in the middle of the 128-512
 BLOCKS_PER_WORKER = 4  # so that workers finish together
 WRITER_SHARE = 0.5  # of a decoding task's CPUs: compressing releases the CPU while it waits for the disk
 FEWEST_IMAGES = 32  # a block below this is not worth a file, while every worker has one
-CPUS_OF_A_WORKER = 4.0
+MOST_CPUS_PER_WORKER = 4.0
 WORKER_START_SECONDS = 4.0  # of a CPU: importing torch, reading weights
 GFLOP_A_CPU_SECOND = 50.0  # float32, one core
 
@@ -45,16 +47,16 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the work is spread."""
+class ExtractionLayout(Layout):
+    """How an extraction is spread.
 
-    device: str
-    workers: int
-    cpus: float  # of a worker
-    gpus: float
-    block_size: int  # images
-    separate: bool  # decoding and writing run apart from the model
-    decode_cpus: float  # of a decoding task, where it runs apart
+    block_size: images. separate: decoding and writing run apart from the model, and decode_cpus is what each decoding
+    task takes.
+    """
+
+    block_size: int
+    separate: bool
+    decode_cpus: float
     facts: ModelFacts
 
 
@@ -73,43 +75,35 @@ def model_facts(config: Config) -> ModelFacts:
     return ModelFacts(extractor.patch_size, dims, patches, extractor.depth, extractor.embed_dim)
 
 
-def plan_workers(resources: dict[str, float], config: Config, facts: ModelFacts, images: int) -> Layout:
+def plan_extraction(resources: Mapping[str, float], config: Config, facts: ModelFacts, images: int) -> ExtractionLayout:
     """Workers and block size for a cluster with `resources` ({"CPU": ..., "GPU": ...}).
 
     Raises RequestError when what was asked is not there.
     """
     run = config.run
-    total_cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
-    if config.model.device == "cuda" and not gpus:
-        raise RequestError("model.device is cuda, but the Ray cluster has no GPU: give model.device=auto or cpu.")
-    device = "cuda" if config.model.device != "cpu" and gpus else "cpu"
-    separate = device == "cuda" if run.stages == "auto" else run.stages == "separate"
+    on_gpu = device_of(resources, config) == "cuda"
+    separate = on_gpu if run.stages == "auto" else run.stages == "separate"
+    total_cpus = resources.get("CPU", 1.0)
     # Ray waits for ever when the models' actors leave no CPU to the stages before and after them.
     decode_cpus = min(1.0, total_cpus / 4) if separate else 0.0
-    cpus = total_cpus - decode_cpus * (1 + WRITER_SHARE)
-    if device == "cuda":
-        gpus_each = run.gpus_per_worker or 1.0
-        workers = run.workers or max(1, int(gpus / gpus_each))
-        cpus_each = run.cpus_per_worker or min(1.0, cpus / workers)
-    else:
-        gpus_each = 0.0
-        most = max(1, int(cpus / (run.cpus_per_worker or _threads_of_a_cpu_worker(cpus))))
-        workers = run.workers or min(most, _workers_worth_starting(images, facts))
-        cpus_each = run.cpus_per_worker or (cpus / workers if run.workers else min(cpus / workers, CPUS_OF_A_WORKER))
-    if gpus_each * workers > gpus or cpus_each * workers > cpus + 1e-6:
-        raise RequestError(
-            f"{workers} workers with {cpus_each:g} CPUs and {gpus_each:g} GPUs each were asked for, but the cluster "
-            f"has {cpus:g} CPUs to give and {gpus:g} GPUs: give smaller run.workers, run.cpus_per_worker or "
-            "run.gpus_per_worker."
-        )
-    block_size = run.images_per_shard or _block_size(config, facts, images, workers)
-    workers = min(workers, math.ceil(images / block_size))
-    return Layout(device, workers, cpus_each, gpus_each, block_size, separate, decode_cpus, facts)
+    reserved_cpus = decode_cpus * (1 + WRITER_SHARE)
+    left = total_cpus - reserved_cpus
+    layout = plan_workers(
+        resources,
+        config,
+        usual_cpus=1.0 if on_gpu else _usual_cpus(left),
+        most_cpus=1.0 if on_gpu else left if run.workers else MOST_CPUS_PER_WORKER,
+        reserved_cpus=reserved_cpus,
+        most_workers=None if on_gpu else _workers_worth_starting(images, facts),
+    )
+    block_size = run.images_per_shard or _block_size(config, facts, images, layout.workers)
+    workers = min(layout.workers, math.ceil(images / block_size))
+    return ExtractionLayout(layout.device, workers, layout.cpus, layout.gpus, block_size, separate, decode_cpus, facts)
 
 
-def _threads_of_a_cpu_worker(cpus: float) -> float:
-    """One thread each scales best, but every worker holds a model: on larger machines four threads share one."""
-    return min(1.0, cpus) if cpus <= CPUS_OF_A_WORKER else CPUS_OF_A_WORKER
+def _usual_cpus(cpus: float) -> float:
+    """One CPU each scales best, but every worker holds a model: on larger machines four CPUs share one."""
+    return min(1.0, cpus) if cpus <= MOST_CPUS_PER_WORKER else MOST_CPUS_PER_WORKER
 
 
 def _workers_worth_starting(images: int, facts: ModelFacts) -> int:

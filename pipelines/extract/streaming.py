@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.errors import JobError
-from pipelines.extract.layout import FEWEST_IMAGES, WRITER_SHARE, Layout
+from pipelines.extract.layout import FEWEST_IMAGES, WRITER_SHARE, ExtractionLayout
 from pipelines.extract.stages import (
     MODEL_THREADS,
     FusedWorker,
@@ -34,7 +34,7 @@ REPORTS_PER_SECOND = 50  # that the driver should see at most, whatever the numb
 
 
 def stream_reports(
-    rows: pa.Table, block_size: int, layout: Layout, store: Store, config: Config, run_id: str, *, apart: bool
+    rows: pa.Table, block_size: int, layout: ExtractionLayout, store: Store, config: Config, run_id: str, *, apart: bool
 ) -> Generator[ShardReport]:
     """Extract listing rows (with `position`) in blocks and yield what the workers report.
 
@@ -74,7 +74,7 @@ def stream_reports(
             yield ShardReport.from_json(text)
 
 
-def _fit_projection(rows: pa.Table, layout: Layout, setup: WorkerSetup, store: Store) -> None:
+def _fit_projection(rows: pa.Table, layout: ExtractionLayout, setup: WorkerSetup, store: Store) -> None:
     """Fit the store's PCA on patches of a sample of the images."""
     from dino_ops.pca import fit_pca
 

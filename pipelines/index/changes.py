@@ -18,10 +18,10 @@ READS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Changes:
-    """What an index lacks and what it has too much.
+    """What an index lacks and what it should no longer have.
 
     fresh: new and changed images, as `image_rows` gives them. gone: DEAD rows of changed and removed ones. changed: how
-    many are both. version, files: of the images table that this was found in.
+    many are both. version, files: of the images table in which this was found.
     """
 
     fresh: pa.Table
@@ -35,7 +35,7 @@ class Changes:
 
 
 def everything(store: Store) -> Changes:
-    """All images, as an index lacks them that there is not."""
+    """All images, as an index that does not exist yet lacks them."""
     files = sorted(store.images.files())
     return Changes(image_rows(store.images, files), DEAD.empty_table(), 0, store.images.content_version, files)
 

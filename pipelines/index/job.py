@@ -23,27 +23,33 @@ from pipelines.store.store import Store
 
 @dataclass
 class Result:
-    """What a run of index did, or would do."""
+    """What a run of index did, or would do.
+
+    status: running, done, unchanged or dry_run. why: the reason for the kind. memory_bytes: estimate of what the index
+    takes in a search. images: that the index covers. count: vectors that a search can return. added, changed, removed:
+    images. dead: removed vectors that still take space. segments: the base, and what came later and is not merged into
+    it. rebuilt: why an existing index was built again from scratch. images_version: of the images table.
+    """
 
     run_id: str
     store: str
     name: str
     of: str
-    status: str = "running"  # running | done | unchanged | dry_run
+    status: str = "running"
     exit_code: int = 0
     kind: str = ""
-    why: str = ""  # the kind was chosen
-    memory_bytes: int = 0  # estimate of what the index takes in a search
-    images: int = 0  # that the index covers
-    count: int = 0  # vectors that a search can return
+    why: str = ""
+    memory_bytes: int = 0
+    images: int = 0
+    count: int = 0
     dimension: int = 0
-    added: int = 0  # images
+    added: int = 0
     changed: int = 0
     removed: int = 0
-    dead: int = 0  # removed vectors that still take space
-    segments: int = 0  # the base, and what came later and is not merged into it
-    rebuilt: str = ""  # why an index that there was was built anew
-    images_version: int = 0  # of the images table
+    dead: int = 0
+    segments: int = 0
+    rebuilt: str = ""
+    images_version: int = 0
     seconds: float = 0.0
     messages: list[str] = field(default_factory=list)
 
@@ -83,15 +89,16 @@ def run(config: Config, *, store: str, name: str, dry_run: bool = False) -> Resu
         return _describe(result, before, "unchanged", started)
 
     report = RunReport("index", opened.uri, config, result.run_id, {"name": name})
-    files: set[str] = set()  # that this run writes
+    files_of_run: set[str] = set()
     try:
         report.write(fingerprint=opened.fingerprint)
-        manifest = _bring_up_to_date(opened, asked, name, before, changes, result, files)
+        manifest = _bring_up_to_date(opened, asked, name, before, changes, result, files_of_run)
         publish(opened, name, manifest, before)
     except BaseException as error:
         if (current := read_manifest(opened, name)) is None or current.run_id != result.run_id:
-            remove_files(opened, name, files)
-        with contextlib.suppress(OSError):  # a full disk must not hide what it broke
+            remove_files(opened, name, files_of_run)
+        # A full disk must not hide what it broke.
+        with contextlib.suppress(OSError):
             report.finish("failed" if isinstance(error, Exception) else "interrupted")
         explained = explain_write_error(error, opened.uri) if isinstance(error, Exception) else None
         if explained is None:
@@ -100,8 +107,8 @@ def run(config: Config, *, store: str, name: str, dry_run: bool = False) -> Resu
     _describe(result, manifest, "done", started)
     if manifest.memory_bytes > (budget := memory_budget(asked)):
         result.messages.append(
-            f"The index {name} grew to {manifest.memory_bytes / 1e9:.3g} GB, index.memory_gb is {budget / 1e9:.3g}: "
-            "give another index.kind to build it anew."
+            f"The index {name} grew to {manifest.memory_bytes / 1e9:.3g} GB, but index.memory_gb is "
+            f"{budget / 1e9:.3g}: give another index.kind to build it again."
         )
     report.finish("done", result=result.as_dict())
     return result

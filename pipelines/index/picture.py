@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw
 from dino_ops.errors import ImageError
 from dino_ops.images import DEFAULT_MAX_PIXELS, decode_image
 
-TILE, CAPTION, GAP = 224, 30, 8  # pixels
+TILE_PIXELS, CAPTION_PIXELS, GAP_PIXELS = 224, 30, 8
 COLUMNS = 5
 BACKGROUND, INK, MISSING, MARK = "white", "black", "lightgrey", "red"
-MARK_RADIUS = 5
+MARK_RADIUS_PIXELS = 5
 
 
 @dataclass(frozen=True)
@@ -35,30 +35,30 @@ def draw(shown: Sequence[Shown], max_pixels: int = DEFAULT_MAX_PIXELS) -> bytes:
     """A PNG with a tile for each image, COLUMNS in a row."""
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // COLUMNS)
-    step_x, step_y = TILE + GAP, TILE + CAPTION + GAP
-    picture = Image.new("RGB", (GAP + columns * step_x, GAP + rows * step_y), BACKGROUND)
+    step_x, step_y = TILE_PIXELS + GAP_PIXELS, TILE_PIXELS + CAPTION_PIXELS + GAP_PIXELS
+    picture = Image.new("RGB", (GAP_PIXELS + columns * step_x, GAP_PIXELS + rows * step_y), BACKGROUND)
     pen = ImageDraw.Draw(picture)
     for place, one in enumerate(shown):
         row, column = divmod(place, COLUMNS)
-        left, top = GAP + column * step_x, GAP + row * step_y
+        left, top = GAP_PIXELS + column * step_x, GAP_PIXELS + row * step_y
         picture.paste(_tile(one, max_pixels), (left, top))
-        pen.multiline_text((left, top + TILE + 2), one.caption, fill=INK)
+        pen.multiline_text((left, top + TILE_PIXELS + 2), one.caption, fill=INK)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _tile(shown: Shown, max_pixels: int) -> Image.Image:
-    tile = Image.new("RGB", (TILE, TILE), MISSING)
+    tile = Image.new("RGB", (TILE_PIXELS, TILE_PIXELS), MISSING)
     pen = ImageDraw.Draw(tile)
     try:
         image = decode_image(shown.data, max_pixels) if shown.data else None
     except ImageError:
         image = None
     if image is None:
-        pen.text((GAP, GAP), "cannot be read", fill=INK)
+        pen.text((GAP_PIXELS, GAP_PIXELS), "cannot be read", fill=INK)
         return tile
-    scale = TILE / max(image.size)
+    scale = TILE_PIXELS / max(image.size)
     small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     tile.paste(small, (0, 0))
     if shown.box_xyxy is not None:
@@ -66,6 +66,11 @@ def _tile(shown: Shown, max_pixels: int) -> Image.Image:
         pen.rectangle((x0, y0, x1, y1), outline=MARK, width=2)
     for x, y in shown.points_xy:
         at_x, at_y = x * scale, y * scale
-        corners = (at_x - MARK_RADIUS, at_y - MARK_RADIUS, at_x + MARK_RADIUS, at_y + MARK_RADIUS)
+        corners = (
+            at_x - MARK_RADIUS_PIXELS,
+            at_y - MARK_RADIUS_PIXELS,
+            at_x + MARK_RADIUS_PIXELS,
+            at_y + MARK_RADIUS_PIXELS,
+        )
         pen.ellipse(corners, outline=MARK, width=2)
     return tile

@@ -56,14 +56,14 @@ def stored_query(store: Store, manifest: Manifest, image_id: str) -> Query:
 def extracted_query(store: Store, manifest: Manifest, image: str, config: Config) -> Query:
     """An image from anywhere, its features extracted in this process.
 
-    Raises RequestError for an image that cannot be read or used, and when the store's weights are not at hand.
+    Raises RequestError for an image that cannot be read or used, and when the store's weights are not available.
     """
     uri = storage.normalise(image)
     data = read_image(uri, image, config.storage.options)
     spec = spec_with_weights(store, config, "A picture to search with")
     features = _extract(store, spec, data, image)
     if manifest.of == "embeddings":
-        assert features.embedding is not None  # an index of embeddings has a store with embeddings
+        assert features.embedding is not None  # the store of an index of embeddings has embeddings
         return Query(features.embedding[None], None, features.width, features.height, uri)
     column = manifest.descriptor or "descriptor"
     projection = read_projections(store.uri, spec).get(column)
@@ -130,6 +130,6 @@ def _stored_patches(features: ImageFeatures, spec: Config) -> np.ndarray:
     """Indices, in raster order, of the patches that the store would keep."""
     keep = np.arange(0, features.y.size, spec.store.every)
     if spec.store.patches == "salient":
-        assert features.saliency is not None  # the settings were checked for it
+        assert features.saliency is not None  # such settings ask for saliency
         keep = keep[features.saliency.reshape(-1)[keep] > spec.store.salient_threshold]
     return keep

@@ -21,7 +21,7 @@ from pipelines.storage.errors import explain_write_error
 from pipelines.store.originals import stored_images
 from pipelines.store.store import Store
 
-MOST_PER_PATCH = 2_000  # hits that one patch of a region may ask for
+MAX_HITS_PER_PATCH = 2_000
 
 Box = tuple[float, float, float, float]
 
@@ -52,7 +52,8 @@ class Result:
     """What a search found, best first.
 
     results: image_id, label, uri, similarity (cosine); from an index of patches also row, col, y, x (patch centre in
-    pixels of the original) and query_row, query_col, the patch of the region it is nearest to.
+    pixels of the original) and query_row, query_col, the patch of the region it is nearest to. seconds: query, load,
+    search.
     """
 
     store: str
@@ -62,7 +63,7 @@ class Result:
     box: Box | None
     results: list[dict[str, Any]] = field(default_factory=list)
     saved: str | None = None
-    seconds: dict[str, float] = field(default_factory=dict)  # query, load, search
+    seconds: dict[str, float] = field(default_factory=dict)
 
     exit_code = 0
 
@@ -139,10 +140,11 @@ def nearest_images(content: IndexContent, query: Query, top: int) -> list[dict[s
 def nearest_places(content: IndexContent, query: Query, top: int) -> list[dict[str, Any]]:
     """The patches nearest to any patch of a region, each once; the region itself is left out."""
     assert content.cells is not None and query.cells is not None
-    per_patch = min(MOST_PER_PATCH, top + (len(query.vectors) if query.image_id else 0))
+    per_patch = min(MAX_HITS_PER_PATCH, top + (len(query.vectors) if query.image_id else 0))
     similarity, ids = search_all(content.parts, query.vectors, per_patch)
     by_similarity = np.argsort(-similarity, axis=None, kind="stable")
-    _, firsts = np.unique(ids.reshape(-1)[by_similarity], return_index=True)  # of every place the best
+    # The best hit of every place.
+    _, firsts = np.unique(ids.reshape(-1)[by_similarity], return_index=True)
     best = by_similarity[np.sort(firsts)]
     best = best[ids.reshape(-1)[best] >= 0]
     hit_ids = ids.reshape(-1)[best]

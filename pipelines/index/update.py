@@ -8,8 +8,8 @@ New vectors become a flat segment of their own. Segments are merged so that they
 - In front of a graph or compressed vectors, segments are compared with one by one. When they hold more than
   SEGMENTS_SHARE of the base's vectors, or more than a flat index is chosen for, they go into the base, which costs what
   adding them there at once would have cost, and one reading and writing of the base.
-- What was removed is hidden. When that is more than DEAD_SHARE of all vectors it is dropped from the base, with a merge
-  of everything; a graph cannot drop it and is built anew.
+- What was removed is hidden. When that is more than MAX_DEAD_SHARE of all vectors, it is dropped from the base, with a
+  merge of everything; a graph cannot drop it and is built again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dino_ops.nearest import (
-    DEAD_SHARE,
-    EXACT_VALUES,
-    LEAST_TO_TRAIN,
+    MAX_DEAD_SHARE,
+    MAX_VALUES_READ_PER_QUERY,
+    MIN_TRAINING_VECTORS,
     Choice,
     NearestIndex,
     choose_kind,
@@ -55,10 +55,10 @@ SEGMENTS_SHARE = 0.1
 
 
 def worn(before: Manifest, gone: pa.Table) -> str:
-    """Why so much is dead, once `gone` is taken out, that the base should be purged or built anew; else empty."""
+    """A reason to purge the base or to build it again: too much is dead once `gone` is taken out; else empty."""
     total = sum(segment.vectors for segment in before.segments)
     dead = before.dead + _total(gone["vectors"])
-    return f"{dead:,} of its {total:,} vectors had been removed" if dead > DEAD_SHARE * total else ""
+    return f"{dead:,} of its {total:,} vectors had been removed" if dead > MAX_DEAD_SHARE * total else ""
 
 
 def build(
@@ -148,13 +148,13 @@ def kept_segments(before: Manifest, vectors: int, images: int) -> int:
     segments = before.segments
     if before.kind != "flat":
         beside = vectors + sum(segment.vectors for segment in segments[1:])
-        if beside > min(SEGMENTS_SHARE * segments[0].vectors, EXACT_VALUES / before.dimension):
+        if beside > min(SEGMENTS_SHARE * segments[0].vectors, MAX_VALUES_READ_PER_QUERY / before.dimension):
             return 0
-    first = 0 if before.kind == "flat" else 1  # that may be merged for its size
+    first_mergeable = 0 if before.kind == "flat" else 1
     kept, size = len(segments), vectors + images
     while True:
         like = kept
-        while like > first and _order(segments[like - 1].vectors + segments[like - 1].images) <= _order(size):
+        while like > first_mergeable and _order(segments[like - 1].vectors + segments[like - 1].images) <= _order(size):
             like -= 1
         if kept - like + 1 < MERGED_AT_ONCE:
             return kept
@@ -239,7 +239,7 @@ def _count_vectors(store: Store, asked: IndexSettings, images: pa.Table) -> int:
 
 
 def _choose(asked: IndexSettings, count: int, dimension: int, before: Manifest | None) -> Choice:
-    """The kind of a new index; one that is built anew keeps its own while that fits.
+    """The kind of a new index; one that is built again keeps its own while that fits.
 
     Raises RequestError for a kind that does not go with the count or the memory.
     """
@@ -251,10 +251,10 @@ def _choose(asked: IndexSettings, count: int, dimension: int, before: Manifest |
             return choose_kind(count, dimension, budget)
         except MemoryError as error:
             raise RequestError(f"{error}, index.memory_gb is {budget / 1e9:.3g}: give more.") from None
-    if asked.kind == "ivfpq" and count < LEAST_TO_TRAIN:
+    if asked.kind == "ivfpq" and count < MIN_TRAINING_VECTORS:
         raise RequestError(
-            f"index.kind is ivfpq, which is trained on at least {LEAST_TO_TRAIN:,} vectors, and here are {count:,}: "
-            "give auto, flat or hnsw."
+            f"index.kind is ivfpq, which is trained on at least {MIN_TRAINING_VECTORS:,} vectors, and here are "
+            f"{count:,}: give auto, flat or hnsw."
         )
     size = estimate_bytes(asked.kind, count, dimension)
     if size > budget:

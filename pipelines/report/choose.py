@@ -19,7 +19,8 @@ from pipelines.sources.id_files import IdFile, is_id_file, names_shown, read_id_
 from pipelines.store.rows import rows_of, some_rows
 from pipelines.store.store import Store
 
-OF_A_KIND = 4  # images of a label that a sample has at least, so that like can be compared with like
+# Several of each, so that like can be compared with like.
+MIN_IMAGES_PER_LABEL = 4
 
 COLUMNS = ["image_id", "uri", "label", "width", "height", "grid_width", "grid_height", "embedding", "shard"]
 
@@ -129,15 +130,15 @@ def _sample(
 
 
 def _across_labels(ordered: Sequence[str], labels: dict[str, str | None]) -> Iterable[str]:
-    """Images of each label in turn, OF_A_KIND at a time, so that many labels do not come with one image each."""
+    """Images of each label in turn, MIN_IMAGES_PER_LABEL at a time, so that no label comes with a single image."""
     of_label: dict[str | None, list[str]] = defaultdict(list)
     for image_id in ordered:
         of_label[labels[image_id]].append(image_id)
     taken = 0
     while any(len(ids) > taken for ids in of_label.values()):
         for ids in of_label.values():
-            yield from ids[taken : taken + OF_A_KIND]
-        taken += OF_A_KIND
+            yield from ids[taken : taken + MIN_IMAGES_PER_LABEL]
+        taken += MIN_IMAGES_PER_LABEL
 
 
 def _by_hash(ids: Iterable[str], seed: int) -> list[str]:

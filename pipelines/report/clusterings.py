@@ -12,8 +12,9 @@ import pyarrow as pa
 from pipelines.results.clusters import ClusterTables
 from pipelines.store.rows import rows_of
 
-TYPICAL = 8  # patches, or images, of a cluster
-OF_ONE_IMAGE = 2  # of these at most, so that they show what images have in common
+TYPICAL_PER_CLUSTER = 8
+# Few, so that they show what images have in common.
+TYPICAL_PER_IMAGE = 2
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,14 @@ class Typical:
 class Clustering:
     """clusters/NAME as far as it is about some images.
 
+    of: what is clustered, patches or images.
     grids: cluster_id of every patch, (rows, columns) int32, -1 where there is none; empty when images are clustered.
     shown: patches (or images) of each cluster among these images, most first. sizes: of each cluster in all.
     images: how many of these images have something of each cluster. typical: of each cluster, nearest first.
     """
 
     name: str
-    of: str  # patches | images
+    of: str
     grids: dict[str, np.ndarray]
     shown: Counter[int]
     sizes: dict[int, int]
@@ -91,7 +93,7 @@ def _typical(rows: pa.Table) -> dict[int, list[Typical]]:
     taken: Counter[tuple[int, str]] = Counter()
     for row in ordered.to_pylist():
         own, key = found.setdefault(row["cluster_id"], []), (row["cluster_id"], row["image_id"])
-        if len(own) < TYPICAL and taken[key] < OF_ONE_IMAGE:
+        if len(own) < TYPICAL_PER_CLUSTER and taken[key] < TYPICAL_PER_IMAGE:
             taken[key] += 1
             own.append(Typical(row["image_id"], row["row"], row["col"], row["distance"]))
     return found

@@ -19,10 +19,12 @@ PARTS = ("e69f00", "56b4e9", "009e73", "f0e442", "0072b2", "d55e00", "cc79a7")
 # Bright on photographs: for lines between two of them.
 LINES = ("e69f00", "56b4e9", "00c48c", "f0e442", "3d9be9", "ff7a1a", "ff9bd2", "ffffff", "b8f36d", "c9a6ff")
 
-FAINT = 140  # of 255: how much the least of an amount covers the photo below
+# The alpha, of 255, with which the least of an amount covers the photo below.
+FAINT = 140
 
-PCA_ROWS = 100_000  # that the colours are fitted to at most
-_MOST_EXTREME = 1.0  # per cent of patches at either end that may be too bright or too dark to tell
+MAX_PCA_ROWS = 100_000
+# Patches at either end of the range that may all look alike, too bright or too dark.
+_CLIPPED_PER_CENT = 1.0
 
 
 def rgb(colour: str) -> tuple[int, int, int]:
@@ -62,9 +64,9 @@ def descriptor_colours(maps: Sequence[np.ndarray], stored: Sequence[np.ndarray],
     if not sum(len(one) for one in directions):
         return [np.zeros((*there.shape, 3), np.uint8) for there in stored]
     rows = np.concatenate(directions)
-    pca = fit_pca(rows, min(4, *rows.shape), seed, max_rows=PCA_ROWS)
+    pca = fit_pca(rows, min(4, *rows.shape), seed, max_rows=MAX_PCA_ROWS)
     channels = pca.transform(rows)[:, 1:]
-    low, high = np.percentile(channels, (_MOST_EXTREME, 100 - _MOST_EXTREME), axis=0)
+    low, high = np.percentile(channels, (_CLIPPED_PER_CENT, 100 - _CLIPPED_PER_CENT), axis=0)
     span = np.where(high > low, high - low, 1)
     coloured = []
     for own, there in zip(directions, stored, strict=True):

@@ -30,8 +30,10 @@ from pipelines.settings.sections import Config
 from pipelines.store.rows import rows_of
 from pipelines.store.store import Store
 
-MOST_NAMES = 4  # results of a kind that are shown: clusters/NAME, parts/NAME, matches/NAME
-SMALL_SIDE = 160  # pixels of photos that are neighbours only
+# The kinds are clusters/NAME, parts/NAME and matches/NAME.
+MAX_NAMES_PER_KIND = 4
+# Photos that are only among the nearest of others are smaller.
+NEIGHBOUR_SIDE_PIXELS = 160
 
 _Tables = TypeVar("_Tables")
 
@@ -67,7 +69,12 @@ class Shown:
 
 @dataclass(frozen=True)
 class Contents:
-    """images: those that were chosen, in order. others: those that are only among the nearest of some, by image_id."""
+    """Everything that the page and the plots show.
+
+    images: those that were chosen, in order. others: those that are only among the nearest of some, by image_id.
+    places: the boxes of the live view's grids, in pixels of the originals. step: every step-th row and column is left
+    in the coarsest of these grids. most_clusters: how many clusters have a card. pairs: by NAME.
+    """
 
     store: str
     how: str
@@ -76,12 +83,12 @@ class Contents:
     others: dict[str, Shown]
     layers: list[Layer]
     live: Live | None
-    places: dict[str, tuple[float, float, float, float]]  # of the live view's grids in pixels of the originals
-    step: int  # the coarsest of these grids: of every how many patches one is left
+    places: dict[str, tuple[float, float, float, float]]
+    step: int
     clusterings: list[Clustering]
-    most_clusters: int  # that have a card
+    most_clusters: int
     crops: dict[Place, Crop]
-    pairs: dict[str, list[MatchedPair]]  # by NAME
+    pairs: dict[str, list[MatchedPair]]
     neighbours: list[Neighbours]
 
     @property
@@ -114,7 +121,7 @@ def read_contents(store: Store, config: Config, choice: Choice, results: Results
         [_source(row) for row in about.values()], settings.photo_side, most_pixels, options, crops.look
     )
     besides = rows_of(store.images, shown_besides(neighbours, ids), COLUMNS[:-2]).to_pylist()
-    others = read_photos([_source(row) for row in besides], SMALL_SIDE, most_pixels, options)
+    others = read_photos([_source(row) for row in besides], NEIGHBOUR_SIDE_PIXELS, most_pixels, options)
     return Contents(
         store=store.uri,
         how=choice.how,
@@ -142,4 +149,4 @@ def _shown(row: dict[str, Any], photo: Photo) -> Shown:
 
 
 def _first(found: dict[str, _Tables]) -> dict[str, _Tables]:
-    return dict(list(found.items())[:MOST_NAMES])
+    return dict(list(found.items())[:MAX_NAMES_PER_KIND])

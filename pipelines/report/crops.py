@@ -12,23 +12,25 @@ from pipelines.report.clusterings import Clustering
 from pipelines.report.patches import Box, ImagePatches
 from pipelines.report.photos import jpeg
 
-SIDE = 96  # pixels of a crop
-CELLS = 3  # patches that one shows across, or
-SHARE = 0.18  # of the photo's shorter side where that is more: less is not recognised
+CROP_SIDE_PIXELS = 96
+MIN_PATCHES_ACROSS = 3
+# A smaller part of the photo is not recognised.
+MIN_SHARE_OF_PHOTO_SIDE = 0.18
 
-Place = tuple[str, int, int]  # image_id, row and column of the stored grid
+# image_id, row and column of the stored grid
+Place = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A square piece of a photo, SIDE pixels, and the box of its patch in it."""
+    """A square piece of a photo, CROP_SIDE_PIXELS wide, and the box of its patch in it."""
 
     jpeg: bytes
     mark: Box
 
 
 class Crops:
-    """Cuts the crops that clusterings ask for; `look` is to be shown every photo."""
+    """Cuts the crops that clusterings ask for; every photo is passed to `look`."""
 
     def __init__(
         self, clusterings: Iterable[Clustering], most_clusters: int, patches: Mapping[str, ImagePatches]
@@ -51,10 +53,12 @@ def _cut(picture: Image.Image, patches: ImagePatches, row: int, col: int) -> Cro
     left, top, _, _ = patches.place
     height, width = (size / patches.step for size in patches.cell)
     x, y = left + (col + 0.5) * width, top + (row + 0.5) * height
-    side = min(max(CELLS * max(width, height), SHARE * min(picture.size)), *picture.size)
+    side = min(max(MIN_PATCHES_ACROSS * max(width, height), MIN_SHARE_OF_PHOTO_SIDE * min(picture.size)), *picture.size)
     x0 = min(max(x - side / 2, 0), picture.width - side)
     y0 = min(max(y - side / 2, 0), picture.height - side)
-    piece = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box=(x0, y0, x0 + side, y0 + side))
-    scale = SIDE / side
+    piece = picture.resize(
+        (CROP_SIDE_PIXELS, CROP_SIDE_PIXELS), Image.Resampling.LANCZOS, box=(x0, y0, x0 + side, y0 + side)
+    )
+    scale = CROP_SIDE_PIXELS / side
     mark = ((x - width / 2 - x0) * scale, (y - height / 2 - y0) * scale, width * scale, height * scale)
     return Crop(jpeg(piece), mark)

@@ -15,8 +15,8 @@ from pipelines.settings.sections import Config
 from pipelines.store.rows import FILES_LOOKED_AT, ROWS_LOOKED_AT, row_count, some_rows
 from pipelines.store.store import Store
 
-RUNS = 12  # the latest
-MOST_LABELS, MOST_REASONS = 12, 12
+LATEST_RUNS_SHOWN = 12
+MAX_LABELS_SHOWN, MAX_REASONS_SHOWN = 12, 12
 
 
 @dataclass
@@ -35,7 +35,11 @@ class Run:
 
 @dataclass
 class Glance:
-    """Counts and sizes of a store. failures: stage, error class, message of one, count. labels: most images first."""
+    """Counts and sizes of a store.
+
+    labels: most images first. labels_from: how many images' labels were looked at. widths, heights: the smallest, the
+    median and the largest. failures: stage, error class, message of one, count.
+    """
 
     images: int
     patches: int
@@ -46,8 +50,8 @@ class Glance:
     settings: list[tuple[str, str]]
     labels: list[tuple[str, int]] = field(default_factory=list)
     label_count: int = 0
-    labels_from: int = 0  # images whose label was looked at
-    widths: tuple[int, int, int] | None = None  # smallest, median, largest
+    labels_from: int = 0
+    widths: tuple[int, int, int] | None = None
     heights: tuple[int, int, int] | None = None
     failures: list[tuple[str, str, str, int]] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
@@ -73,7 +77,7 @@ def glance(store: Store, config: Config) -> Glance:
     )
     rows = some_rows(store.images, ["label", "width", "height"], config.report.seed)
     labels = Counter(label for label in rows["label"].to_pylist() if label is not None)
-    found.labels, found.label_count = labels.most_common(MOST_LABELS), len(labels)
+    found.labels, found.label_count = labels.most_common(MAX_LABELS_SHOWN), len(labels)
     found.labels_from = len(rows)
     if len(rows):
         found.widths, found.heights = (_spread(rows[name]) for name in ("width", "height"))
@@ -84,13 +88,13 @@ def glance(store: Store, config: Config) -> Glance:
         for stage, error, message in zip(columns["stage"], columns["error"], columns["message"], strict=True):
             failed[stage, error] += 1
             messages.setdefault((stage, error), message or "")
-    found.failures = [(*reason, messages[reason], count) for reason, count in failed.most_common(MOST_REASONS)]
-    found.runs = [_run(report) for report in read_reports(store.uri, store.config, latest=RUNS)][::-1]
+    found.failures = [(*reason, messages[reason], count) for reason, count in failed.most_common(MAX_REASONS_SHOWN)]
+    found.runs = [_run(report) for report in read_reports(store.uri, store.config, latest=LATEST_RUNS_SHOWN)][::-1]
     return found
 
 
 def looked_at_all(found: Glance) -> bool:
-    """Whether labels and sizes are of every image, and not of a sample."""
+    """Whether labels and sizes are those of all images, and not of a sample."""
     return found.labels_from == found.images or found.images <= min(FILES_LOOKED_AT, ROWS_LOOKED_AT)
 
 
@@ -116,7 +120,7 @@ def _run(report: dict[str, Any]) -> Run:
     seconds = result.get("seconds")
     rate = result.get("images_per_second") or result.get("pairs_per_second")
     counts: tuple[str, ...] = ("extracted", "segmented", "matched", "added", "vectors")
-    if result.get("what") == "train":  # of clusters, which adds no images to older ones
+    if result.get("what") == "train":  # training clusters adds no images to older ones
         counts = ("vectors",)
     return Run(
         when=_when(report.get("started_at")),

@@ -20,14 +20,18 @@ from pipelines.store.store import Store
 
 @dataclass
 class Result:
-    """What a report shows and where it is, or would be."""
+    """What a report shows and where it is, or would be.
+
+    status: running, done or dry_run. how: in which way the images were chosen. without_photo: how many of them have an
+    original that is gone or cannot be read. plots: the PNG files.
+    """
 
     store: str
     output: str
-    status: str = "running"  # done | dry_run
+    status: str = "running"
     images: int = 0
-    how: str = ""  # they were chosen
-    without_photo: int = 0  # of them: their original is gone or cannot be read
+    how: str = ""
+    without_photo: int = 0
     sections: list[str] = field(default_factory=list)
     bytes: int = 0
     plots: list[str] = field(default_factory=list)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from pipelines.errors import counted
 from pipelines.report.clusterings import Clustering
 from pipelines.report.colours import KINDS, OTHER_KIND, PARTS, amounts_over, descriptor_colours, rgb
 from pipelines.report.patches import Box, ImagePatches
 from pipelines.report.segments import Segment
 
-SHADE = (14, 14, 18)  # over what is not foreground
+BACKGROUND_SHADE_RGB = (14, 14, 18)
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Overlay:
 class Layer:
     """One way to look at the photos.
 
-    key: unique, made of letters, digits and dashes. about: a sentence for people who never heard of it.
+    key: unique, made of letters, digits and dashes. about: a sentence for people who have never heard of it.
     scale: what the two ends of the colours of amounts mean. kinds: colours (RRGGBB) and what they stand for.
     overlays, notes: by image_id.
     """
@@ -49,8 +50,8 @@ def saliency_layer(patches: Mapping[str, ImagePatches]) -> Layer | None:
         if one.saliency is not None:
             overlays[image_id] = Overlay(_png(amounts_over(one.saliency)), one.place)
     about = (
-        "How much the model looks at each patch when it sums the photo up in one description. Nobody told it what "
-        "matters; bright patches are what it finds telling, most often the main thing in the photo."
+        "How much the model looks at each patch when it sums up the photo in one description. It was never taught what "
+        "matters; the bright patches matter most to it, and are usually the main thing in the photo."
     )
     return Layer("saliency", "Saliency", about, overlays, ("ignored", "looked at most")) if overlays else None
 
@@ -85,10 +86,10 @@ def cluster_layer(number: int, clustering: Clustering, patches: Mapping[str, Ima
     kinds = [(colour, f"cluster {one}: {clustering.shown[one] / total:.0%}") for one, colour in colours.items()]
     if rest := len(clustering.shown) - len(colours):
         share = 1 - sum(clustering.shown[one] for one in colours) / total
-        kinds.append((OTHER_KIND, f"{rest} other cluster{'s' * (rest > 1)}: {share:.0%}"))
+        kinds.append((OTHER_KIND, f"{counted(rest, 'other cluster')}: {share:.0%}"))
     about = (
         "Patches with similar descriptors, sorted into groups without names. One colour is one group, in all photos; "
-        "the per cent say how many of the patches shown here are in it. The cards further down show what each group is."
+        "the percentage says how many of the patches shown here are in it. The cards below show what each group is."
     )
     return Layer(f"clusters-{number}", f"Clusters: {clustering.name}", about, overlays, kinds=kinds)
 
@@ -106,7 +107,7 @@ def segment_layers(
     for image_id, one in segments.items():
         whole = (0.0, 0.0, float(sizes[image_id][0]), float(sizes[image_id][1]))
         drawn = np.zeros((*one.foreground.shape, 4), np.uint8)
-        drawn[~one.foreground] = (*SHADE, 255)
+        drawn[~one.foreground] = (*BACKGROUND_SHADE_RGB, 255)
         foreground[image_id] = Overlay(_png(drawn), whole)
         drawn = np.zeros((*one.parts.shape, 4), np.uint8)
         for part in np.unique(one.parts[one.parts > 0]).tolist():
@@ -120,7 +121,7 @@ def segment_layers(
         f"foreground-{number}",
         f"Foreground: {name}",
         "What the photos of one set have in common, found by comparing them with each other. Everything else is "
-        "darkened. Nobody marked anything by hand.",
+        "darkened. Nothing was marked by hand.",
         foreground,
         notes=notes,
     )

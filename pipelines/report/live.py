@@ -12,21 +12,24 @@ from dino_ops.nearest import unit
 from pipelines.report.patches import ImagePatches
 from pipelines.settings.sections import ReportSettings
 
-QUERIES = 128  # patches on which the scale and the agreement are measured
-UNRELATED, RELATED = 50, 95  # percentiles: of all patches, and of the best of each image
-PADDED_TO = 8  # dimensions: the browser's loop takes so many at a time
+# The scale and the agreement are measured on these.
+MEASURED_PATCHES = 128
+# The first is taken over all patches, the second over the best patch of each image.
+UNRELATED_PERCENTILE, RELATED_PERCENTILE = 50, 95
+# The browser's loop takes this many at a time, so codes are padded to a multiple.
+DIMENSIONS_PER_LOOP_STEP = 8
 
 
 @dataclass(frozen=True)
 class Live:
     """The patches of several images one after another, each image's in raster order.
 
-    codes: (n, d) int8, zeros for a patch that is not stored; d is a multiple of 8. firsts: of each image its first
-    patch, and n at the end. kept: see CompactDescriptors. low, high: cosines between which the colours go: that of
-    patches that have nothing to do with each other, and that of good matches. agreement: the share of best matches that
-    the full descriptors give too, one_off: that are at most one patch away from theirs, and loss: by how much less
-    similar they are, by the full descriptors, on average; None with fewer than two images. start: (image, row, column)
-    to begin with.
+    codes: (n, d) int8, zeros for a patch that is not stored; d is a multiple of 8. firsts: the first patch of each
+    image, and n at the end. kept: see CompactDescriptors. low, high: the cosines at the ends of the colour scale: that
+    of patches that have nothing to do with each other, and that of good matches. agreement: the share of best matches
+    that the full descriptors give, too. one_off: the share that is at most one patch away from theirs. loss: by how
+    much less similar the matches are, by the full descriptors, on average. These three are None with fewer than two
+    images. start: (image, row, column) to begin with.
     """
 
     image_ids: list[str]
@@ -59,7 +62,7 @@ def make_live(
         return None
     stacked = np.concatenate([patches[one].descriptor.reshape(patches[one].stored.size, -1) for one in ids])
     compact = compact_descriptors(stacked[there], settings.dimensions, settings.seed)
-    width = -(-compact.codes.shape[1] // PADDED_TO) * PADDED_TO
+    width = -(-compact.codes.shape[1] // DIMENSIONS_PER_LOOP_STEP) * DIMENSIONS_PER_LOOP_STEP
     codes = np.zeros((len(stacked), width), np.int8)
     codes[there, : compact.codes.shape[1]] = compact.codes
 
@@ -90,11 +93,11 @@ def _measure(
     """(low, high, agreement, one_off, loss) as Live has them, on a sample of patches."""
     image_of = np.repeat(np.arange(len(grids)), np.diff(firsts))
     drawn = np.flatnonzero(there)
-    drawn = np.random.default_rng(seed).choice(drawn, min(QUERIES, len(drawn)), replace=False)
+    drawn = np.random.default_rng(seed).choice(drawn, min(MEASURED_PATCHES, len(drawn)), replace=False)
     images = [at for at in range(len(grids)) if there[firsts[at] : firsts[at + 1]].any()]
     similar = np.stack([cosines(codes, region_query(codes[[at]])) for at in drawn])
     if len(images) < 2:
-        low = float(np.percentile(similar[:, there], UNRELATED))
+        low = float(np.percentile(similar[:, there], UNRELATED_PERCENTILE))
         return low, 1.0, None, None, None
     exact = _exact(full, drawn)
     similar[:, ~there] = exact[:, ~there] = -np.inf
@@ -112,7 +115,10 @@ def _measure(
             columns = grids[image][1]
             apart = np.abs(np.subtract(divmod(found, columns), divmod(right, columns)))
             near.append(apart.max() <= 1)
-    low, high = float(np.percentile(np.concatenate(others), UNRELATED)), float(np.percentile(bests, RELATED))
+    low, high = (
+        float(np.percentile(np.concatenate(others), UNRELATED_PERCENTILE)),
+        float(np.percentile(bests, RELATED_PERCENTILE)),
+    )
     return low, max(high, low + 0.01), float(np.mean(same)), float(np.mean(near)), float(np.mean(losses))
 
 
@@ -131,8 +137,8 @@ def _start(
 ) -> tuple[int, int, int]:
     """A patch that shows well what the view does: salient, and with good matches, in images of its label if it has one.
 
-    Of every image the most salient patch is looked at, where a patch is as salient as it and its neighbours are
-    together, since models have single patches that stand out and show nothing.
+    Only the most salient patch of every image is looked at. A patch counts as as salient as the mean of it and its
+    neighbours, since models have single patches that stand out and show nothing.
     """
     best, chosen = -np.inf, (0, 0, 0)
     for at, one in enumerate(maps):

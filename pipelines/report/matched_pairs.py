@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from pipelines.results.matches import MatchTables, is_in
 from pipelines.store.rows import rows_of
 
-MOST_MATCHES = 10  # that are drawn of a pair
+MAX_MATCHES_DRAWN_PER_PAIR = 10
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class MatchedPair:
 
 
 def read_pairs(tables: MatchTables, image_ids: Sequence[str], most: int) -> list[MatchedPair]:
-    """Pairs of these images that have matches, at most so many: the most similar ones, each image once if it can be."""
+    """At most `most` pairs of these images that have matches: the most similar ones, each image once if possible."""
     columns = ["image_a", "image_b", "score", "kept", "shard"]
     rows = rows_of(tables.pairs, image_ids, columns)
     there = pa.array(sorted(image_ids), pa.string())
@@ -66,6 +66,6 @@ def _matches(tables: MatchTables, pairs: Sequence[dict[str, str]]) -> dict[tuple
     found: dict[tuple[str, str], list[Match]] = {}
     for row in rows.sort_by([("rank", "ascending"), ("similarity", "descending")]).to_pylist():
         own = found.setdefault((row["image_a"], row["image_b"]), [])
-        if row["rank"] >= 0 and len(own) < MOST_MATCHES:
+        if row["rank"] >= 0 and len(own) < MAX_MATCHES_DRAWN_PER_PAIR:
             own.append(Match(row["y_a"], row["x_a"], row["y_b"], row["x_b"], row["similarity"]))
     return found

@@ -17,8 +17,8 @@ from pipelines.results.indices import index_names, read_dead, read_manifest, rea
 from pipelines.settings.sections import IndexSettings, ReportSettings
 from pipelines.store.store import Store
 
-NEAREST = 6
-LARGEST_INDEX = 2**30  # bytes of memory that a report takes for one at most
+NEAREST_PER_PHOTO = 6
+MAX_INDEX_MEMORY_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ def nearest_photos(store: Store, images: pa.Table, settings: ReportSettings) -> 
     for image_id in asked["image_id"].to_pylist():
         if image_id in places:
             similarity = vectors @ vectors[places[image_id]]
-            order = [at for at in np.argsort(-similarity, kind="stable") if at != places[image_id]][:NEAREST]
+            order = [at for at in np.argsort(-similarity, kind="stable") if at != places[image_id]][:NEAREST_PER_PHOTO]
             result[image_id] = [(ids[at], float(similarity[at])) for at in order]
     return [Neighbours("among the photos shown here", result)] if result else []
 
 
 def _spread(images: pa.Table, count: int) -> pa.Table:
-    """Some images, of as many labels as there can be."""
+    """Some images, of as many different labels as possible."""
     of_label: dict[str | None, list[int]] = defaultdict(list)
     for at, label in enumerate(images["label"].to_pylist()):
         of_label[label].append(at)
@@ -68,11 +68,11 @@ def _in_index(store: Store, name: str, asked: pa.Table) -> Neighbours | None:
     try:
         manifest = read_manifest(store, name)
         usable = manifest and manifest.of != "patches" and manifest.images_version == store.images.version
-        if manifest is None or not usable or manifest.memory_bytes > LARGEST_INDEX:
+        if manifest is None or not usable or manifest.memory_bytes > MAX_INDEX_MEMORY_BYTES:
             return None
         dead = read_dead(store, name, manifest)
         parts = read_parts(store, name, manifest, dead)
-    except DinorayError:  # `dinoray verify` says what is wrong with it
+    except DinorayError:  # `dinoray verify` says what is wrong with the index
         return None
     rows = without_dead(pa.concat_tables([part.images for part in parts]), dead)
     rows = rows.filter(pc.greater(rows["vectors"], 0))
@@ -80,10 +80,10 @@ def _in_index(store: Store, name: str, asked: pa.Table) -> Neighbours | None:
     found: dict[str, list[tuple[str, float]]] = {}
     located = store.images.rows_with_ids(asked["image_id"].to_pylist(), ["image_id", "run_id", "shard"])
     for batch in vector_batches(store, holds, located):
-        similarity, ids = search_all([part.nearest for part in parts], batch.vectors, NEAREST + 1)
+        similarity, ids = search_all([part.nearest for part in parts], batch.vectors, NEAREST_PER_PHOTO + 1)
         for image_id, values, hits in zip(batch.image_ids.to_pylist(), similarity, ids, strict=True):
             own = [pair for pair in zip(_names(rows, hits), map(float, values), strict=True) if pair[0] != image_id]
-            found[image_id] = [(other, value) for other, value in own if other is not None][:NEAREST]
+            found[image_id] = [(other, value) for other, value in own if other is not None][:NEAREST_PER_PHOTO]
     order = [one for one in asked["image_id"].to_pylist() if one in found]
     return Neighbours(
         f"in all {manifest.images:,} images of the store (index {name})", {one: found[one] for one in order}

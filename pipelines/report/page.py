@@ -1,6 +1,6 @@
 """The HTML file: contents put into the template, with nothing in it that reaches for a network.
 
-The template escapes by itself (Jinja's autoescape: a name in a template that nobody thought of is text all the same),
+The template escapes by itself (Jinja's autoescape: even a name that was not thought of stays text),
 data for the live view lie in a block that is not run, and a Content-Security-Policy allows the page's own script and
 style by their hashes and pictures that the page carries, nothing else.
 """
@@ -26,7 +26,7 @@ from pipelines.report.layers import cluster_colours
 from pipelines.report.live import Live
 from pipelines.report.matched_pairs import MatchedPair
 
-GAP = 0.04  # between the photos of a pair, in parts of their height
+PAIR_GAP_PER_HEIGHT = 0.04
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _pair(contents: Contents, pair: MatchedPair, places: dict[str, int]) -> dict
     a, b = (contents.images[places[one]] for one in (pair.image_a, pair.image_b))
     height = 240.0
     scale_a, scale_b = height / a.height, height / b.height
-    offset = a.width * scale_a + GAP * height
+    offset = a.width * scale_a + PAIR_GAP_PER_HEIGHT * height
     lines = [
         {
             "number": number,
@@ -208,7 +208,7 @@ def _pieces(contents: Contents, one: Clustering, cluster: int, places: dict[str,
         piece: dict[str, Any] = {"image_id": typical.image_id, "photo": places[typical.image_id], "crop": None}
         if typical.row is not None and typical.col is not None:
             piece["crop"] = contents.crops.get((typical.image_id, typical.row, typical.col))
-            if piece["crop"] is None:  # its photo cannot be had
+            if piece["crop"] is None:  # the photo cannot be had
                 continue
         found.append(piece)
     return found

@@ -16,7 +16,8 @@ from pipelines.store.schemas import descriptor_columns, scale_column
 from pipelines.store.store import Store
 from pipelines.store.vectors import decode
 
-Box = tuple[float, float, float, float]  # left, top, width, height
+# left, top, width, height
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class ImagePatches:
     """Patches of one image.
 
     saliency: (rows, columns) float32 of the stored grid, NaN where nothing is stored; None where the store has none.
-    place: of the stored grid in pixels of the original.
+    place: the box of the stored grid in pixels of the original.
     descriptor: (gh, gw, D) float16 of the thinned grid. stored: (gh, gw), which of them there are.
     y, x: (gh,) and (gw,) float64, their centres in pixels of the original. cell: (height, width) of one of them, there.
-    step: of every how many patches one is left. origin: the first row and column of these.
+    step: every step-th row and column is left. origin: the first of these rows and columns.
     """
 
     saliency: np.ndarray | None
@@ -42,7 +43,7 @@ class ImagePatches:
 
     @property
     def thinned_place(self) -> Box:
-        """Of the thinned grid in pixels of the original."""
+        """The thinned grid's place in pixels of the original."""
         height, width = self.cell
         return self.x[0] - width / 2, self.y[0] - height / 2, width * len(self.x), height * len(self.y)
 

@@ -18,11 +18,12 @@ from pipelines import storage
 from pipelines.sources import LISTING_SCHEMA, fetch
 from pipelines.store.originals import locate
 
-PHOTOS_AT_ONCE = 16  # whose bytes are held
-ATTEMPTS = 2
+PHOTO_FILES_IN_MEMORY = 16
+FETCH_ATTEMPTS = 2
 JPEG_QUALITY = 82
 
-Look = Callable[[str, Image.Image], None]  # is shown every photo at its full size
+# Called with the image_id and the photo at its full size.
+Look = Callable[[str, Image.Image], None]
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ def fitted(width: int, height: int, side: int) -> tuple[int, int]:
 def _fetched(
     sources: Sequence[PhotoSource], rows: dict[str, dict[str, object]], options: storage.Options
 ) -> Iterator[tuple[PhotoSource, bytes | None, str]]:
-    for first in range(0, len(sources), PHOTOS_AT_ONCE):
-        chunk = sources[first : first + PHOTOS_AT_ONCE]
+    for first in range(0, len(sources), PHOTO_FILES_IN_MEMORY):
+        chunk = sources[first : first + PHOTO_FILES_IN_MEMORY]
         there = [rows[one.uri] for one in chunk if one.uri in rows]
-        got = iter(fetch(pa.Table.from_pylist(there, LISTING_SCHEMA), storage_options=options, attempts=ATTEMPTS))
+        got = iter(fetch(pa.Table.from_pylist(there, LISTING_SCHEMA), storage_options=options, attempts=FETCH_ATTEMPTS))
         for source in chunk:
             if source.uri not in rows:
                 yield source, None, "no longer where it was"

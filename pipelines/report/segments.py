@@ -15,16 +15,19 @@ from pipelines.store.rows import rows_of
 
 @dataclass(frozen=True)
 class Segment:
-    """What co-segmentation found in an image. parts: (H, W) part_id + 1, 0 = background. foreground: (H, W) bool."""
+    """What co-segmentation found in an image.
+
+    parts: (H, W) part_id + 1, 0 = background. foreground: (H, W) bool. note: what was unusual, or "".
+    """
 
     set_id: str
     parts: np.ndarray
     foreground: np.ndarray
-    note: str  # what was unusual
+    note: str
 
 
 def read_segments(tables: PartTables, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Segment]:
-    """Masks by image_id; of an image that is in several sets those of the first.
+    """Masks by image_id; for an image that is in several sets those of the first set.
 
     sizes: (width, height) in pixels that the masks are brought to, by image_id.
     """

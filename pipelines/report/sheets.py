@@ -17,11 +17,12 @@ from pipelines.report.contents import Contents, Shown
 from pipelines.report.layers import Layer, Overlay, cluster_colours
 from pipelines.report.matched_pairs import MatchedPair
 
-WIDTH, HEIGHT, GAP = 1600, 200, 8  # pixels: of a sheet, of a photo on it, between photos
-OPACITY = 0.75
-HEAT = 0.62
+# Pixels.
+SHEET_WIDTH, PHOTO_HEIGHT, GAP = 1600, 200, 8
+LAYER_OPACITY = 0.75
+SIMILARITY_OPACITY = 0.62
 PAPER, INK, MISSING = (255, 255, 255), (29, 27, 38), (139, 139, 146)
-FONT = 15
+FONT_SIZE = 15
 
 
 @dataclass
@@ -37,7 +38,7 @@ def make_sheets(contents: Contents) -> Iterator[tuple[str, bytes]]:
     yield "photos.png", _png(_sheet(photos))
     for layer in contents.layers:
         covered = [
-            _covered(photo, layer.overlays.get(one.image_id), one, OPACITY)
+            _covered(photo, layer.overlays.get(one.image_id), one, LAYER_OPACITY)
             for photo, one in zip(photos, contents.images, strict=True)
         ]
         yield f"{_slug(layer.title)}.png", _png(_with_legend(_sheet(covered), layer))
@@ -54,13 +55,13 @@ def make_sheets(contents: Contents) -> Iterator[tuple[str, bytes]]:
             [everything[query], *(everything[other] for other, _ in found if other in everything)]
             for query, found in neighbours.found.items()
         ]
-        yield f"nearest-{number}.png", _png(_stacked([_row(row, HEIGHT // 2 + 40) for row in rows]))
+        yield f"nearest-{number}.png", _png(_stacked([_row(row, PHOTO_HEIGHT // 2 + 40) for row in rows]))
     for clustering in contents.clusterings:
         if cards := _cards(contents, clustering, shown):
             yield f"clusters-{_slug(clustering.name)}-members.png", _png(_stacked(cards))
 
 
-def _photo(one: Shown, height: int = HEIGHT) -> Image.Image:
+def _photo(one: Shown, height: int = PHOTO_HEIGHT) -> Image.Image:
     size = max(1, round(one.width * height / one.height)), height
     picture = one.photo.picture
     return Image.new("RGB", size, MISSING) if picture is None else picture.resize(size, Image.Resampling.LANCZOS)
@@ -82,16 +83,16 @@ def _covered(photo: Image.Image, overlay: Overlay | None, one: Shown, opacity: f
 
 
 def _sheet(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one height in rows, as many in each as fit."""
+    """Pictures of one height in rows, each as full as it can be."""
     placed: list[_Placed] = []
     left, top = GAP, GAP
     for picture in pictures:
-        if left > GAP and left + picture.width + GAP > WIDTH:
-            left, top = GAP, top + HEIGHT + GAP
+        if left > GAP and left + picture.width + GAP > SHEET_WIDTH:
+            left, top = GAP, top + PHOTO_HEIGHT + GAP
         placed.append(_Placed(picture, left, top))
         left += picture.width + GAP
-    width = max((one.left + one.picture.width + GAP for one in placed), default=WIDTH)
-    sheet = Image.new("RGB", (width, top + HEIGHT + GAP), PAPER)
+    width = max((one.left + one.picture.width + GAP for one in placed), default=SHEET_WIDTH)
+    sheet = Image.new("RGB", (width, top + PHOTO_HEIGHT + GAP), PAPER)
     for one in placed:
         sheet.paste(one.picture, (one.left, one.top))
     return sheet
@@ -148,7 +149,7 @@ def _scale(low: str, high: str, low_value: str, high_value: str) -> Image.Image:
 def _similarity(contents: Contents, photos: Sequence[Image.Image]) -> Image.Image:
     """What the page's live view begins with: a patch, framed, and where the others resemble it."""
     live = contents.live
-    assert live is not None  # asked only where there is one
+    assert live is not None  # called only where there is one
     asked, row, column = live.start
     own = row * live.grids[asked][1] + column
     query = region_query(live.of(asked)[[own]])
@@ -169,7 +170,7 @@ def _similarity(contents: Contents, photos: Sequence[Image.Image]) -> Image.Imag
                 continue
             level = (similar - live.low) / (live.high - live.low)
             heat = amounts_over(np.where(there, level, np.nan).reshape(grid))
-            picture = _covered(photo, Overlay(_png(Image.fromarray(heat)), place), one, HEAT)
+            picture = _covered(photo, Overlay(_png(Image.fromarray(heat)), place), one, SIMILARITY_OPACITY)
             at = int(np.where(there, similar, -np.inf).argmax())
         _mark(picture, one, place, grid, at, own=number == asked)
         drawn.append((number != asked, picture))
@@ -202,14 +203,14 @@ def _mark(
 
 def _pair(pair: MatchedPair, sizes: dict[str, Shown]) -> Image.Image:
     """Drawn at twice the sheet's height."""
-    a, b = (_photo(sizes[one], 2 * HEIGHT) for one in (pair.image_a, pair.image_b))
+    a, b = (_photo(sizes[one], 2 * PHOTO_HEIGHT) for one in (pair.image_a, pair.image_b))
     offset = a.width + 2 * GAP
-    drawing = Image.new("RGB", (offset + b.width, 2 * HEIGHT), PAPER)
+    drawing = Image.new("RGB", (offset + b.width, 2 * PHOTO_HEIGHT), PAPER)
     drawing.paste(a, (0, 0))
     drawing.paste(b, (offset, 0))
     pen = ImageDraw.Draw(drawing)
-    scale_a = 2 * HEIGHT / sizes[pair.image_a].height
-    scale_b = 2 * HEIGHT / sizes[pair.image_b].height
+    scale_a = 2 * PHOTO_HEIGHT / sizes[pair.image_a].height
+    scale_b = 2 * PHOTO_HEIGHT / sizes[pair.image_b].height
     ends = [
         ((one.x_a * scale_a, one.y_a * scale_a), (offset + one.x_b * scale_b, one.y_b * scale_b))
         for one in pair.matches
@@ -255,7 +256,7 @@ def _cards(contents: Contents, clustering: Clustering, shown: dict[str, Image.Im
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(FONT)
+    return ImageFont.load_default(FONT_SIZE)
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipelines import storage
 from pipelines.errors import RequestError
-from pipelines.results.clusters import ClusterTables
-from pipelines.results.matches import MatchTables
-from pipelines.results.parts import PartTables
+from pipelines.results.all_kinds import all_results
 from pipelines.storage.filesystems import is_local
 from pipelines.store.store import Store
 from pipelines.store.table import Table
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     import duckdb
 
 
-MOST_ROWS = 1_000_000  # of a query's, of which a sample may be shown
+MAX_QUERY_ROWS_READ = 1_000_000
 
 
 def image_ids_of(store: Store, query: str) -> list[str]:
@@ -40,7 +38,7 @@ def image_ids_of(store: Store, query: str) -> list[str]:
         try:
             found = connection.execute(query)
             columns = [about[0] for about in found.description or ()]
-            rows = found.fetchmany(MOST_ROWS) if "image_id" in columns else []
+            rows = found.fetchmany(MAX_QUERY_ROWS_READ) if "image_id" in columns else []
         except duckdb.Error as error:
             said = " ".join(str(error).split())
             raise RequestError(f"--query cannot be run ({said}). The tables are {', '.join(tables)}.") from None
@@ -59,16 +57,9 @@ def image_ids_of(store: Store, query: str) -> list[str]:
 def _tables(store: Store) -> Iterator[tuple[str, Table]]:
     """Every table of a store under the name that a query gives it: parts/animals/images is parts_animals_images."""
     yield from (("images", store.images), ("patches", store.patches), ("failures", store.failures))
-    options = store.config.storage.options
-    for name, clusters in ClusterTables.all_in(store.uri, options).items():
-        yield _named("clusters", name, "centroids"), clusters.centroids
-        yield _named("clusters", name, "assignments"), clusters.assignments
-    for name, parts in PartTables.all_in(store.uri, options).items():
-        yield _named("parts", name, "images"), parts.images
-        yield _named("parts", name, "patches"), parts.patches
-    for name, matches in MatchTables.all_in(store.uri, options).items():
-        yield _named("matches", name, "pairs"), matches.pairs
-        yield _named("matches", name, "matches"), matches.matches
+    for result in all_results(store):
+        for name, table in result.tables.items():
+            yield _named(result.kind, result.name, name), table
 
 
 def _named(*parts: str) -> str:

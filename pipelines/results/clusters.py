@@ -8,10 +8,9 @@ commits shows in that, and `repair` completes it.
 from __future__ import annotations
 
 import datetime as dt
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,16 +20,17 @@ from pipelines import storage
 from pipelines.errors import JobError
 from pipelines.results.cluster_models import Model, checkpoint_uri, model_uri, read_model
 from pipelines.results.cluster_statistics import Counting, Statistics
-from pipelines.results.names import result_names, result_uri
+from pipelines.results.names import result_uri
+from pipelines.results.stored import ResultTables
 from pipelines.store.commit import retry_on_conflict
-from pipelines.store.parquet import DataFile, new_file_name, open_parquet
+from pipelines.store.linked_tables import LinkedTables
+from pipelines.store.parquet import DataFile, new_file_name, open_parquet, run_id_of
 from pipelines.store.rewriting import rewrite_without
+from pipelines.store.rows import row_count
 from pipelines.store.schemas import ASSIGNMENTS, CENTROIDS, vector
 from pipelines.store.table import READS_AT_ONCE, Table
 
 LEFTOVER_DAYS = 1  # after which the model of a training that was replaced, or killed at its end, goes
-
-_FILE = re.compile(r"part-(?P<run_id>.+)-[0-9a-f]{12}\.parquet")
 
 
 def clusters_uri(store: str, name: str) -> str:
@@ -38,28 +38,39 @@ def clusters_uri(store: str, name: str) -> str:
     return result_uri(store, "clusters", name)
 
 
-class ClusterTables:
+class ClusterTables(ResultTables):
     """The two tables of one NAME at the versions last refreshed."""
 
-    def __init__(self, store: str, name: str, options: storage.Options) -> None:
-        self.uri = clusters_uri(store, name)
-        self.options = options
-        self.assignments = Table(storage.join(self.uri, "assignments"), ASSIGNMENTS, options)
-        self.centroids = Table(storage.join(self.uri, "centroids"), CENTROIDS, options)
+    kind = "clusters"
+    schemas: ClassVar = {"assignments": ASSIGNMENTS, "centroids": CENTROIDS}
+    leading = "assignments"
 
-    @classmethod
-    def open_existing(cls, store: str, name: str, options: storage.Options) -> ClusterTables | None:
-        """The tables of NAME, or None when there are none yet; nothing is written."""
-        uri = clusters_uri(store, name)
-        here = all(Table.exists(storage.join(uri, table), options) for table in ("assignments", "centroids"))
-        return cls(store, name, options) if here else None
+    @property
+    def assignments(self) -> Table:
+        return self.tables["assignments"]
 
-    @classmethod
-    def all_in(cls, store: str, options: storage.Options) -> dict[str, ClusterTables]:
-        """Every clustering of a store, by NAME."""
-        names = result_names(store, "clusters", options)
-        found = {name: cls.open_existing(store, name, options) for name in names}
-        return {name: tables for name, tables in found.items() if tables is not None}
+    @property
+    def centroids(self) -> Table:
+        return self.tables["centroids"]
+
+    def row_counts(self) -> dict[str, int]:
+        return {"clusters": row_count(self.centroids), "assignments": row_count(self.assignments)}
+
+    def describe(self, counts: dict[str, int]) -> str:
+        return f"{counts['clusters']:,} clusters, {counts['assignments']:,} assignments"
+
+    def missing(self) -> str:
+        if said := super().missing():
+            return said
+        try:
+            self.model()
+        except JobError as error:
+            return str(error)
+        return ""
+
+    def linked_tables(self) -> Iterator[LinkedTables]:
+        yield LinkedTables(self.assignments, run_in_names=True)
+        yield LinkedTables(self.centroids, run_in_names=True)
 
     def model(self) -> Model | None:
         """The model that the tables are of, or None for empty tables.
@@ -211,5 +222,4 @@ def centroid_rows(model: Model, statistics: Statistics, has_saliency: bool) -> p
 
 def training_of(path: str) -> str:
     """The run_id of the training that a file of either table is of."""
-    match = _FILE.fullmatch(path)
-    return match["run_id"] if match else ""
+    return run_id_of(path)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.errors import DinorayError
+from pipelines.errors import DinorayError, counted
 from pipelines.results.indices import (
     CELLS,
     DEAD,
@@ -26,19 +25,10 @@ from pipelines.results.indices import (
     read_numbered_manifest,
     without_dead,
 )
+from pipelines.results.stored import Findings
 from pipelines.store.store import Store
 
 SCHEMAS = {"images": IMAGES, "cells": CELLS, "dead": DEAD}
-
-
-@dataclass
-class Findings:
-    """problems: damage, a sentence each. notes: what is worth knowing and harmless."""
-
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    files: int = 0
-    unreferenced_files: int = 0  # left by killed runs; the next update removes them
 
 
 def check_index(store: Store, name: str, images: pa.Table) -> Findings:
@@ -93,7 +83,7 @@ def _read(store: Store, name: str, piece: str, file: str) -> tuple[Any, str]:
     """A file's content and why it cannot be had, else an empty text."""
     try:
         content = read_file(store, name, file)
-    except (OSError, RuntimeError, pa.ArrowException) as error:  # RuntimeError is what FAISS raises
+    except (OSError, RuntimeError, pa.ArrowException) as error:  # FAISS raises RuntimeError
         return None, f"{file} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})"
     if piece in SCHEMAS and not content.schema.equals(SCHEMAS[piece]):
         return None, f"{file} has other columns than an index has ({', '.join(content.schema.names)})"
@@ -103,7 +93,7 @@ def _read(store: Store, name: str, piece: str, file: str) -> tuple[Any, str]:
 def _check_segment(manifest: Manifest, segment: Segment, pieces: dict[str, Any]) -> Iterator[str]:
     images, files = pieces["images"], segment.files
     if len(images) != segment.images:
-        yield f"{files['images']} has {len(images)} rows, the manifest says {segment.images}"
+        yield f"{files['images']} has {counted(len(images), 'row')}, the manifest says {segment.images:,}"
     ids = ids_of(images)
     for piece in ("vectors", "lists"):
         if piece in pieces and not pieces[piece].ntotal == segment.vectors == len(ids):
@@ -154,8 +144,8 @@ def _compare_with_table(
         return
     findings.notes.append(
         f"The index {name} is older than the store (it covers version {manifest.images_version} of the images table, "
-        f"which is at {store.images.content_version}): it lacks {len(lacking):,} images, and {len(extra):,} in it are "
-        "changed or gone. `dinoray index` brings it up to date."
+        f"which is at {store.images.content_version}): it lacks {counted(len(lacking), 'image')}, and {len(extra):,} "
+        f"in it {'is' if len(extra) == 1 else 'are'} changed or gone. `dinoray index` brings it up to date."
     )
 
 

@@ -19,7 +19,8 @@ from pipelines.store.schemas import descriptor_columns, scale_column
 from pipelines.store.store import Store
 from pipelines.store.vectors import decode
 
-ROWS_AT_ONCE = 65_536  # FAISS adds many vectors with all cores, few with one
+# FAISS adds many vectors with all cores, few with one.
+VECTORS_PER_BATCH = 65_536
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def held_settings(asked: IndexSettings) -> dict[str, Any]:
 
 
 def vector_batches(store: Store, asked: IndexSettings, images: pa.Table) -> Iterator[VectorBatch]:
-    """Vectors of some images of a store, in batches of about ROWS_AT_ONCE.
+    """Vectors of some images of a store, in batches of about VECTORS_PER_BATCH.
 
     images: image_id, run_id, shard, file (of the images table that holds the row).
 
@@ -76,7 +77,7 @@ def vector_batches(store: Store, asked: IndexSettings, images: pa.Table) -> Iter
     waiting: list[VectorBatch] = []
     for batch in small:
         waiting.append(batch)
-        if sum(len(one.vectors) for one in waiting) >= ROWS_AT_ONCE:
+        if sum(len(one.vectors) for one in waiting) >= VECTORS_PER_BATCH:
             yield _joined(waiting)
             waiting = []
     if waiting:
@@ -113,7 +114,8 @@ def _shard_patches(parquet: pq.ParquetFile, asked: IndexSettings, images: pa.Tab
     if scale_column(asked.descriptor) in parquet.schema_arrow.names:
         columns.append(scale_column(asked.descriptor))
     wanted = images["image_id"].combine_chunks()
-    for index in range(parquet.num_row_groups):  # which hold whole images
+    # Row groups hold whole images.
+    for index in range(parquet.num_row_groups):
         rows = parquet.read_row_group(index, columns=columns)
         rows = rows.filter(pc.is_in(rows["image_id"], value_set=wanted))
         if not len(rows):

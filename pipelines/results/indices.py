@@ -42,20 +42,23 @@ READS_AT_ONCE = 16
 IMAGES = pa.schema(
     [
         ("image_id", pa.string()),
-        ("run_id", pa.string()),  # of the extraction: another one is indexed anew
-        ("first_id", pa.int64()),  # no other image's; an image without vectors has one too
-        ("vectors", pa.int64()),  # 0 for an image of which no patch is stored
+        ("run_id", pa.string()),
+        ("first_id", pa.int64()),
+        ("vectors", pa.int64()),
     ]
 )
+"""run_id: the extraction's; after another one the image is indexed again. first_id: no other image has it, and an image
+without vectors has one, too. vectors: how many; 0 for an image without stored patches."""
 CELLS = pa.schema(
     [
         ("id", pa.int64()),
-        ("row", pa.int32()),  # of the patch grid
+        ("row", pa.int32()),
         ("col", pa.int32()),
-        ("y", pa.float32()),  # patch centre in pixels of the original image
+        ("y", pa.float32()),
         ("x", pa.float32()),
     ]
 )
+"""row, col: the patch's place in the grid. y, x: its centre in pixels of the original image."""
 DEAD = pa.schema([("first_id", pa.int64()), ("vectors", pa.int64())])
 
 _MANIFEST = re.compile(r"manifest-(\d+)\.json")
@@ -64,34 +67,43 @@ _OURS = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}-\w+\.(faiss|parquet)|manifest-\d+\
 
 @dataclass(frozen=True)
 class Segment:
-    """A FAISS index and the rows of its images, as stored; its ids are below those of later segments."""
+    """A FAISS index and the rows of its images, as stored; its ids are below those of later segments.
+
+    first_id: the lowest. images, vectors: how many, dead ones included. files: piece -> name of its file.
+    """
 
     kind: Kind
-    first_id: int  # the lowest
-    images: int  # rows, of dead images too
-    vectors: int  # dead ones too
+    first_id: int
+    images: int
+    vectors: int
     files: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an index holds."""
+    """What an index holds.
 
-    number: int  # of this manifest: every update writes the next
-    of: str  # embeddings | pooled | patches
+    number: the manifest's own; every update writes the next. of: embeddings, pooled or patches. descriptor: a column of
+    patches; None for embeddings. why: the reason for the kind. fingerprint: of the store's spec. images_version,
+    images_files: of the images table that the index covers. count: vectors that a search can return. dead: removed
+    vectors that still take space. run_id: of the update that wrote the manifest.
+    """
+
+    number: int
+    of: str
     pooling: str | None
-    descriptor: str | None  # column of patches; None for embeddings
+    descriptor: str | None
     kind: Kind
-    why: str  # the kind was chosen
+    why: str
     dimension: int
-    fingerprint: str  # of the store's spec
-    images_version: int  # of the images table, which it covers
-    images_files: list[str]  # of that version
+    fingerprint: str
+    images_version: int
+    images_files: list[str]
     images: int
-    count: int  # vectors that a search can return
-    dead: int  # removed vectors that still take space
+    count: int
+    dead: int
     next_id: int
-    run_id: str  # of the update that wrote it
+    run_id: str
     segments: list[Segment]
     dead_file: str | None = None
     metric: str = "cosine"
@@ -237,7 +249,7 @@ def ids_of(images: pa.Table) -> np.ndarray:
 
 
 def write_part(store: Store, name: str, part: Part, run_id: str, files: set[str]) -> Segment:
-    """Write a segment, its files named in `files` before; nobody sees them before a manifest names them."""
+    """Write a segment, its files named in `files` before; no reader sees them before a manifest names them."""
     options, nearest = store.config.storage.options, part.nearest
     tables = {"images": part.images} | ({} if part.cells is None else {"cells": part.cells})
     named = {piece: f"{run_id}-{piece}.faiss" for piece in nearest.parts}
@@ -259,7 +271,7 @@ def write_dead(store: Store, name: str, dead: pa.Table, run_id: str, files: set[
 
 
 def publish(store: Store, name: str, manifest: Manifest, before: Manifest | None) -> None:
-    """Make an index visible, unless another run did since `before` was read; then remove what nobody needs.
+    """Make an index visible, unless another run did since `before` was read; then remove what is no longer needed.
 
     What was there before the manifest and is named neither by it nor by the one it replaces goes: older indices, what
     killed runs left, and what a run wrote that began from an older manifest and can no longer publish. What the
@@ -273,7 +285,7 @@ def publish(store: Store, name: str, manifest: Manifest, before: Manifest | None
     target = storage.join(uri, manifest_file(number + 1))
     try:
         first = _latest(present) == number and storage.write_once(target, _as_json(manifest), options)
-    except FileNotFoundError:  # the other run removed what this one was about to publish
+    except FileNotFoundError:  # another run removed what this one was about to publish
         first = False
     if not first:
         raise JobError(f"Another run updated the index {name} at the same time: run the same command again.")
@@ -328,7 +340,7 @@ def _explained(store: Store, name: str) -> Iterator[None]:
             f"{error.filename or uri} is gone: the index {name} was updated at this moment or is damaged; "
             f"run the same command again, or remove {uri} and run `dinoray index` again."
         ) from None
-    except (RuntimeError, pa.ArrowException) as error:  # RuntimeError is what FAISS raises
+    except (RuntimeError, pa.ArrowException) as error:  # FAISS raises RuntimeError
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise JobError(
             f"A file of the index {name} cannot be read ({said}): `dinoray verify {store.uri}` says which; remove "

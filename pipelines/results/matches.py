@@ -9,13 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
-from pipelines.results.names import result_names, result_uri
+from pipelines.results.names import result_uri
+from pipelines.results.stored import ResultTables
 from pipelines.store.commit import ORPHAN_GRACE_SECONDS, FileChange, apply_remaining, commit_in_order, describe_file
+from pipelines.store.linked_tables import LinkedTables
 from pipelines.store.parquet import DataFile
 from pipelines.store.rewriting import rewrite
 from pipelines.store.schemas import MATCHES, PAIRS
@@ -31,32 +34,37 @@ def pair_key(image_a: str, image_b: str) -> PairKey:
     return (image_a, image_b) if image_a <= image_b else (image_b, image_a)
 
 
-class MatchTables:
+class MatchTables(ResultTables):
     """The two tables of one NAME at the versions last refreshed."""
 
+    kind = "matches"
+    schemas: ClassVar = {"pairs": PAIRS, "matches": MATCHES}
+    leading = "pairs"
+
     def __init__(self, store: str, name: str, options: storage.Options) -> None:
-        self.uri = matches_uri(store, name)
-        self.pairs = Table(storage.join(self.uri, "pairs"), PAIRS, options)
-        self.matches = Table(storage.join(self.uri, "matches"), MATCHES, options)
+        super().__init__(store, name, options)
         self._seen = set(self.pairs.files())
 
-    @classmethod
-    def open_existing(cls, store: str, name: str, options: storage.Options) -> MatchTables | None:
-        """None where nothing was matched under this name yet."""
-        uri = matches_uri(store, name)
-        exist = all(Table.exists(storage.join(uri, table), options) for table in ("pairs", "matches"))
-        return cls(store, name, options) if exist else None
+    @property
+    def pairs(self) -> Table:
+        return self.tables["pairs"]
 
-    @classmethod
-    def all_in(cls, store: str, options: storage.Options) -> dict[str, MatchTables]:
-        """The tables of every name in a store."""
-        names = result_names(store, "matches", options)
-        found = {name: cls.open_existing(store, name, options) for name in names}
-        return {name: tables for name, tables in found.items() if tables}
+    @property
+    def matches(self) -> Table:
+        return self.tables["matches"]
 
-    def refresh(self) -> None:
-        self.pairs.refresh()
-        self.matches.refresh()
+    def row_counts(self) -> dict[str, int]:
+        """Pairs, matches (rows that were kept), and pairs without any."""
+        kept = self.pairs.read(["kept"])["kept"]
+        without = pc.sum(pc.equal(kept, 0)).as_py() or 0
+        return {"pairs": len(kept), "matches": pc.sum(kept).as_py() or 0, "without_matches": without}
+
+    def describe(self, counts: dict[str, int]) -> str:
+        return f"{counts['pairs']:,} pairs ({counts['without_matches']:,} without), {counts['matches']:,} matches"
+
+    def linked_tables(self) -> Iterator[LinkedTables]:
+        yield LinkedTables(self.matches, self.pairs)
+        yield LinkedTables(self.pairs)
 
     def repair(self, run_id: str) -> dict[str, int]:
         """Undo what a killed run left between its commits; the pairs table decides what is true.

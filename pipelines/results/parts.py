@@ -8,15 +8,18 @@ file that no image names: `repair` removes them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
-from pipelines.results.names import result_names, result_uri
+from pipelines.results.names import result_uri
+from pipelines.results.stored import ResultTables
 from pipelines.store.commit import ORPHAN_GRACE_SECONDS, FileChange, apply_remaining, commit_in_order, describe_file
+from pipelines.store.linked_tables import LinkedTables
 from pipelines.store.parquet import DataFile
 from pipelines.store.rewriting import rewrite
 from pipelines.store.schemas import PARTS_IMAGES, PARTS_PATCHES
@@ -43,33 +46,38 @@ class SegmentReport:
     seconds: dict[str, float] = field(default_factory=dict)  # read, fit, segment, write
 
 
-class PartTables:
+class PartTables(ResultTables):
     """The two tables of one NAME at the versions last refreshed."""
 
+    kind = "parts"
+    schemas: ClassVar = {"images": PARTS_IMAGES, "patches": PARTS_PATCHES}
+    leading = "images"
+
     def __init__(self, store: str, name: str, options: storage.Options) -> None:
-        self.uri = parts_uri(store, name)
-        self.options = options
-        self.images = Table(storage.join(self.uri, "images"), PARTS_IMAGES, options)
-        self.patches = Table(storage.join(self.uri, "patches"), PARTS_PATCHES, options)
+        super().__init__(store, name, options)
         self._seen = set(self.images.files())
 
-    @classmethod
-    def open_existing(cls, store: str, name: str, options: storage.Options) -> PartTables | None:
-        """None where nothing was segmented under this name yet."""
-        uri = parts_uri(store, name)
-        exist = all(Table.exists(storage.join(uri, table), options) for table in ("images", "patches"))
-        return cls(store, name, options) if exist else None
+    @property
+    def images(self) -> Table:
+        return self.tables["images"]
 
-    @classmethod
-    def all_in(cls, store: str, options: storage.Options) -> dict[str, PartTables]:
-        """The tables of every name in a store."""
-        names = result_names(store, "parts", options)
-        found = {name: cls.open_existing(store, name, options) for name in names}
-        return {name: tables for name, tables in found.items() if tables}
+    @property
+    def patches(self) -> Table:
+        return self.tables["patches"]
 
-    def refresh(self) -> None:
-        self.images.refresh()
-        self.patches.refresh()
+    def row_counts(self) -> dict[str, int]:
+        """Sets, images of all sets, and those without any foreground."""
+        rows = self.images.read(["set_id", "foreground_fraction"])
+        empty = pc.sum(pc.equal(rows["foreground_fraction"], 0)).as_py() or 0
+        return {"sets": len(pc.unique(rows["set_id"])), "images": len(rows), "without_foreground": empty}
+
+    def describe(self, counts: dict[str, int]) -> str:
+        without = f"{counts['without_foreground']:,} without foreground"
+        return f"{counts['images']:,} images in {counts['sets']:,} sets ({without})"
+
+    def linked_tables(self) -> Iterator[LinkedTables]:
+        yield LinkedTables(self.patches, self.images)
+        yield LinkedTables(self.images)
 
     def repair(self, run_id: str) -> dict[str, int]:
         """Undo what a killed run left between its commits; the images table decides what is true.

@@ -9,7 +9,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
+
+from pipelines.jobs import JOBS
 
 BUSY_SECONDS = 10.0  # over which the busy ratio of a device is taken
 
@@ -17,8 +19,10 @@ BUSY_SECONDS = 10.0  # over which the busy ratio of a device is taken
 class JobMetrics:
     """Counters of a job over images or pairs. Made inside a Ray session; kept by the driver, from workers' reports."""
 
-    def __init__(self, command: str, of: Literal["images", "pairs"] = "images") -> None:
+    def __init__(self, command: str) -> None:
         from ray.util.metrics import Counter
+
+        of = JOBS[command].unit
 
         def counter(name: str, about: str, *tags: str) -> Any:
             made = Counter(f"dinoray_{name}_total", description=about, tag_keys=("command", *tags))

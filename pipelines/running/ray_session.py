@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dino_ops.errors import ModelError
 from pipelines.errors import DinorayError, JobError, RequestError
 from pipelines.running.cpus import available_cpus
+from pipelines.running.layout import LARGEST_NODE_CPUS, LARGEST_NODE_GPUS
 from pipelines.settings.sections import RunSettings
 
 CONNECT_SECONDS = 5
@@ -127,15 +128,25 @@ def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, f
                 f"{ray.__version__} there too, and whether it asks for a token (RAY_AUTH_MODE=token)."
             ) from None
     try:
-        resources = dict(ray.cluster_resources())
-        if address == "local" and ours:
-            resources["CPU"] = max(1.0, resources.get("CPU", 1.0) - SPARE_CPUS)
+        resources = _cluster_resources(spare_cpus=SPARE_CPUS if address == "local" and ours else 0)
         _Open.resources = resources
         yield resources
     finally:
         _Open.resources = None
         if ours:
             ray.shutdown()
+
+
+def _cluster_resources(spare_cpus: int) -> dict[str, float]:
+    """What the cluster has in all, and its largest node: a worker runs on one. spare_cpus: that are Ray's own."""
+    import ray
+
+    resources = dict(ray.cluster_resources())
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    resources["CPU"] = max(1.0, resources.get("CPU", 1.0) - spare_cpus)
+    resources[LARGEST_NODE_CPUS] = max(1.0, max((node.get("CPU", 0.0) for node in nodes), default=1.0) - spare_cpus)
+    resources[LARGEST_NODE_GPUS] = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
+    return resources
 
 
 def explain_ray_error(error: BaseException, work: str) -> Exception:

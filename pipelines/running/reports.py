@@ -8,8 +8,9 @@ import platform
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, field
 from importlib import metadata
-from typing import Any, Protocol
+from typing import Any
 
 from deltalake.exceptions import DeltaError
 
@@ -28,7 +29,12 @@ def new_run_id() -> str:
 class RunReport:
     """One run's report. It is written when the run starts and again whenever that says more."""
 
-    def __init__(self, command: str, store: str, config: Config, run_id: str, asked: dict[str, Any]) -> None:
+    def __init__(
+        self, command: str, store: str, config: Config, run_id: str, asked: dict[str, Any], *, optional: bool = False
+    ) -> None:
+        """optional: of a job that only reads; stores that somebody else owns may refuse the report, and the figures
+        are worth having all the same. It is written at the end alone."""
+        self.optional = optional
         self._uri = storage.join(store, "runs", f"{run_id}.json")
         self._options = config.storage.options
         self.content: dict[str, Any] = {
@@ -44,6 +50,13 @@ class RunReport:
             "machine": {"python": platform.python_version(), "processor": platform.machine()},
         }
 
+    def begin(self, **more: Any) -> None:
+        """Say that the run has started."""
+        if self.optional:
+            self.content |= more
+        else:
+            self.write(**more)
+
     def write(self, **more: Any) -> None:
         self.content |= more
         storage.write_json(self._uri, self.content, self._options)
@@ -53,33 +66,47 @@ class RunReport:
         return self.content
 
 
-class JobResult(Protocol):
-    """What a job tells of itself; its report holds the same."""
+@dataclass
+class JobResult:
+    """What every job tells of itself; --json prints it, and its run report holds the same.
 
+    status: running, done, unchanged (there was nothing to do), failed, interrupted or dry_run. seconds: by stage, and
+    `total`. messages: sentences that are worth telling.
+    """
+
+    run_id: str
     store: str
-    status: str
-    exit_code: int
-    messages: list[str]
+    _: KW_ONLY
+    status: str = "running"
+    exit_code: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
 
-    def took(self, seconds: float) -> None:
-        """Note how long the whole run took."""
+    def spend(self, stage: str, seconds: float) -> None:
+        """Count seconds of a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
-    def as_dict(self) -> dict[str, Any]: ...
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data, as JSON has it."""
+        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
 
 
 @contextlib.contextmanager
-def recorded(report: RunReport, result: JobResult, started: float, **first: Any) -> Iterator[None]:
-    """A job inside a report that says how it ended, whichever way it does; for jobs that continue where they stopped.
+def recorded(report: RunReport | None, result: JobResult, started: float, **first: Any) -> Iterator[None]:
+    """A job inside a report that says how it ended, whichever way it does.
 
-    first: what the report says from its beginning. started: time.monotonic() when the run began. The block
-    may set a status of its own.
+    report: None for a job that only reads and leaves no report. first: what the report says from its beginning.
+    started: time.monotonic() when the run began. The block may set a status of its own.
 
     An interruption ends the block and becomes the result, with exit code 130. Errors pass through, write errors in
     words (JobError).
     """
     try:
-        report.write(**first)
-        with json_log.about(command=report.content["command"], run_id=report.content["run_id"]):
+        if report is not None:
+            report.begin(**first)
+            with json_log.about(command=report.content["command"], run_id=report.content["run_id"]):
+                yield
+        else:
             yield
         if result.status == "running":
             result.status = "done"
@@ -97,11 +124,19 @@ def recorded(report: RunReport, result: JobResult, started: float, **first: Any)
             raise
         raise explained from None
     finally:
-        result.took(time.monotonic() - started)
+        result.seconds["total"] = time.monotonic() - started
         if result.status == "running":
             result.status = "failed"
-        with contextlib.suppress(OSError, JobError):  # a full disk must not hide what it broke
-            report.finish(result.status, result=result.as_dict())
+        if report is not None:
+            _finish(report, result)
+
+
+def _finish(report: RunReport, result: JobResult) -> None:
+    try:
+        report.finish(result.status, result=result.as_dict())
+    except (OSError, JobError) as error:  # a full disk must not hide what it broke
+        if report.optional:
+            result.messages.append(f"the run report could not be written ({error}).")
 
 
 def read_reports(store: str, config: Config, latest: int | None = None) -> list[dict[str, Any]]:

@@ -12,22 +12,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipelines.jobs import JOBS
+
 PEERS = 10  # latest runs that a run is compared with
 FEWEST_PEERS = 3  # below this nothing is said of a change
 SIMILAR = 4.0  # runs that did between a quarter and four times as much are of about the same size
 MUCH = 0.25  # of the median
 MUCH_LONGER = 0.5  # of the median: durations vary with the machine and its neighbours
 MUCH_FAILING = 0.01  # of the images, and at least twice as many as before
-
-# What a command's report counts as its work, and the unit of its rate.
-WORK = {
-    "extract": (("extracted", "failed"), "images"),
-    "cosegment": (("segmented",), "images"),
-    "correspond": (("matched",), "pairs"),
-    "cluster": (("vectors",), "vectors"),
-    "index": (("added", "changed", "removed"), "images"),
-    "compact": (("merged", "vacuumed"), "files"),
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +77,7 @@ def _measure(report: dict[str, Any]) -> Trend | None:
         return None
     if command == "run" or result.get("status", "done") != "done":
         return None
-    counted, of = WORK.get(command, ((), ""))
+    counted, of = (JOBS[command].counts, JOBS[command].unit) if command in JOBS else ((), "")
     counts = [_number(result.get(key)) or 0.0 for key in counted]
     work = sum(counts) if counted else None
     seconds = result.get("seconds")

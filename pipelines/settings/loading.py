@@ -100,7 +100,8 @@ def _sentence(error: ValidationError) -> str:
         near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
         path = ".".join([*keys[:-1], *near]) if near else None
         if path is None and len(keys) > 1:
-            sections = [*Config.model_fields][::-1]  # of a key in several sections the first is meant
+            # Where several sections have the key, the first one is meant.
+            sections = [*Config.model_fields][::-1]
             elsewhere = {key: f"{section}.{key}" for section in sections for key in _known_keys([section])}
             path = next((elsewhere[key] for key in difflib.get_close_matches(keys[-1], elsewhere, n=1)), None)
         hint = f"did you mean {path}?" if path else f"known here: {', '.join(known)}."
@@ -115,7 +116,7 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing" and isinstance(first["input"], Mapping):
         return f"Setting {name} is missing: give {', '.join(_known_keys(keys[:-1]))}."
     union = next((at for at, key in enumerate(keys) if key.startswith("literal[")), None)
-    if union is not None:  # pydantic tells what each reading of the value misses
+    if union is not None:  # pydantic reports each reading of the value
         keys = keys[:union]
         same = [one for one in error.errors() if [str(part) for part in one["loc"][:union]] == keys]
         readings = [_READINGS.get(str(one["loc"][union]), one["msg"].partition(" should be ")[2]) for one in same]
@@ -130,7 +131,7 @@ def _sentence(error: ValidationError) -> str:
     name = ".".join(keys).removesuffix(".int")
     message = message.removeprefix("Input ").partition(", unable")[0]
     message = message.replace("valid tuple", "list").replace("valid dictionary", "mapping")
-    found = "" if keys[0] == "storage" else f" is {first['input']!r}, but it"  # options may be secrets
+    found = "" if keys[0] == "storage" else f" is {first['input']!r}, but it"  # storage options may be secrets
     return f"Setting {name}{found} {message}."
 
 

@@ -9,22 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import RequestError
+from pipelines.jobs import PIPELINE_JOBS, Job
 from pipelines.settings.loading import make_config, merge_settings, read_yaml
 from pipelines.settings.sections import Config
 
-# What a job may be given, besides `settings`; True: it must be.
-ARGUMENTS: dict[str, dict[str, bool]] = {
-    "extract": {"input": True, "prune": False, "retry_failed": False, "limit": False},
-    "index": {"name": True},
-    "cluster": {"name": True, "update": False, "elbow": False},
-    "cosegment": {"name": True, "sets": False, "masks": False, "overlays": False},
-    "correspond": {"name": True, "pairs": False},
-    "report": {"output": False, "sample": False, "images": False, "query": False, "png": False},
-    "compact": {},
-    "verify": {},
-}
 _TOP = ("store", "settings", "jobs")
-_KINDS = {"prune": bool, "retry_failed": bool, "update": bool, "elbow": bool, "limit": int, "sample": int}
 
 
 @dataclass(frozen=True)
@@ -34,6 +23,11 @@ class JobRequest:
     command: str
     arguments: dict[str, Any]
     config: Config
+
+    @property
+    def job(self) -> Job:
+        """Its entry in the table of jobs."""
+        return PIPELINE_JOBS[self.command]
 
     @property
     def title(self) -> str:
@@ -81,15 +75,15 @@ def _job(entry: Any, number: int, shared: Mapping[str, Any], settings: Mapping[s
     if not isinstance(entry, Mapping) or len(entry) != 1:
         raise RequestError(f"{place} must be one command with its arguments, such as `index: {{name: images}}`.")
     ((command, given),) = entry.items()
-    _known({command: None}, tuple(ARGUMENTS), place)
+    _known({command: None}, tuple(PIPELINE_JOBS), place)
+    job = PIPELINE_JOBS[command]
     arguments = dict(_mapping(given, f"{place} ({command})"))
     own = _mapping(arguments.pop("settings", None), f"{place} ({command}): settings")
-    _known(arguments, (*ARGUMENTS[command], "settings"), f"{place} ({command})")
-    for name, needed in ARGUMENTS[command].items():
-        if needed and not arguments.get(name):
+    _known(arguments, (*job.arguments, "settings"), f"{place} ({command})")
+    for name, argument in job.arguments.items():
+        value, kind = arguments.get(name), argument.kind
+        if (argument.position or argument.needed) and not value:
             raise RequestError(f"{place} ({command}) needs {name}: give `{command}: {{{name}: ...}}`.")
-        kind = _KINDS.get(name, str)
-        value = arguments.get(name)
         if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
             raise RequestError(f"{place} ({command}): {name} is {value!r}, but should be a {kind.__name__}.")
     return JobRequest(command, arguments, _config(shared, own, settings))

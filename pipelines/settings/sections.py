@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from dino_ops.training_presets import PRESETS
 
 Facet = Literal["key", "query", "value", "token"]
-Side = Annotated[int, Field(ge=8)]  # pixels; the smallest patch of any model
-Deviation = Annotated[float, Field(gt=0)]  # divided by
+# No model has smaller patches.
+SidePixels = Annotated[int, Field(ge=8)]
+# Pixels are divided by it.
+Deviation = Annotated[float, Field(gt=0)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -48,10 +50,12 @@ class ModelSettings(Section):
 
 
 class ImageSettings(Section):
-    shorter_side: Side | None = Field(
+    shorter_side: SidePixels | None = Field(
         224, description="Resize so that the shorter side has this many pixels; the aspect ratio is kept."
     )
-    size: tuple[Side, Side] | None = Field(None, description="Resize to exactly [height, width] pixels instead.")
+    size: tuple[SidePixels, SidePixels] | None = Field(
+        None, description="Resize to exactly [height, width] pixels instead."
+    )
     native: bool = Field(False, description="Do not resize: the model sees the pixels of the file.")
     resample: Literal["lanczos", "bicubic"] = Field("lanczos", description="Filter of the (antialiased) resize.")
     crop: Literal["none", "patch"] = Field(
@@ -74,7 +78,8 @@ class ImageSettings(Section):
         if not isinstance(values, Mapping):
             return values
         values = dict(values)
-        for key in ("size", "shorter_side"):  # `image.size=native` reads naturally, so it is understood too
+        # `image.size=native` reads naturally, so it is understood too.
+        for key in ("size", "shorter_side"):
             if values.get(key) == "native":
                 del values[key]
                 values["native"] = True
@@ -157,7 +162,7 @@ class RunSettings(Section):
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs of a worker; default 1 where there are any.")
     batch_size: Literal["auto"] | int = Field("auto", description="Images in one forward pass; `auto` probes GPUs.")
     images_per_shard: int | None = Field(
-        None, ge=1, description="Most images in one patches file; default: about 256 MB worth."
+        None, ge=1, description="Largest number of images in one file of patches; default: about 256 MB worth."
     )
     commit_seconds: float = Field(30, gt=0, description="Finished shards are committed at least this often.")
     max_failed_fraction: float = Field(
@@ -215,7 +220,7 @@ class IndexSettings(Section):
 
 
 class ClusterSettings(Section):
-    k: int = Field(100, ge=1, description="Number of clusters; with `elbow`, the largest number that is tried.")
+    k: int = Field(100, ge=1, description="Clusters; with `elbow` the most there may be.")
     elbow: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
         description="Choose k: the first for which the mean squared distance is above this part of that for k - 1 "
@@ -233,7 +238,7 @@ class ClusterSettings(Section):
         description="Train on patches whose saliency is above store.salient_threshold; all patches are assigned.",
     )
     sample: int | None = Field(None, ge=1, description="Train on about this many vectors; default: all.")
-    iterations: int = Field(50, ge=1, description="Passes over the data, at most.")
+    iterations: int = Field(50, ge=1, description="Largest number of passes over the data.")
     tolerance: float = Field(
         1e-4, ge=0, description="A pass that lowers the mean distance by less than this part of it is the last."
     )
@@ -269,7 +274,7 @@ class CosegmentSettings(Section):
         0.975, gt=0, lt=1, description="The number of clusters is the first that gains less than 1 - elbow."
     )
     votes_percentage: float = Field(
-        75, gt=0, le=100, description="A cluster is foreground when it is salient in this percentage of the images."
+        75, gt=0, le=100, description="A cluster is foreground when it is salient in this part of the images."
     )
     saliency_threshold: float = Field(
         0.065, ge=0, le=1, description="A cluster is salient in an image when its mean saliency there is above this."
@@ -280,21 +285,21 @@ class CosegmentSettings(Section):
         "the images that have it suffice; votes_percentage and saliency_threshold then play no part.",
     )
     sample_interval: int = Field(100, ge=1, description="Clusters are fitted on every n-th patch of an image.")
-    num_parts: int = Field(4, ge=1, description="Number of parts of the foreground.")
+    num_parts: int = Field(4, ge=1, description="Parts of the foreground.")
     three_stages: bool = Field(False, description="Keep only parts that every image has, then find parts again.")
-    elbow_second_stage: float = Field(0.94, gt=0, lt=1, description="Elbow of the second stage of three_stages.")
+    elbow_second_stage: float = Field(0.94, gt=0, lt=1, description="three_stages: elbow of the second stage.")
     crop_augmentations: int = Field(
         0, ge=0, description="Random crops of each image, and as many of its mirror image, that join the fit."
     )
     remove_outliers: bool = Field(False, description="Images unlike the others get empty masks and do not vote.")
     outliers_threshold: float = Field(
-        0.7, ge=-1, le=1, description="With remove_outliers, the least cosine of an image with the mean of its set."
+        0.7, ge=-1, le=1, description="remove_outliers: least cosine of an image with the mean of its set."
     )
     fit_images: int = Field(
         1000, ge=1, description="A set is fitted on at most this many of its images; the others are assigned."
     )
     refine: bool = Field(True, description="Refine foreground with GrabCut and parts with a dense CRF.")
-    seed: int = Field(1234, ge=0, description="Seed of the clustering and of the crops.")
+    seed: int = Field(1234, ge=0, description="Seed of the clustering and of crops.")
 
 
 class CorrespondSettings(Section):
@@ -341,7 +346,7 @@ class EvaluateSettings(Section):
     )
     temperature: float = Field(0.07, gt=0, description="knn: a vote weighs exp(cosine / temperature).")
     epochs: int = Field(100, ge=1, description="linear: passes over the training images.")
-    seed: int = Field(0, ge=0, description="linear: seed of the first weights, of the order and of what is held out.")
+    seed: int = Field(0, ge=0, description="linear: seed of the first weights, of the order, and of what is held out.")
 
 
 class TrainSettings(Section):
@@ -359,18 +364,18 @@ class TrainSettings(Section):
         "that koleo and head_batch_norm look at one part at a time.",
     )
     learning_rate: float = Field(
-        5e-4, gt=0, description="Highest learning rate for 256 images in a step; it is scaled with batch_size."
+        5e-4, gt=0, description="Highest learning rate, for 256 images in a step; scaled with batch_size."
     )
-    final_learning_rate: float = Field(1e-6, ge=0, description="Learning rate at the end; it is not scaled.")
+    final_learning_rate: float = Field(1e-6, ge=0, description="Learning rate at the end; not scaled.")
     warmup_epochs: float = Field(10, ge=0, description="Epochs in which the learning rate rises from 0.")
-    weight_decay: float = Field(0.04, ge=0, description="Weight decay of matrices at the beginning.")
+    weight_decay: float = Field(0.04, ge=0, description="Weight decay at the beginning; of matrices only.")
     final_weight_decay: float = Field(0.4, ge=0, description="Weight decay at the end.")
     momentum: Unit = Field(0.996, description="Momentum of the teacher at the beginning; it rises to 1.")
     warmup_teacher_temperature: float = Field(
         0.04, gt=0, description="Temperature of the teacher's softmax at the beginning."
     )
     teacher_temperature: float = Field(
-        0.04, gt=0, description="Temperature of the teacher's softmax after the warm-up; use 0.07 at most."
+        0.04, gt=0, description="Temperature of the teacher's softmax after the warm-up; 0.07 at most."
     )
     warmup_teacher_epochs: int = Field(0, ge=0, description="Epochs in which the teacher's temperature rises.")
     student_temperature: float = Field(0.1, gt=0, description="Temperature of the student's softmax.")
@@ -378,32 +383,28 @@ class TrainSettings(Section):
         "mean", description="mean: DINO's running mean; sinkhorn: DINOv2's balanced assignments of a batch."
     )
     centre_momentum: Unit = Field(0.9, description="Momentum of the running mean.")
-    koleo: float = Field(0.0, ge=0, description="Weight of the regulariser that spreads embeddings; DINOv2 uses 0.1.")
-    clip: float = Field(3.0, ge=0, description="Largest norm of each parameter's gradient; 0 does not clip.")
+    koleo: float = Field(0.0, ge=0, description="Weight of the regulariser that spreads embeddings; DINOv2 has 0.1.")
+    clip: float = Field(3.0, ge=0, description="Largest norm of each parameter's gradient; 0: any.")
     freeze_prototypes_epochs: int = Field(1, ge=0, description="Epochs in which the head's last layer does not move.")
     drop_path: float = Field(0.1, ge=0, lt=1, description="Stochastic depth of the student's last block.")
     out_dim: int = Field(65536, ge=2, description="Number of prototypes.")
     head_layers: int = Field(3, ge=1, description="Layers of the projection head.")
     hidden_dim: int = Field(2048, ge=1, description="Width of the projection head.")
     bottleneck_dim: int = Field(256, ge=1, description="Width of the projection head's last layer but one.")
-    normalise_prototypes: bool = Field(True, description="Keep prototypes at length 1, which is steadier.")
+    normalise_prototypes: bool = Field(True, description="Keep prototypes at length 1; steadier.")
     head_batch_norm: bool = Field(
-        False, description="Batch normalisation in the projection head, for a quicker start from random weights."
+        False, description="Batch normalisation in the projection head: a quicker start from random weights."
     )
-    global_size: Side = Field(
-        224, description="Pixels of a side of the two global crops; a multiple of the patch size."
-    )
-    local_size: Side = Field(96, description="Pixels of a side of the local crops; a multiple of the patch size.")
-    local_crops: int = Field(8, ge=0, description="Number of local crops of an image.")
-    global_scale: tuple[Share, Share] = Field(
-        (0.4, 1.0), description="Fraction of the image that a global crop covers."
-    )
-    local_scale: tuple[Share, Share] = Field((0.05, 0.4), description="Fraction of the image that a local crop covers.")
+    global_size: SidePixels = Field(224, description="Pixels of the two global crops' sides; whole patches.")
+    local_size: SidePixels = Field(96, description="Pixels of the local crops' sides; whole patches.")
+    local_crops: int = Field(8, ge=0, description="Local crops of an image.")
+    global_scale: tuple[Share, Share] = Field((0.4, 1.0), description="Part of the image that a global crop covers.")
+    local_scale: tuple[Share, Share] = Field((0.05, 0.4), description="Part of the image that a local crop covers.")
     jitter: tuple[Unit, Unit, Unit, Annotated[float, Field(ge=0, le=0.5)]] = Field(
         (0.4, 0.4, 0.2, 0.1), description="Strength of changes in brightness, contrast, saturation and hue."
     )
     growing_from: Share = Field(
-        1.0, description="Crops begin with this fraction of their size and grow over the epochs, which saves time."
+        1.0, description="Crops begin with this part of their size and grow over the epochs, which saves time."
     )
     seed: int = Field(0, ge=0, description="Seed of weights, crops and order.")
     weights_dtype: Literal["float32", "float16"] = Field(
@@ -412,22 +413,16 @@ class TrainSettings(Section):
     validation: str | None = Field(
         None, description="Images with labels, of any INPUT kind, for the k-NN accuracy; default: some of INPUT's own."
     )
-    evaluate_epochs: int = Field(
-        5, ge=0, description="Epochs between two measurements of the k-NN accuracy; 0 never measures it."
-    )
-    evaluate_images: int = Field(
-        5000, ge=2, description="At most this many images of INPUT vote, and at most this many are tested."
-    )
+    evaluate_epochs: int = Field(5, ge=0, description="Epochs between two measurements of the k-NN accuracy; 0: never.")
+    evaluate_images: int = Field(5000, ge=2, description="Largest number of INPUT's images that vote or are tested.")
     checkpoint_steps: int | None = Field(
         None, ge=1, description="Steps between checkpoints, besides the one every checkpoint_minutes."
     )
     checkpoint_minutes: float = Field(
-        10, gt=0, description="Minutes between checkpoints: at most this much work is lost."
+        10, gt=0, description="Minutes between checkpoints, so the most work that is lost."
     )
     keep_checkpoints: int = Field(2, ge=1, description="Number of the latest checkpoints that are kept.")
-    log_steps: int = Field(
-        10, ge=1, description="Steps between two lines of the log, which give the means of these steps."
-    )
+    log_steps: int = Field(10, ge=1, description="Steps whose means make one line of the log.")
 
     @model_validator(mode="before")
     @classmethod
@@ -447,9 +442,7 @@ class TrainSettings(Section):
 
 
 class CompactSettings(Section):
-    target_mb: float = Field(
-        256, gt=0, description="Files are merged to about this size; files of more than half of it stay as they are."
-    )
+    target_mb: float = Field(256, gt=0, description="Files grow to about this size; larger than half of it they stay.")
     retention_hours: float = Field(
         168,
         ge=0,
@@ -460,25 +453,20 @@ class CompactSettings(Section):
 
 class ReportSettings(Section):
     sample: int = Field(48, ge=1, description="Images that are shown where neither --images nor --query chooses them.")
-    most_images: int = Field(300, ge=1, description="At most this many images are shown, whatever was chosen.")
+    most_images: int = Field(300, ge=1, description="Largest number of images shown, whatever was chosen.")
     photo_side: int = Field(320, ge=32, le=2048, description="Pixels of a photo's longer side in the page.")
     descriptor: str = Field(
         "descriptor", description="Column of patches that is shown and compared, such as descriptor_key9."
     )
-    dimensions: int = Field(
-        64,
-        ge=1,
-        le=512,
-        description="Dimensions of the descriptors in the page, one byte each; fewer make a smaller page.",
-    )
+    dimensions: int = Field(64, ge=1, le=512, description="Dimensions of the descriptors in the page, a byte each.")
     most_patches: int = Field(
         1024,
         ge=1,
-        description="Patches of an image in the page, at most; of a finer grid, every n-th row and column.",
+        description="Patches of an image that are in the page; of a finer grid every n-th row and column.",
     )
     pairs: int = Field(12, ge=0, description="Pairs of images whose matches are drawn, for each matches/NAME.")
     clusters: int = Field(24, ge=0, description="Clusters that have a card, for each clusters/NAME.")
-    nearest: int = Field(8, ge=0, description="Number of images whose nearest ones are shown.")
+    nearest: int = Field(8, ge=0, description="Images whose nearest ones are shown.")
     seed: int = Field(0, ge=0, description="Seed of the sample of images.")
 
 
@@ -486,7 +474,7 @@ class StorageSettings(Section):
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="Passed to fsspec for INPUT and STORE (endpoint_url, key, secret, anon, ...). Better: the usual "
-        "environment variables and profiles. These options are never written anywhere.",
+        "environment variables and profiles. Never written anywhere.",
     )
 
 

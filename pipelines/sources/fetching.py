@@ -16,9 +16,11 @@ from pipelines.sources.parquet_images import ROW_GROUPS, image_bytes
 from pipelines.storage.filesystems import is_local, local_path, open_filesystem
 
 REQUESTS_AT_ONCE = 16
-LONGEST_READ = 32 * 2**20  # bytes of neighbouring tar members read together
-LARGEST_FILE = 512 * 10**6  # bytes; larger ones are not read
-LARGEST_GAP = 64 * 1024  # bytes between members that are cheaper to read than to skip
+# Neighbouring members of a tar are read together, up to this much.
+MAX_JOINT_READ_BYTES = 32 * 2**20
+MAX_IMAGE_FILE_BYTES = 512 * 10**6
+# A gap of this size between members is cheaper to read than to skip.
+MAX_GAP_BYTES_READ = 64 * 1024
 
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
 _T = TypeVar("_T")
@@ -39,7 +41,7 @@ def fetch(
     storage_options: dict[str, Any] | None = None,
     attempts: int = 3,
     backoff_s: float = 0.5,
-    max_bytes: int = LARGEST_FILE,
+    max_bytes: int = MAX_IMAGE_FILE_BYTES,
 ) -> list[Fetched]:
     """Fetch listing rows, in order. Never raises for an image: its error is in its place.
 
@@ -112,7 +114,8 @@ def fetch(
         jobs.append(lambda container=container, number=number, indices=indices: group(container, number, indices))  # type: ignore[misc]
 
     if all(is_local(source["container"] or source["uri"]) for source in sources):
-        for job in jobs:  # a local disk gains nothing from threads
+        # A local disk gains nothing from threads.
+        for job in jobs:
             job()
     else:
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
@@ -137,7 +140,7 @@ def _runs(indices: list[int], sources: list[dict[str, Any]]) -> list[list[int]]:
             first, last = sources[runs[-1][0]], sources[runs[-1][-1]]
             gap = sources[i]["offset"] - last["offset"] - last["source_size"]
             length = sources[i]["offset"] + sources[i]["source_size"] - first["offset"]
-            if gap <= LARGEST_GAP and length <= LONGEST_READ:
+            if gap <= MAX_GAP_BYTES_READ and length <= MAX_JOINT_READ_BYTES:
                 runs[-1].append(i)
                 continue
         runs.append([i])

@@ -13,24 +13,28 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.errors import RequestError
+from pipelines.errors import RequestError, counted
 
 ENDINGS = (".csv", ".jsonl", ".ndjson", ".parquet")
-MOST_NAMED = 3
+MAX_NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class IdFile:
-    """What a file should hold. columns: name -> what its values are, such as "an image_id"."""
+    """What a file should hold.
 
-    kind: str  # as sentences call it: "pairs"
-    setting: str  # that names it
-    forms: str  # which the setting may have
+    kind: what messages call it, such as "pairs". setting: the setting or option that names the file. forms: the values
+    that this setting may have, in words. columns: name -> what its values are, such as "an image_id".
+    """
+
+    kind: str
+    setting: str
+    forms: str
     columns: dict[str, str]
 
 
 def is_id_file(name: str) -> bool:
-    """By its ending."""
+    """Whether a name has the ending of such a file."""
     return name.lower().endswith(ENDINGS)
 
 
@@ -53,15 +57,16 @@ def read_id_file(uri: str, asked: IdFile, options: storage.Options) -> list[pa.C
     for value in dict.fromkeys(asked.columns.values()):
         missing = sum(column.null_count for name, column in columns.items() if asked.columns[name] == value)
         if missing:
-            raise RequestError(f"The {asked.kind} file {uri} has {missing:,} empty values where {value} should be.")
+            empty = counted(missing, "empty value")
+            raise RequestError(f"The {asked.kind} file {uri} has {empty} where {value} should be.")
     return list(columns.values())
 
 
 def names_shown(names: Sequence[str]) -> str:
     """The first names; one that would be misread (empty, spaces around it, line breaks) in quotes."""
-    more = len(names) - MOST_NAMED
+    more = len(names) - MAX_NAMES_SHOWN
     shown = [
-        name if name and name.isprintable() and name == name.strip() else repr(name) for name in names[:MOST_NAMED]
+        name if name and name.isprintable() and name == name.strip() else repr(name) for name in names[:MAX_NAMES_SHOWN]
     ]
     return ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
 
@@ -78,7 +83,8 @@ def _read(uri: str, asked: IdFile, options: storage.Options) -> pa.Table:
         raise RequestError(
             f"The {asked.kind} file {uri} does not exist: {asked.setting} must be {asked.forms}."
         ) from None
-    except (OSError, ValueError, csv.Error) as error:  # Arrow's and Unicode's errors are ValueErrors
+    # Arrow's and Unicode's errors are ValueErrors.
+    except (OSError, ValueError, csv.Error) as error:
         said = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise RequestError(f"The {asked.kind} file {uri} cannot be read: {said}.") from None
 

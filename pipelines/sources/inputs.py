@@ -209,7 +209,7 @@ def _columns_of_first_readable(fs: Any, entries: list[FileEntry]) -> list[str]:
     for entry in entries:
         with contextlib.suppress(pa.ArrowException, OSError), fs.open(entry.path, "rb") as file:
             return pq.read_schema(file).names
-    return []  # all damaged: list_parquet reports each
+    return []  # list_parquet reports each damaged file
 
 
 def _not_empty(rows: Rows, kind: str, asked: str) -> Listing:

@@ -10,43 +10,58 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.errors import InputError
+from pipelines.errors import InputError, counted
 
 LISTING_SCHEMA = pa.schema(
     [
-        pa.field("image_id", pa.string()),  # key relative to INPUT, or the manifest's id
-        pa.field("uri", pa.string()),  # where the bytes are; inside a container: CONTAINER/MEMBER
+        pa.field("image_id", pa.string()),
+        pa.field("uri", pa.string()),
         pa.field("label", pa.string()),
-        pa.field("source_size", pa.int64()),  # bytes; of the whole file for images inside Parquet
-        pa.field("source_version", pa.string()),  # etag, else mtime in ns; of the container for images inside one
-        pa.field("container", pa.string()),  # tar or Parquet file that holds the bytes
-        pa.field("offset", pa.int64()),  # first byte inside a tar
-        pa.field("row_group", pa.int32()),  # inside a Parquet file
-        pa.field("row", pa.int32()),  # inside that row group
-        pa.field("error", pa.string()),  # why the bytes cannot be there, known when listing
+        pa.field("source_size", pa.int64()),
+        pa.field("source_version", pa.string()),
+        pa.field("container", pa.string()),
+        pa.field("offset", pa.int64()),
+        pa.field("row_group", pa.int32()),
+        pa.field("row", pa.int32()),
+        pa.field("error", pa.string()),
     ]
 )
+"""Columns of a listing, one row an image.
+
+image_id: key relative to INPUT, or the manifest's id. uri: where the bytes are; CONTAINER/MEMBER inside a container.
+source_size: bytes; for an image inside Parquet those of the whole file. source_version: etag, else mtime in ns; for an
+image inside a container the container's. container: tar or Parquet file that holds the bytes. offset: the image's first
+byte inside a tar. row_group: its number in a Parquet file. row: the row's number in that row group. error: why the
+bytes cannot be there, where that was known when listing.
+"""
 
 
 @dataclass(frozen=True)
 class BrokenContainer:
-    """A tar or Parquet file that is damaged; what could be read before the damage is listed."""
+    """A tar or Parquet file that is damaged; what could be read before the damage is listed.
+
+    error: the name of the error's class.
+    """
 
     uri: str
     image_id: str
     source_version: str
-    error: str  # class name
+    error: str
     message: str
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of an INPUT."""
+    """The images of an INPUT.
 
-    table: pa.Table  # LISTING_SCHEMA, sorted by image_id, ids unique
-    skipped: dict[str, int]  # extension -> files passed over because they are not images by name
+    table: rows of LISTING_SCHEMA, sorted by image_id, ids unique. skipped: extension -> how many files were passed over
+    because they are not images by name. kind: directory, tar, manifest or parquet.
+    """
+
+    table: pa.Table
+    skipped: dict[str, int]
     broken: list[BrokenContainer]
-    kind: str  # directory | tar | manifest | parquet
+    kind: str
 
 
 @dataclass
@@ -95,6 +110,6 @@ def _refuse_duplicates(sorted_ids: pa.ChunkedArray, asked: str) -> None:
         names = list(dict.fromkeys(twice.slice(0, 1000).to_pylist()))
         shown = ", ".join(repr(name) for name in names[:3])
         raise InputError(
-            f"{asked} names images with the same id ({shown}{', ...' if len(names) > 3 else ''}; {len(twice)} rows too "
-            "many): give each image an id of its own."
+            f"{asked} names images with the same id ({shown}{', ...' if len(names) > 3 else ''}; "
+            f"{counted(len(twice), 'row')} too many): give each image an id of its own."
         )

@@ -19,7 +19,8 @@ from pipelines.sources.listing import Rows
 from pipelines.storage.errors import failed_storage
 from pipelines.storage.filesystems import is_local, local_path, local_uri, open_filesystem, version_of
 
-MANY_IN_A_FOLDER = 32  # from here on one listing of the folder is cheaper than asking for each object
+# From here on, one listing of the folder is cheaper than asking for each object.
+MIN_URIS_TO_LIST_FOLDER = 32
 REQUESTS_AT_ONCE = 32
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -51,14 +52,15 @@ def read_text_manifest(fs: Any, path: str, asked: str) -> pa.Table:
                     column_types=dict.fromkeys(_COLUMNS, pa.string()), strings_can_be_null=True, null_values=[""]
                 ),
             )
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # Arrow's and Unicode's errors are ValueErrors
+    # Arrow's and Unicode's errors are ValueErrors.
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"The manifest {asked} cannot be read: {str(error).splitlines()[0]}.") from None
 
 
 def _read_json_lines(file: Any) -> pa.Table:
     """The columns of a manifest as text, whatever else the lines hold.
 
-    Arrow's own reader turns ids that look like dates into dates, and refuses ids of which some are numbers.
+    Arrow's own reader turns ids that look like dates into dates, and refuses ids that are numbers in some lines only.
     """
     columns: dict[str, list[str | None]] = {name: [] for name in _COLUMNS}
     named: set[str] = set()
@@ -133,7 +135,8 @@ def _resolve(uri: str, folder: str) -> str:
     if is_local(folder) or uri.startswith(("/", "~")):
         return local_uri(os.path.normpath(os.path.join(local_path(folder), os.path.expanduser(uri))))
     protocol, _, path = f"{folder.rstrip('/')}/{uri}".partition("://")
-    if {".", ".."} & set(path.split("/")):  # keys may have empty parts, which would be lost
+    # Only where it must be: keys may have empty parts, which would be lost.
+    if {".", ".."} & set(path.split("/")):
         path = posixpath.normpath(path)
     return f"{protocol}://{path}"
 
@@ -147,10 +150,10 @@ def _facts(uris: list[str], storage_options: dict[str, Any] | None) -> dict[str,
             found[uri] = _local_facts(uri)
         else:
             by_folder[uri.rpartition("/")[0]].append(uri)
-    single = [uri for members in by_folder.values() if len(members) < MANY_IN_A_FOLDER for uri in members]
+    single = [uri for members in by_folder.values() if len(members) < MIN_URIS_TO_LIST_FOLDER for uri in members]
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         found.update(zip(single, pool.map(lambda uri: _remote_facts(uri, storage_options), single), strict=True))
-        folders = [folder for folder, members in by_folder.items() if len(members) >= MANY_IN_A_FOLDER]
+        folders = [folder for folder, members in by_folder.items() if len(members) >= MIN_URIS_TO_LIST_FOLDER]
         for folder, listed in zip(folders, pool.map(lambda f: _listed(f, storage_options), folders), strict=True):
             for uri in by_folder[folder]:
                 info = listed.get(uri.rpartition("/")[2])
@@ -167,7 +170,7 @@ def _local_facts(uri: str) -> tuple[int, str, str | None]:
     except ValueError as error:
         return -1, "", f"{uri!r} cannot be the name of a file: {error}"
     if not stat.S_ISREG(status.st_mode):
-        return -1, "", f"{uri} is not a file"  # reading a pipe would wait for ever
+        return -1, "", f"{uri} is not a file"  # reading a pipe would wait forever
     return status.st_size, str(status.st_mtime_ns), None
 
 

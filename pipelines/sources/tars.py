@@ -5,7 +5,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from pipelines.sources.listing import BrokenContainer, Rows
 from pipelines.sources.names import as_text, extension, is_hidden, is_image_name
@@ -13,9 +13,20 @@ from pipelines.sources.walk import FileEntry
 from pipelines.storage.errors import failed_storage
 
 TARS_AT_ONCE = 8
-LONGEST_LABEL = 4096  # bytes of a .cls member that are read
-LONGEST_HEADER = 16 * 2**20  # bytes of one read of a header; names and records of pax never come near
-REMOTE_BLOCK = 1 << 20  # headers are far apart; larger blocks would read the images too
+MAX_LABEL_BYTES = 4096
+# Names and records of pax never come near.
+MAX_HEADER_BYTES = 16 * 2**20
+# Headers are far apart: larger blocks would read the images too.
+REMOTE_BLOCK_BYTES = 1 << 20
+
+
+class _Member(NamedTuple):
+    """A file inside a tar. offset: the first byte of its content."""
+
+    name: str
+    offset: int
+    size: int
+    sparse: bool
 
 
 def list_tars(fs: Any, entries: Iterable[FileEntry], *, local: bool) -> Rows:
@@ -28,19 +39,19 @@ def list_tars(fs: Any, entries: Iterable[FileEntry], *, local: bool) -> Rows:
 
 def _list_tar(fs: Any, entry: FileEntry, *, local: bool) -> Rows:
     rows = Rows()
-    members: list[tuple[str, int, int, bool]] = []  # name, offset, size, sparse
+    members: list[_Member] = []
     labels: dict[str, str] = {}
-    options = {} if local else {"block_size": REMOTE_BLOCK}
+    options = {} if local else {"block_size": REMOTE_BLOCK_BYTES}
     damage = ""
     with fs.open(entry.path, "rb", **options) as file:
         try:
             headers: Any = _Headers(file)
             with tarfile.open(fileobj=headers, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    vars(archive)["members"] = []  # else it keeps every header
+                    vars(archive)["members"] = []  # otherwise it keeps every header
                     if not member.isreg():
                         continue
-                    if member.size < 0:  # some versions of tarfile would go backwards, for ever
+                    if member.size < 0:  # some versions of tarfile would go backwards forever
                         damage = f"{as_text(member.name)} has a negative size"
                         break
                     if not member.issparse() and member.offset_data + member.size > entry.size:
@@ -49,16 +60,16 @@ def _list_tar(fs: Any, entry: FileEntry, *, local: bool) -> Rows:
                     if extension(member.name) == ".cls":
                         labels[_sample_key(member.name)] = _read_label(file, member, archive)
                     else:
-                        members.append((member.name, member.offset_data, member.size, member.issparse()))
+                        members.append(_Member(member.name, member.offset_data, member.size, member.issparse()))
                 damage = damage or _wrong_end(file, archive.offset)
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             if failed_storage(error):
                 raise
             damage = str(error) or type(error).__name__
-    for name, offset, size, sparse in members:
-        _add_member(rows, entry, name, offset, size, sparse, labels)
+    for found in members:
+        _add_member(rows, entry, found, labels)
     if damage:
-        sentence = f"{damage}; {len(rows)} whole images were found before that"
+        sentence = f"{damage}; whole images found before that: {len(rows):,}"
         rows.broken.append(BrokenContainer(entry.uri, entry.key, entry.version, "DamagedTar", sentence))
     return rows
 
@@ -71,7 +82,7 @@ class _Headers:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        if size > LONGEST_HEADER:
+        if size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header claims to have {size} bytes")
         return self._file.read(size)
 
@@ -85,10 +96,8 @@ def _wrong_end(file: BinaryIO, offset: int) -> str:
     return f"there is neither a member nor the end at byte {offset}" if any(block) else ""
 
 
-def _add_member(
-    rows: Rows, entry: FileEntry, name: str, offset: int, size: int, sparse: bool, labels: dict[str, str]
-) -> None:
-    text = as_text(name)
+def _add_member(rows: Rows, entry: FileEntry, member: _Member, labels: dict[str, str]) -> None:
+    text = as_text(member.name)
     folder, _, base = text.rpartition("/")
     if any(is_hidden(part) for part in text.split("/") if part not in (".", "..")):
         return
@@ -96,16 +105,16 @@ def _add_member(
         rows.skipped[extension(base)] += 1
         return
     parent = folder.rpartition("/")[2]
-    label = labels.get(_sample_key(name)) or (parent if parent not in (".", "..") else None) or None
+    label = labels.get(_sample_key(member.name)) or (parent if parent not in (".", "..") else None) or None
     rows.add(
         f"{entry.key}/{text}",
         f"{entry.uri}/{text}",
         label,
-        size,
+        member.size,
         entry.version,
         container=entry.uri,
-        offset=offset,
-        error=f"{text} is stored sparse, in pieces: pack {entry.key} again without --sparse" if sparse else None,
+        offset=member.offset,
+        error=f"{text} is stored sparse, in pieces: pack {entry.key} again without --sparse" if member.sparse else None,
     )
 
 
@@ -117,4 +126,4 @@ def _sample_key(name: str) -> str:
 
 def _read_label(file: BinaryIO, member: tarfile.TarInfo, archive: tarfile.TarFile) -> str:
     file.seek(member.offset_data)
-    return file.read(min(member.size, LONGEST_LABEL)).decode(errors="replace").strip()
+    return file.read(min(member.size, MAX_LABEL_BYTES)).decode(errors="replace").strip()

@@ -20,11 +20,14 @@ _MAGIC = re.compile(r"[*?[]")
 
 
 class FileEntry(NamedTuple):
-    """A file that may hold images."""
+    """A file that may hold images.
 
-    key: str  # relative to INPUT, forward slashes, valid text
+    key: relative to INPUT, with forward slashes, valid text. path: the file's on its filesystem.
+    """
+
+    key: str
     uri: str
-    path: str  # on its filesystem
+    path: str
     size: int
     version: str
 
@@ -61,7 +64,7 @@ def walk_local(
                     if status is None:
                         continue
                     if not stat.S_ISDIR(status.st_mode):
-                        if stat.S_ISREG(status.st_mode):  # not a socket or a device, which never was an image
+                        if stat.S_ISREG(status.st_mode):  # a socket or a device is never an image
                             yield _local_entry(entry.path, root or folder, status)
                     elif levels is None or level < levels:
                         if entry.is_symlink():

@@ -14,7 +14,7 @@ from pipelines.storage.filesystems import is_local
 def reaching(uri: str) -> Iterator[None]:
     """Errors of the storage drivers' own libraries as one sentence; they are not OSErrors.
 
-    Raises JobError where nobody answers, or where there are no credentials.
+    Raises JobError where the storage does not answer, or where there are no credentials.
     """
     try:
         yield
@@ -37,7 +37,7 @@ def explain_failed_storage(error: Exception, uri: str = "The storage") -> JobErr
 _DRIVER_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")
 _SAID_BY_DELTA = re.compile(r"Generic (S3|GCS|\w*Azure\w*|HTTP) error|Error performing ")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-LONGEST_SAID = 300  # characters of a library's message that a sentence of ours repeats
+MAX_QUOTED_CHARACTERS = 300
 
 
 def drivers_own(error: BaseException) -> bool:
@@ -63,7 +63,7 @@ def said(error: BaseException) -> str:
     """What an error says, on one line and without its end stop, to be part of a sentence."""
     lines = [line.strip(" \t↳") for line in _COLOURS.sub("", str(error)).splitlines()]
     text = ": ".join(line for line in lines if line)
-    return text[:LONGEST_SAID].rstrip(".: ") or type(error).__name__
+    return text[:MAX_QUOTED_CHARACTERS].rstrip(".: ") or type(error).__name__
 
 
 def explain_write_error(error: Exception, uri: str) -> JobError | None:

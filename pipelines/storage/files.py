@@ -70,7 +70,8 @@ def write_bytes(uri: str, data: bytes, options: Options | None = None) -> None:
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name with nothing behind it
+            # Otherwise a power cut could leave the new name with nothing behind it.
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError:
         with contextlib.suppress(OSError):

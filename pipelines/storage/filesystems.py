@@ -21,7 +21,7 @@ def delta_options(uri: str, options: Options | None = None) -> dict[str, str]:
     (`If-None-Match`).
     """
     given = dict(options or {})
-    result = {key: str(value) for key, value in given.items() if key.upper().startswith(DELTA_PREFIXES)}
+    result = {key: str(value) for key, value in given.items() if key.upper().startswith(DELTA_OPTION_PREFIXES)}
     if uri.startswith(("s3://", "s3a://")):
         client = {**given.get("client_kwargs", {}), **given}
         named = {
@@ -32,7 +32,8 @@ def delta_options(uri: str, options: Options | None = None) -> dict[str, str]:
             "region_name": "AWS_REGION",
         }
         result |= {delta: str(client[ours]) for ours, delta in named.items() if client.get(ours)}
-        named_already = {key.upper() for key in result}  # delta-rs takes either case, and of both any one
+        # delta-rs takes either case, and where both are given, either of them.
+        named_already = {key.upper() for key in result}
         if given.get("anon"):
             result["AWS_SKIP_SIGNATURE"] = "true"
         elif "AWS_ACCESS_KEY_ID" not in named_already:
@@ -57,7 +58,7 @@ def delta_options(uri: str, options: Options | None = None) -> dict[str, str]:
     return result
 
 
-DELTA_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")  # of storage options that are delta-rs's own
+DELTA_OPTION_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "content_md5", "checksum")
 _TIME_KEYS = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
@@ -84,8 +85,8 @@ def local_uri(path: str) -> str:
 
 
 def of_fsspec(options: dict[str, Any]) -> dict[str, Any]:
-    """Without those that only delta-rs knows; a driver would hand them on to every request."""
-    return {key: value for key, value in options.items() if not key.upper().startswith(DELTA_PREFIXES)}
+    """The options without those that only delta-rs knows: a driver would pass them on with every request."""
+    return {key: value for key, value in options.items() if not key.upper().startswith(DELTA_OPTION_PREFIXES)}
 
 
 def open_filesystem(uri: str, storage_options: dict[str, Any] | None = None) -> tuple[Any, str]:
@@ -94,7 +95,8 @@ def open_filesystem(uri: str, storage_options: dict[str, Any] | None = None) -> 
 
     protocol = uri.split("://")[0] if "://" in uri else "file"
     options = {} if is_local(uri) else of_fsspec(storage_options or {})
-    if protocol in _EXTRAS:  # fsspec remembers listings for the life of a process, and would hide what is new
+    # fsspec remembers listings for the life of a process, and would hide what is new.
+    if protocol in _EXTRAS:
         options = {"use_listings_cache": False, **options}
     try:
         fs = fsspec.filesystem(protocol, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import uuid
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 
 from pipelines.storage.files import filesystem, join
 from pipelines.storage.filesystems import Options, is_local
+
+_FILE_NAME = re.compile(r"part-(?P<run_id>.+)-[0-9a-f]{12}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,12 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
 
 IMAGES_PER_ROW_GROUP = 64
 ROWS_PER_ROW_GROUP = 32_768  # bounds memory where a stride makes thousands of patches an image
+
+
+def run_id_of(path: str) -> str:
+    """The run in the name of a file that `new_file_name` named; "" for another one."""
+    match = _FILE_NAME.fullmatch(path)
+    return match["run_id"] if match else ""
 
 
 def new_file_name(run_id: str) -> str:

@@ -104,6 +104,31 @@ class Table:
             self._content_version = (self.version, self._find_content_version())
         return self._content_version[1]
 
+    @property
+    def content_identity(self) -> str:
+        """Another one whenever the rows are others, also when the table was removed and made again."""
+        return f"{self._delta.metadata().id}:{self.content_version}"
+
+    def present_files(self) -> dict[str, int]:
+        """Parquet files that lie under the table, by path, with their sizes in bytes."""
+        fs, root = filesystem(self.uri, self.options)
+        found = fs.find(root, detail=True)
+        return {
+            path[len(root.rstrip("/")) + 1 :]: entry["size"]
+            for path, entry in found.items()
+            if path.endswith(".parquet") and "/_delta_log/" not in path
+        }
+
+    def missing_file(self) -> str:
+        """A file that the log names and that is gone or has another size, in words; empty when there is none."""
+        present = self.present_files()
+        for path, file in self.files().items():
+            if path not in present:
+                return f"{self.uri}/{path} is missing"
+            if present[path] != file.size:
+                return f"{self.uri}/{path} has {present[path]} bytes, and its log says {file.size}"
+        return ""
+
     def _find_content_version(self) -> int:
         for version in range(self.version, 0, -1):
             entries = self._log_entries(version)

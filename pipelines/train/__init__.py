@@ -1,1 +1,1 @@
-"""train: self-distillation on people's own images, through Ray Train."""
+"""train: self-distillation on one's own images, through Ray Train."""

@@ -15,12 +15,13 @@ from pipelines.train.batches import CropWorkers
 
 IMAGES_A_PIECE = 32
 PIECES_AHEAD = 6
-K = 20  # what the paper reports
+# The paper reports k-NN accuracy with this k.
+K = 20
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images to vote, and to be tested; the same ones where there is nothing else: each is then tested by the others.
+    """Images that vote and images that are tested; where there are no others the same ones, each tested by all others.
 
     Tables are rows of listings; labels (n,) are positions in the sorted names of those that vote, -1 for others.
     """

@@ -1,7 +1,7 @@
 """Batches of crops: made ahead of the training by Ray actors, in an order that depends on seed and epoch alone.
 
 Every process of a training takes its own share of every batch. A batch can be asked for by its number, so a training
-that was stopped continues with the very images, and crops, that would have come next.
+that was stopped continues with exactly the images and crops that would have come next.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from pipelines.sources import fetch
 
 IMAGES_A_PIECE = 16
 BATCHES_AHEAD = 3
-SUBSTITUTES = 20  # tried for one image; so many bad ones in a row are no accident
+# This many bad images in a row are no accident.
+MAX_SUBSTITUTES_PER_IMAGE = 20
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that could not be used, and why."""
+    """An image that could not be used, and why. error: the name of the error's class."""
 
     image_id: str
     uri: str
-    error: str  # class name
+    error: str
     message: str
 
 
@@ -112,20 +113,20 @@ def _substitute(
     listing: pa.Table, order: np.ndarray, place: int, least_side: int, reading: Reading, bad: list[BadImage]
 ) -> tuple[int, Any]:
     """The first readable image from the other half of the epoch: its row and the image."""
-    for further in range(SUBSTITUTES):
+    for further in range(MAX_SUBSTITUTES_PER_IMAGE):
         row = int(order[(place + len(order) // 2 + further) % len(order)])
         (picture,), its_problem = read_images(listing, np.array([row]), least_side, reading)
         bad += its_problem
         if picture is not None:
             return row, picture
     raise JobError(
-        f"{SUBSTITUTES + 1} images in a row cannot be read (the last one {bad[-1].uri}: {bad[-1].message}): check "
-        "INPUT and the access to it."
+        f"{MAX_SUBSTITUTES_PER_IMAGE + 1} images in a row cannot be read (the last one {bad[-1].uri}: "
+        f"{bad[-1].message}): check INPUT and the access to it."
     )
 
 
 class CropWorker:
-    """A Ray actor that reads images and makes what the training wants of them."""
+    """A Ray actor that reads images and makes crops and views of them."""
 
     def __init__(self, listing: pa.Table, reading: Reading) -> None:
         self._listing, self._reading = listing, reading
@@ -138,7 +139,7 @@ class CropWorker:
 
 
 class CropWorkers:
-    """This process's actors, each call going to the next one; what is lost with one of them is made again."""
+    """This process's actors; each call goes to the next one, and a result that is lost with its actor is made again."""
 
     def __init__(self, listing: Any, reading: Reading, count: int, cpus: float) -> None:
         import ray
@@ -159,7 +160,7 @@ class CropWorkers:
 
 
 class Batches:
-    """This process's share of every batch, some of them being made ahead.
+    """This process's share of every batch; some batches are made ahead.
 
     images: of the listing. multicrop_of: epoch -> how crops are made in it.
     """

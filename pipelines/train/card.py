@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from pipelines import storage
+from pipelines.errors import counted
 from pipelines.train.output import card_uri, extract_command
 from pipelines.train.setup import TrainSetup
 
@@ -40,13 +41,14 @@ def make_card(training: TrainSetup, records: list[dict[str, Any]], result: Any) 
         "",
         "## Data",
         "",
-        f"{training.images:,} images of `{result.input}` (digest {training.images_digest}), {result.unreadable} of "
-        f"which could not be read and were replaced by others. Labels were not used for training.",
+        f"{counted(training.images, 'image')} of `{result.input}` (digest {training.images_digest}), "
+        f"{result.unreadable:,} of which could not be read and were replaced by others. Labels were not used for "
+        "training.",
         "",
         "## Recipe",
         "",
-        f"From {start}, {recipe.epochs} epochs of {training.steps_per_epoch:,} steps on {result.workers} "
-        f"{'GPU' if result.device == 'cuda' else 'CPU'} worker{'s' if result.workers != 1 else ''}.",
+        f"From {start}, {counted(recipe.epochs, 'epoch')} of {counted(training.steps_per_epoch, 'step')} on "
+        f"{counted(result.workers, 'GPU worker' if result.device == 'cuda' else 'CPU worker')}.",
         "",
         "| setting | value |",
         "|---|---|",

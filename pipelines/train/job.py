@@ -10,7 +10,8 @@ import json
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -19,9 +20,10 @@ from pipelines import storage
 from pipelines.errors import DinorayError, JobError, RequestError
 from pipelines.running.cpus import available_cpus
 from pipelines.running.interrupts import interruptible
+from pipelines.running.layout import Layout, device_of, plan_workers
 from pipelines.running.progress import ProgressLine
 from pipelines.running.ray_session import explain_ray_error, ray_session
-from pipelines.running.reports import RunReport, new_run_id, recorded
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.sources import list_images
 from pipelines.store.weights import checked
@@ -29,45 +31,39 @@ from pipelines.train.card import write_card
 from pipelines.train.checkpoints import list_checkpoints, read_checkpoint
 from pipelines.train.log import read_log
 from pipelines.train.output import card_uri, extract_command, read_unreadable, weights_uri, write_unreadable
-from pipelines.train.setup import IMAGES, TrainSetup, make_setup
+from pipelines.train.setup import IMAGES_DIGEST_KEY, TrainSetup, make_setup
 
 POLL_SECONDS = 0.5
-CROP_SHARE = 0.5  # processes that make crops for each CPU that trains
-STOP_SECONDS = 120.0  # that workers have to write a checkpoint when they are told to stop
+CROP_WORKERS_PER_TRAINING_CPU = 0.5
+# Workers that are to stop write a checkpoint first.
+STOP_TIMEOUT_SECONDS = 120.0
 
 
 @dataclass
-class Result:
-    """What a run of train did, or would do."""
+class Result(JobResult):
+    """What a run of train did, or would do.
 
-    run_id: str
-    store: str  # OUTPUT
+    store: OUTPUT. steps: of the whole training. images_per_second: the median over this run's lines of the log. loss:
+    the mean over the last line of the log. unreadable: how many images were replaced by others. weights: URI of the
+    safetensors file. use: the command that extracts with it. seconds: plan, start, train and total.
+    """
+
     input: str
     model: str
-    status: str = "running"  # running | done | unchanged | failed | interrupted | dry_run
-    exit_code: int = 0
     images: int = 0
     labelled: int = 0
-    steps: int = 0  # of the whole training
+    steps: int = 0
     steps_done: int = 0
     resumed_from: int = 0
     workers: int = 0
     device: str = ""
     epochs: int = 0
-    images_per_second: float | None = None  # of this run, the median over the lines of the log
-    loss: float | None = None  # mean over the last line of the log
+    images_per_second: float | None = None
+    loss: float | None = None
     knn_accuracy: float | None = None
-    unreadable: int = 0  # images that were replaced by others
-    weights: str = ""  # URI of the safetensors file
-    use: str = ""  # the command that extracts with them
-    seconds: dict[str, float] = field(default_factory=dict)  # plan, start, train
-    messages: list[str] = field(default_factory=list)
-
-    def took(self, seconds: float) -> None:
-        self.seconds["total"] = seconds
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
+    unreadable: int = 0
+    weights: str = ""
+    use: str = ""
 
 
 def run(config: Config, *, input: str, output: str, dry_run: bool = False) -> Result:
@@ -146,7 +142,7 @@ def _agree(training: TrainSetup, step: int, options: storage.Options) -> None:
     now = json.loads(json.dumps(training.agreement()))
     before = json.loads(json.dumps(before))
     differing = [
-        "INPUT has other images" if key == IMAGES else f"{key} was {before.get(key)}, now {now.get(key)}"
+        "INPUT has other images" if key == IMAGES_DIGEST_KEY else f"{key} was {before.get(key)}, now {now.get(key)}"
         for key in now
         if before.get(key) != now.get(key)
     ]
@@ -158,50 +154,35 @@ def _agree(training: TrainSetup, step: int, options: storage.Options) -> None:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Workers of a training: how many, on what, and how many CPUs each has."""
+class TrainingLayout(Layout):
+    """The workers of a training. crop_workers: processes of each that make crops, on crop_cpus each."""
 
-    workers: int
-    device: str
-    cpus: float
-    gpus: float
-    crop_workers: int  # of each
+    crop_workers: int
     crop_cpus: float
 
 
-def plan_layout(resources: dict[str, float], config: Config, batch_size: int) -> Layout:
+def plan_layout(resources: Mapping[str, float], config: Config, batch_size: int) -> TrainingLayout:
     """One worker a GPU, or one for all CPUs; as run.workers, cpus_per_worker and gpus_per_worker say.
 
-    Raises RequestError for what the cluster has not, and for a batch that workers cannot share evenly.
+    Raises RequestError for what the cluster does not have, and for a batch that workers cannot share evenly.
     """
-    asked = config.run
-    gpus = resources.get("GPU", 0.0)
-    if config.model.device == "cuda" and not gpus:
-        raise RequestError("model.device=cuda was asked for, but the cluster has no GPU: use auto or cpu.")
-    on_gpu = gpus > 0 and config.model.device != "cpu"
-    gpus_each = (asked.gpus_per_worker or 1.0) if on_gpu else 0.0
-    default = int(gpus / gpus_each) if on_gpu else 1
-    workers = asked.workers or max(1, default)
     cpus = resources.get("CPU", 1.0)
-    if on_gpu:
-        # the other CPUs make crops
-        cpus_each = asked.cpus_per_worker or 1.0
-    else:
-        cpus_each = asked.cpus_per_worker or max(1.0, min(cpus, available_cpus()) // workers)
-    if workers * cpus_each > cpus or workers * gpus_each > gpus:
+    on_gpu = device_of(resources, config) == "cuda"  # the other CPUs make crops
+    usual_cpus = 1.0 if on_gpu else max(1.0, min(cpus, available_cpus()))
+    most = None if on_gpu else 1
+    plan = plan_workers(resources, config, usual_cpus=usual_cpus, least_cpus=1.0, most_workers=most)
+    if batch_size % plan.workers:
+        nearest = max(1, round(batch_size / plan.workers)) * plan.workers
         raise RequestError(
-            f"{workers} workers with {cpus_each:g} CPUs and {gpus_each:g} GPUs each were asked for, but the cluster "
-            f"has {cpus:g} CPUs and {gpus:g} GPUs: lower run.workers or run.cpus_per_worker."
+            f"train.batch_size is {batch_size}, which {plan.workers} workers cannot share evenly: use {nearest}."
         )
-    if batch_size % workers:
-        nearest = max(1, round(batch_size / workers)) * workers
-        raise RequestError(
-            f"train.batch_size is {batch_size}, which {workers} workers cannot share evenly: use {nearest}."
-        )
-    if not on_gpu:  # crops are made beside the training, on the same CPUs
-        return Layout(workers, "cpu", cpus_each, 0.0, crop_workers=max(1, round(CROP_SHARE * cpus_each)), crop_cpus=0.0)
-    spare = int((cpus - workers * cpus_each) / workers)
-    return Layout(workers, "cuda", cpus_each, gpus_each, crop_workers=max(1, spare), crop_cpus=1.0 if spare else 0.0)
+    shared = (plan.device, plan.workers, plan.cpus, plan.gpus)
+    if not on_gpu:
+        # Crops are made beside the training, on the same CPUs.
+        crop_workers = max(1, round(CROP_WORKERS_PER_TRAINING_CPU * plan.cpus))
+        return TrainingLayout(*shared, crop_workers=crop_workers, crop_cpus=0.0)
+    spare = int((cpus - plan.workers * plan.cpus) / plan.workers)
+    return TrainingLayout(*shared, crop_workers=max(1, spare), crop_cpus=1.0 if spare else 0.0)
 
 
 def _train(training: TrainSetup, images: pa.Table, validation: pa.Table | None, result: Result) -> None:
@@ -245,7 +226,8 @@ def _train(training: TrainSetup, images: pa.Table, validation: pa.Table | None, 
         finally:
             bad = ray.get(monitor.bad_images.remote()) if ray.is_initialized() else []
             result.unreadable = len(bad)
-            with contextlib.suppress(OSError, DinorayError):  # a full disk must not hide what it broke
+            # A full disk must not hide what it broke.
+            with contextlib.suppress(OSError, DinorayError):
                 write_unreadable(training.output, bad, config.storage.options)
     records = read_log(training.output, config.storage.options)
     if result.steps_done >= training.steps:
@@ -255,7 +237,7 @@ def _train(training: TrainSetup, images: pa.Table, validation: pa.Table | None, 
 class _Fit:
     """Ray Train's run, in a thread of its own, so that this one can watch and be interrupted."""
 
-    def __init__(self, setup: Any, layout: Layout, attempts: int) -> None:
+    def __init__(self, setup: Any, layout: TrainingLayout, attempts: int) -> None:
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(setup, layout, attempts), daemon=True)
         self._thread.start()
@@ -264,7 +246,7 @@ class _Fit:
     def running(self) -> bool:
         return self._thread.is_alive()
 
-    def _run(self, setup: Any, layout: Layout, attempts: int) -> None:
+    def _run(self, setup: Any, layout: TrainingLayout, attempts: int) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
@@ -323,7 +305,7 @@ def _follow(fit: _Fit, monitor: Any, training: TrainSetup, result: Result, began
             except KeyboardInterrupt as signal:
                 if interrupted is not None:
                     raise
-                interrupted, deadline = signal, time.monotonic() + STOP_SECONDS
+                interrupted, deadline = signal, time.monotonic() + STOP_TIMEOUT_SECONDS
                 line.say("Stopping after a checkpoint; once more stops at once.")
                 monitor.stop.remote()
     result.seconds["train"] = time.monotonic() - began - result.seconds.get("start", 0.0)

@@ -1,8 +1,8 @@
 """How a training went, as files: log/*.jsonl, one JSON object a line, and tensorboard/.
 
-A segment of the log is named by the step that it begins after and written anew every little while, since object
-storage knows no appending. A training that continues from a checkpoint first takes away what was logged after it, so
-that no step is there twice.
+A segment of the log is named by the step that it begins after, and is written again every little while, since nothing
+can be appended on object storage. A training that continues from a checkpoint first takes away what was logged after
+it, so that no step is there twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a training's workers tell the command that started it, and what that tells them: to stop.
+"""What a training's workers report to the command that started it, and its request to them to stop.
 
 And what a curve means: a collapse, in words.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-NEARLY = 0.02  # of ln(out_dim), within which a value is pinned to an end
-WATCHED_FROM = 0.1  # of the steps: before, entropies are near their ends anyway
-STEPS_AT_LEAST = 200
+# A value this near to an end of 0..ln(out_dim) counts as pinned to it.
+PINNED_SHARE_OF_LN_OUT_DIM = 0.02
+# Earlier, entropies are near their ends anyway.
+WATCHED_FROM_SHARE_OF_STEPS = 0.1
+WATCHED_FROM_STEPS_AT_LEAST = 200
 
 
 class Monitor:
@@ -62,7 +64,7 @@ class CollapseWatch:
 
     def __init__(self, out_dim: int, steps: int) -> None:
         self._most = math.log(out_dim)
-        self._from_step = max(WATCHED_FROM * steps, min(STEPS_AT_LEAST, steps))
+        self._from_step = max(WATCHED_FROM_SHARE_OF_STEPS * steps, min(WATCHED_FROM_STEPS_AT_LEAST, steps))
         self._said: set[str] = set()
 
     def look(self, record: dict[str, Any]) -> list[str]:
@@ -71,7 +73,10 @@ class CollapseWatch:
             return []
         found = []
         entropy, loss = record["teacher_entropy"], record["loss"]
-        if abs(loss - self._most) < NEARLY * self._most and entropy > (1 - NEARLY) * self._most:
+        if (
+            abs(loss - self._most) < PINNED_SHARE_OF_LN_OUT_DIM * self._most
+            and entropy > (1 - PINNED_SHARE_OF_LN_OUT_DIM) * self._most
+        ):
             found.append(
                 (
                     "even",
@@ -79,7 +84,7 @@ class CollapseWatch:
                     "any image, a collapse. Lower train.teacher_temperature (0.04), or take train.centring=sinkhorn.",
                 )
             )
-        elif entropy < NEARLY * self._most:
+        elif entropy < PINNED_SHARE_OF_LN_OUT_DIM * self._most:
             found.append(
                 (
                     "one",

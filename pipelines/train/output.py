@@ -12,7 +12,8 @@ import torch
 from pipelines import storage
 from pipelines.train.setup import TrainSetup
 
-FORMAT = "pt"  # what readers of safetensors look for
+# Readers of safetensors look for this.
+FORMAT = "pt"
 
 
 def weights_uri(output: str) -> str:
@@ -24,7 +25,7 @@ def card_uri(output: str) -> str:
 
 
 def extract_command(training: TrainSetup) -> str:
-    """What extracts features as the network was trained: its model, its weights, its way to normalise pixels."""
+    """The command that extracts features as the network was trained: its model, weights and normalisation of pixels."""
     model, image = training.config.model.name, training.config.image
     settings = [f"model.name={model}", f"model.weights={weights_uri(training.output)}"]
     for name, values in (("mean", image.mean), ("std", image.std)):

@@ -1,4 +1,4 @@
-"""What a training is of: everything that its workers need to know, and that a checkpoint must agree with."""
+"""What a training consists of: everything that its workers need to know, and that a checkpoint must agree with."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pyarrow as pa
 from dino_ops.multicrop import MultiCrop
 from dino_ops.recipe import Recipe
 from pipelines import storage
-from pipelines.errors import RequestError
+from pipelines.errors import RequestError, counted
 from pipelines.settings.sections import Config, TrainSettings
 from pipelines.store import weights
 from pipelines.store.weights import RANDOM_SEED
 
-IMAGES = "images"  # in an agreement: the digest of which ones
+IMAGES_DIGEST_KEY = "images"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TrainSetup:
             "image.std": list(self.config.image.std) if self.config.image.std else None,
             **{f"train.{key}": value for key, value in recipe.items()},
             **{f"train.{key}": list(value) if isinstance(value, tuple) else value for key, value in crops.items()},
-            IMAGES: self.images_digest,
+            IMAGES_DIGEST_KEY: self.images_digest,
         }
 
 
@@ -62,8 +62,8 @@ def make_setup(config: Config, output: str, images: pa.Table, run_id: str) -> Tr
     asked = config.train
     if len(images) < asked.batch_size:
         raise RequestError(
-            f"INPUT has {len(images):,} images, fewer than the {asked.batch_size} of one step: give more images, or "
-            f"train.batch_size of at most {len(images)}."
+            f"INPUT has {counted(len(images), 'image')}, fewer than the {asked.batch_size} of one step: give more "
+            f"images, or train.batch_size of at most {len(images)}."
         )
     if config.model.compile:
         raise RequestError("model.compile=true is for extract; train runs the model as it is: leave it out.")
@@ -98,7 +98,7 @@ def make_recipe(asked: TrainSettings) -> Recipe:
 
 
 def digest(images: pa.Table) -> str:
-    """Of which images INPUT consists: their ids and versions, in order."""
+    """A hash of the images of INPUT: their ids and versions, in order."""
     content = hashlib.sha256()
     for name in ("image_id", "source_version"):
         for chunk in images[name].chunks:
@@ -108,5 +108,5 @@ def digest(images: pa.Table) -> str:
 
 
 def model_seed(setup: TrainSetup) -> int:
-    """Of the first weights: the seed of the training, unless the weights were named as a store names them."""
+    """The seed of the first weights: the training's, unless the weights were named as a store names them."""
     return setup.recipe.seed if setup.weights == "random" else RANDOM_SEED

@@ -13,10 +13,10 @@ NO_CURVES = ("step", "time")
 
 
 class EventFile:
-    """A new file in `folder`. Of files from before, TensorBoard hides what came after `step` steps.
+    """A new file in `folder`. TensorBoard hides what earlier files have after `step` steps.
 
-    Everything is written by the caller's own thread, so that a disk that is full is an OSError there; tensorboardX's
-    SummaryWriter would lose its thread and wait for it for ever.
+    Everything is written by the caller's own thread, so that a full disk is an OSError there; tensorboardX's
+    SummaryWriter would lose its thread and wait for it forever.
     """
 
     def __init__(self, folder: str, step: int) -> None:

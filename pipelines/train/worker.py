@@ -31,8 +31,11 @@ MEANS = ("loss", "teacher_entropy", "divergence", "centre_norm")
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a process is given. listing, labelled: object references; monitor: the actor. threads: of torch.
-    crop_workers, crop_cpus: actors that make crops, for each process, and their CPUs."""
+    """What a process is given.
+
+    listing, labelled: object references. monitor: the actor. threads: for torch. crop_workers: how many actors make
+    crops for each process. crop_cpus: of each of these actors.
+    """
 
     training: TrainSetup
     listing: Any
@@ -45,7 +48,7 @@ class WorkerSetup:
 
 
 def train_worker(given: dict[str, Any]) -> None:
-    """What Ray Train calls. Errors that are sentences reach the monitor: trying again would not mend them."""
+    """The function that Ray Train calls. Errors that are sentences go to the monitor: trying again would not help."""
     import ray
     import ray.train
 
@@ -97,7 +100,7 @@ class Worker:
         self._labelled: LabelledImages | None = ray.get(setup.labelled) if setup.labelled is not None else None
 
     def run(self) -> None:
-        """Train from the latest checkpoint, or from the beginning, to the end or until it is told to stop."""
+        """Train from the latest checkpoint, or from the beginning, to the end or until it is asked to stop."""
         import ray
 
         training = self._training
@@ -115,11 +118,12 @@ class Worker:
                 ray.get(self._setup.monitor.end.remote(steps=done, stopped=stopped))
         finally:
             if log is not None:
-                with contextlib.suppress(OSError, JobError):  # a full disk must not hide what it broke
+                # A full disk must not hide what it broke.
+                with contextlib.suppress(OSError, JobError):
                     log.close()
 
     def _train(self, done: int, log: TrainingLog | None) -> tuple[int, bool]:
-        """(steps done, whether it was told to stop)."""
+        """(steps done, whether it was asked to stop)."""
         training, asked = self._training, self._asked
         patch = describe(training.config.model.name).patch_size
         batches = Batches(
@@ -149,7 +153,8 @@ class Worker:
                 return done, True
             if saves or done == training.steps or time.monotonic() - self._saved_at >= 60 * asked.checkpoint_minutes:
                 self._checkpoint(done, log)
-            if self._evaluation_is_due(done):  # after the checkpoint: it takes long, and is repeated on continuing
+            # After the checkpoint: an evaluation takes long, and is repeated on continuing.
+            if self._evaluation_is_due(done):
                 self._evaluate(done, log)
             reports, bad, began = [], [], time.monotonic()
         return done, False
@@ -178,7 +183,7 @@ class Worker:
         import ray
 
         means = torch.stack([torch.stack([getattr(report, name) for report in reports]).mean() for name in MEANS])
-        told = torch.zeros(1, device=self._device)
+        asked_to_stop = torch.zeros(1, device=self._device)
         if self._processes > 1:
             dist.all_reduce(means)
             means /= self._processes
@@ -200,12 +205,12 @@ class Worker:
         if self._rank == 0 or bad:
             records = [record] if self._rank == 0 else []
             stop = ray.get(self._setup.monitor.report.remote(records, [dataclasses.asdict(one) for one in bad]))
-            told += float(stop and self._rank == 0)
+            asked_to_stop += float(stop and self._rank == 0)
         if log is not None:
             self._writing(lambda: log.add(record), "the log", step)
         if self._processes > 1:
-            dist.all_reduce(told)
-        return bool(told.item() > 0)
+            dist.all_reduce(asked_to_stop)
+        return bool(asked_to_stop.item() > 0)
 
     def _evaluate(self, step: int, log: TrainingLog | None) -> None:
         import ray

@@ -11,38 +11,30 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from pipelines import storage
-from pipelines.results.clusters import ClusterTables, training_of
-from pipelines.results.matches import MatchTables
-from pipelines.results.parts import PartTables
+from pipelines.results.all_kinds import all_results
 from pipelines.running.interrupts import interruptible, uninterrupted
 from pipelines.running.progress import StatusLine
-from pipelines.running.reports import RunReport, new_run_id, recorded
+from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.store.commit import FileChange, apply_remaining, commit_in_order
+from pipelines.store.linked_tables import SMALL_SHARE, LinkedTables
 from pipelines.store.parquet import DataFile, new_file_name
 from pipelines.store.rewriting import merge_files, rewrite
 from pipelines.store.store import Store
 from pipelines.store.table import CommitConflict, Table
 
-SMALL_SHARE = 0.5  # of the target size: files above it stay as they are
-
 
 @dataclass
-class Result:
+class Result(JobResult):
     """What a run of compact did, or would do."""
 
-    run_id: str
-    store: str
-    status: str = "running"  # running | done | unchanged | failed | interrupted | dry_run
-    exit_code: int = 0
     files_before: int = 0  # of all tables' newest versions
     files_after: int = 0
     merged: int = 0  # files that were merged into others
@@ -50,14 +42,6 @@ class Result:
     bytes_written: int = 0
     conflicts: int = 0  # groups that another run changed meanwhile; left for the next time
     vacuumed: int = 0  # files removed that no kept snapshot names
-    seconds: dict[str, float] = field(default_factory=dict)  # merge, vacuum
-    messages: list[str] = field(default_factory=list)
-
-    def took(self, seconds: float) -> None:
-        self.seconds["total"] = seconds
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
 
 
 def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
@@ -101,57 +85,13 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
     return result
 
 
-@dataclass(frozen=True)
-class LinkedTables:
-    """A table of data and, where there is one, the leading table whose rows name the data's files in `shard`.
-
-    run_in_names: the data's file names say which training they are of, and keep saying it.
-    """
-
-    data: Table
-    leading: Table | None = None
-    run_in_names: bool = False
-
-    @property
-    def both(self) -> list[Table]:
-        return [self.data] if self.leading is None else [self.data, self.leading]
-
-    def groups(self, target: int) -> list[list[DataFile]]:
-        """Small files of the data, neighbours in key order, that together make a file of about `target` bytes."""
-        small = [file for file in self.data.files().values() if file.size < SMALL_SHARE * target]
-        found: list[list[DataFile]] = []
-        # in key order, and of one training
-        for file in sorted(small, key=lambda file: (self._kind(file), file.min_id, file.max_id, file.path)):
-            group = found[-1] if found else []
-            fits = group and self._kind(group[0]) == self._kind(file)
-            if fits and sum(one.size for one in group) + file.size <= target:
-                group.append(file)
-            else:
-                found.append([file])
-        return [group for group in found if len(group) > 1]
-
-    def new_name(self, group: list[DataFile], run_id: str) -> str:
-        return new_file_name(self._kind(group[0]) or run_id)
-
-    def _kind(self, file: DataFile) -> str:
-        return training_of(file.path) if self.run_in_names else ""
-
-
 def _tables(store: Store) -> Iterator[LinkedTables]:
     """Every table of a store as data, once; leading tables are merged on their own after the data that they name."""
-    options = store.config.storage.options
     yield LinkedTables(store.patches, store.images)
     yield LinkedTables(store.images)
     yield LinkedTables(store.failures)
-    for matches in MatchTables.all_in(store.uri, options).values():
-        yield LinkedTables(matches.matches, matches.pairs)
-        yield LinkedTables(matches.pairs)
-    for parts in PartTables.all_in(store.uri, options).values():
-        yield LinkedTables(parts.patches, parts.images)
-        yield LinkedTables(parts.images)
-    for clusters in ClusterTables.all_in(store.uri, options).values():
-        yield LinkedTables(clusters.assignments, run_in_names=True)
-        yield LinkedTables(clusters.centroids, run_in_names=True)
+    for result in all_results(store):
+        yield from result.linked_tables()
 
 
 def _merge(tables: LinkedTables, group: list[DataFile], target: int, result: Result) -> None:

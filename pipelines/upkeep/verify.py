@@ -4,8 +4,9 @@ log agree, dimensions match the spec; every match has its pair; every index has 
 from __future__ import annotations
 
 import io
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.results import cluster_checks, match_checks, part_checks
-from pipelines.results.clusters import ClusterTables
-from pipelines.results.index_checks import check_index
-from pipelines.results.indices import index_names
-from pipelines.results.matches import MatchTables
-from pipelines.results.parts import PartTables
+from pipelines.results.all_kinds import all_results, check_result
+from pipelines.results.stored import StoredResult
+from pipelines.running.reports import JobResult, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.store.parquet import DataFile
 from pipelines.store.schemas import descriptor_columns
@@ -32,52 +30,46 @@ Lengths = dict[str, dict[str, Counter[int | None]]]  # descriptor column -> patc
 
 
 @dataclass
-class Result:
-    """What verify found. `problems` is empty for a sound store."""
+class Result(JobResult):
+    """What verify found. `problems` is empty for a sound store; `messages` are worth knowing, and no damage."""
 
-    store: str
     images: int = 0
     patches: int = 0
     failures: int = 0
     files: int = 0
     unreferenced_files: int = 0  # left by killed or replaced writes; harmless, vacuum removes them
     problems: list[str] = field(default_factory=list)
-    messages: list[str] = field(default_factory=list)  # worth knowing, and no damage
-
-    @property
-    def exit_code(self) -> int:
-        return 1 if self.problems else 0
 
     def as_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"sound": not self.problems}
+        return super().as_dict() | {"sound": not self.problems}
 
 
 def run(config: Config, *, store: str) -> Result:
     """Check a store; reads every row of images and the keys of patches. Raises RequestError when there is no store."""
+    started = time.monotonic()
     opened = Store.open(store, config)
-    result = Result(opened.uri)
+    result = Result(new_run_id(), opened.uri)
+    with recorded(None, result, started):
+        results = list(all_results(opened))
+        tables = {"images": opened.images, "patches": opened.patches, "failures": opened.failures}
+        for one in results:
+            tables |= {f"{one.path}/{name}": table for name, table in one.tables.items()}
+        _check_files(tables, result)
+        if not result.problems:  # rows cannot be judged while files are missing or damaged
+            _check_rows(opened, results, result)
+        result.exit_code = 1 if result.problems else 0
+    return result
+
+
+def _check_files(tables: dict[str, Table], result: Result) -> None:
+    """Whether files and logs agree."""
     problems = result.problems
-    tables = {"images": opened.images, "patches": opened.patches, "failures": opened.failures}
-    matches = MatchTables.all_in(opened.uri, config.storage.options)
-    for name, both in matches.items():
-        tables |= {f"matches/{name}/pairs": both.pairs, f"matches/{name}/matches": both.matches}
-    clusters = ClusterTables.all_in(opened.uri, config.storage.options)
-    for name, two in clusters.items():
-        tables |= {f"clusters/{name}/centroids": two.centroids, f"clusters/{name}/assignments": two.assignments}
-    parts = PartTables.all_in(opened.uri, config.storage.options)
-    for name, pair in parts.items():
-        tables |= {f"parts/{name}/images": pair.images, f"parts/{name}/patches": pair.patches}
-    readable = {}
     for name, table in tables.items():
-        files = table.files()
+        files, present = table.files(), table.present_files()
         result.files += len(files)
-        present = _files_present(table)
         result.unreferenced_files += len(present.keys() - files.keys())
-        readable[name] = [file for path, file in files.items() if path in present]
-        _some(
-            problems,
-            (f"{name}: {p} is in the log, but the file is missing" for p in sorted(files.keys() - present.keys())),
-        )
+        missing = sorted(files.keys() - present.keys())
+        _some(problems, (f"{name}: {path} is in the log, but the file is missing" for path in missing))
         _some(
             problems,
             (
@@ -86,23 +78,25 @@ def run(config: Config, *, store: str) -> Result:
                 if present.get(path, file.size) != file.size
             ),
         )
-        _some(problems, _unreadable(table, name, readable[name]))
-    if problems:
-        return result  # rows cannot be judged while files are missing or damaged
+        _some(problems, _unreadable(table, name, [file for path, file in files.items() if path in present]))
 
+
+def _check_rows(store: Store, results: list[StoredResult], result: Result) -> None:
+    """Whether rows agree with each other and with the spec."""
+    problems = result.problems
     try:
-        images = opened.images.read(["image_id", "run_id", "shard", "grid_height", "grid_width"])
-        failures = opened.failures.read(["image_id"])["image_id"]
+        images = store.images.read(["image_id", "run_id", "shard", "grid_height", "grid_width"])
+        failures = store.failures.read(["image_id"])["image_id"]
     except (OSError, pa.ArrowException) as error:
         problems.append(f"images or failures cannot be read ({_first_line(error)})")
-        return result
+        return
     result.images, result.failures = len(images), len(failures)
     _some(problems, (f"images: {image_id} has {count} rows" for image_id, count in _repeated(images["image_id"])))
     _some(problems, (f"failures: {image_id} has {count} rows" for image_id, count in _repeated(failures)))
     both = failures.filter(pc.is_in(failures, value_set=images["image_id"]))
     _some(problems, (f"{image_id} is in images and in failures" for image_id in both.to_pylist()))
 
-    patch_files = opened.patches.files()
+    patch_files = store.patches.files()
     by_shard = _images_by_shard(images)
     _some(
         problems,
@@ -115,36 +109,18 @@ def run(config: Config, *, store: str) -> Result:
     lengths: Lengths = {}
     for path, file in patch_files.items():
         result.patches += file.rows
-        _some(problems, _check_shard(opened.patches, file, by_shard.get(path, {}), opened.config, lengths))
-    _some(problems, _check_lengths(lengths, opened.config))
-    _some(problems, _check_embeddings(opened.images, opened.config))
-    if opened.config.store.patches == "all":
+        _some(problems, _check_shard(store.patches, file, by_shard.get(path, {}), store.config, lengths))
+    _some(problems, _check_lengths(lengths, store.config))
+    _some(problems, _check_embeddings(store.images, store.config))
+    if store.config.store.patches == "all":
         without = images.filter(pc.is_null(images["shard"]))
         _some(problems, (f"images: {image_id} has no patches" for image_id in without["image_id"].to_pylist()))
-    for name, both in matches.items():
-        _some(problems, (f"matches/{name}: {problem}" for problem in match_checks.disagreements(both)))
-    for name, two in clusters.items():
-        _some(problems, (f"clusters/{name}: {problem}" for problem in cluster_checks.disagreements(two)))
-    for name, pair in parts.items():
-        _some(problems, (f"parts/{name}: {problem}" for problem in part_checks.disagreements(pair)))
-    for name in index_names(opened):
-        found = check_index(opened, name, images)
-        _some(problems, (f"index/{name}: {problem}" for problem in found.problems))
+    for one in results:
+        found = check_result(store, one, images)
+        _some(problems, (f"{one.path}: {problem}" for problem in found.problems))
         result.messages += found.notes
         result.files += found.files
         result.unreferenced_files += found.unreferenced_files
-    return result
-
-
-def _files_present(table: Table) -> dict[str, int]:
-    """Parquet files under a table, with their sizes."""
-    fs, root = storage.filesystem(table.uri, table.options)
-    found = fs.find(root, detail=True)
-    return {
-        path[len(root.rstrip("/")) + 1 :]: entry["size"]
-        for path, entry in found.items()
-        if path.endswith(".parquet") and "/_delta_log/" not in path
-    }
 
 
 def _unreadable(table: Table, name: str, files: list[DataFile]) -> Iterator[str]:
@@ -299,7 +275,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _some(problems: list[str], found: Iterator[str]) -> None:
+def _some(problems: list[str], found: Iterable[str]) -> None:
     """Add the first of many problems of a kind, and how many more there are."""
     more = 0
     for count, problem in enumerate(found):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from dino_ops.batching import CUDA_TOKENS, BatchSizer
+from dino_ops.batching import MAX_CUDA_BATCH_TOKENS, BatchSizer
 
 
 class OutOfMemory(Exception):
@@ -49,7 +49,7 @@ def test_grows_while_memory_lasts() -> None:
     sizer, device = BatchSizer("auto", "cuda", OutOfMemory), SmallDevice(capacity=10**9, tokens=200)
     run_all(sizer, device, list(range(5000)))
     assert device.sizes[:4] == [81, 163, 327, 655]
-    assert max(device.sizes) == CUDA_TOKENS // 200
+    assert max(device.sizes) == MAX_CUDA_BATCH_TOKENS // 200
 
 
 def test_failing_after_growth_goes_back() -> None:

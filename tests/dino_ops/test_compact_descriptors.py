@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dino_ops.compact_descriptors import FINE, compact_descriptors, cosines, region_query
+from dino_ops.compact_descriptors import REGION_QUERY_STEPS, compact_descriptors, cosines, region_query
 
 
 def rows(count: int = 400, channels: int = 48, rank: int = 12, seed: int = 0) -> np.ndarray:
@@ -43,7 +43,7 @@ def test_a_region_is_the_mean_of_directions() -> None:
     given = rows()
     compact = compact_descriptors(given, 16)
     query = region_query(compact.codes[10:14])
-    assert np.abs(query).max() == FINE
+    assert np.abs(query).max() == REGION_QUERY_STEPS
     unit = compact.codes[10:14] / np.linalg.norm(compact.codes[10:14].astype(float), axis=1, keepdims=True)
     np.testing.assert_allclose(
         cosines(compact.codes, query), exact(compact.codes.astype(float), unit.sum(axis=0)), atol=1e-4

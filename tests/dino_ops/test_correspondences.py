@@ -60,7 +60,7 @@ def test_blocks_change_nothing(noise_map: NoiseMap, monkeypatch: pytest.MonkeyPa
     a, b = noise_map(24, 6, 8, seed=3), noise_map(22, 5, 8, seed=4)
     a[13:], b[11:] = a[:11], b[:11]
     whole = nearest_neighbours(a, b, binned=binned)
-    monkeypatch.setattr(module, "BLOCK_VALUES", 25)
+    monkeypatch.setattr(module, "MAX_SIMILARITY_BLOCK_VALUES", 25)
     tiles = module.binned_similarity_tiles
     monkeypatch.setattr(module, "binned_similarity_tiles", lambda x, y: tiles(x, y, tile_rows=(1, 2)))
     for name, array in vars(nearest_neighbours(a, b, binned=binned)).items():
@@ -196,7 +196,7 @@ def test_many_matches_are_clustered_by_a_projection(
     assert abs(ratio.mean() - 1) < 0.02 and ratio.std() < 0.05
     groups = np.repeat(np.arange(4), 30)
     grouped = (noise_map(1, 4, 64, seed=3)[:, groups] + 0.1 * noise_map(1, 120, 64, seed=4)).astype(np.float32)
-    monkeypatch.setattr(module, "POINT_VALUES", 0)
+    monkeypatch.setattr(module, "MAX_CLUSTERED_VALUES", 0)
     ones = np.ones((1, 120), np.float32)
     found = find_correspondences(grouped, grouped, ones, ones, num_pairs=4, binned=False)
     assert sorted(groups[found.cell_a[found.selected]]) == [0, 1, 2, 3]

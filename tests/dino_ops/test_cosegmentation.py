@@ -22,8 +22,8 @@ from dino_ops.cosegmentation import (
     mean_saliency,
     sample_rows,
 )
-from dino_ops.elbow import FaissKMeans, cluster_by_elbow, nearest_centroids, squared_distances, unit_rows
 from dino_ops.mask_refinement import grabcut, resize_mask
+from dino_ops.published_kmeans import FaissKMeans, cluster_by_elbow, nearest_centroids, squared_distances, unit_rows
 
 NoiseMap = Callable[..., np.ndarray]
 
@@ -275,7 +275,7 @@ def test_nearest_centroids_against_faiss_and_loops(noise_map: NoiseMap, monkeypa
     distances, labels = index.search(rows, 1)
     exact = ((rows[:, None].astype(np.float64) - centroids) ** 2).sum(axis=2)
     for block in (1_000_000, 21):  # at once, and three rows at a time
-        monkeypatch.setattr("dino_ops.elbow.BLOCK_VALUES", block)
+        monkeypatch.setattr("dino_ops.published_kmeans.MAX_DISTANCE_BLOCK_VALUES", block)
         ours, ours_distances = nearest_centroids(rows, centroids)
         np.testing.assert_array_equal(ours, labels[:, 0])
         np.testing.assert_allclose(ours_distances, distances[:, 0], atol=1e-5)

@@ -24,7 +24,7 @@ def test_digits_are_told_apart_as_well_as_by_discriminant_analysis() -> None:
     other = LinearDiscriminantAnalysis().fit(pixels[train], labels[train]).score(pixels[test], labels[test])
     assert own >= other
     assert 0.9 < probe.held_out_accuracy <= 1
-    assert probe.rate in linear_probe.RATES
+    assert probe.rate in linear_probe.LEARNING_RATES_AT_BATCH_256
 
 
 def test_a_step_is_that_of_torch() -> None:

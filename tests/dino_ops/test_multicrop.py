@@ -157,7 +157,7 @@ def test_images_into_which_no_drawn_shape_fits(boxes: list[tuple[int, int, int, 
 
 def test_how_often_crops_are_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A red and a blue half of an image that is always cropped whole say what has been done to it."""
-    monkeypatch.setattr("dino_ops.multicrop.PUBLISHED_SIZE", 32)  # blurred as whole crops are
+    monkeypatch.setattr("dino_ops.multicrop.PUBLISHED_GLOBAL_SIZE", 32)  # blurred as whole crops are
     image = Image.new("RGB", (32, 32), (250, 130, 3))
     image.paste((10, 20, 200), (16, 0, 32, 32))
     # strengths of 0 leave hue's way through HSV, which rounds these colours

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dino_ops.nearest import (
-    LEAST_TO_TRAIN,
+    MIN_TRAINING_VECTORS,
     Kind,
     NearestIndex,
     choose_kind,
@@ -46,7 +46,7 @@ def recall(found: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_added_and_removed_decides_the_answers(kind: Kind) -> None:
-    vectors = clustered(LEAST_TO_TRAIN + 1000)
+    vectors = clustered(MIN_TRAINING_VECTORS + 1000)
     index = build(kind, vectors[:-1000])
     index.add(vectors[-1000:], np.arange(len(vectors) - 1000, len(vectors)))
     gone = np.arange(0, len(vectors), 20)
@@ -117,7 +117,7 @@ def test_several_indices_answer_as_one() -> None:
 
 
 def test_a_dimension_that_the_quantiser_cannot_divide() -> None:
-    vectors = unit(np.random.default_rng(0).standard_normal((LEAST_TO_TRAIN, 7), np.float32))
+    vectors = unit(np.random.default_rng(0).standard_normal((MIN_TRAINING_VECTORS, 7), np.float32))
     cosine, ids = build("ivfpq", vectors).search(vectors[:50], 1)
     assert (ids[:, 0] == np.arange(50)).mean() > 0.95
     np.testing.assert_allclose(cosine[:, 0], 1, atol=1e-3)

@@ -16,7 +16,7 @@ def test_votes_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = generator.integers(0, 5, 300)
     embeddings = centres[labels] + 1.5 * generator.standard_normal((300, 8))
     queries = centres[generator.integers(0, 5, 40)] + 1.5 * generator.standard_normal((40, 8))
-    monkeypatch.setattr(nearest_classes, "BLOCK_VALUES", 3_000)  # ten queries at once
+    monkeypatch.setattr(nearest_classes, "MAX_SIMILARITY_BLOCK_VALUES", 3_000)  # ten queries at once
     found = classify_by_neighbours(embeddings, labels, queries, ks=(10, 3, 20))
     for number, query in enumerate(queries):
         cosine = embeddings @ query / np.linalg.norm(embeddings, axis=1) / np.linalg.norm(query)
@@ -29,7 +29,7 @@ def test_votes_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_queries_nobody_votes_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(1)
     embeddings, labels = generator.standard_normal((60, 4)), generator.integers(0, 3, 60)
-    monkeypatch.setattr(nearest_classes, "BLOCK_VALUES", 700)  # eleven at once
+    monkeypatch.setattr(nearest_classes, "MAX_SIMILARITY_BLOCK_VALUES", 700)  # eleven at once
     found = classify_by_neighbours(embeddings, labels, None, ks=(5, 59, 200))
     for number in range(60):
         others = np.delete(np.arange(60), number)

@@ -10,7 +10,6 @@ import torch
 from sklearn.metrics import normalized_mutual_info_score
 
 from dino_ops.cosegmentation import ForegroundModel, fit_foreground
-from dino_ops.elbow import FaissKMeans
 from dino_ops.parts import (
     PartModel,
     fit_common_parts,
@@ -20,6 +19,7 @@ from dino_ops.parts import (
     parts_of_patches,
     smooth_parts,
 )
+from dino_ops.published_kmeans import FaissKMeans
 
 PATCH = 8  # pixels
 COLOURS = np.array([[220, 30, 30], [30, 200, 40], [30, 40, 210], [200, 200, 40], [120, 120, 120], [20, 20, 20]])

@@ -232,9 +232,9 @@ def test_a_batch_in_parts_is_the_batch(centring: Centring, parts: int) -> None:
 def test_stochastic_depth_is_the_students_and_of_every_crop_and_step() -> None:
     """Each step draws for (branch, crop, image); the network's every branch gets its rows."""
     ours = distil(replace(RECIPE, drop_path=0.5))
-    branches = [module for module in ours.student.modules() if hasattr(module, "upcoming")]
+    branches = [module for module in ours.student.modules() if hasattr(module, "kept_rows_of_coming_passes")]
     assert [branch.rate for branch in branches] == [0, 0, 0.5, 0.5]
-    assert not [module for module in ours.teacher.modules() if hasattr(module, "upcoming")]
+    assert not [module for module in ours.teacher.modules() if hasattr(module, "kept_rows_of_coming_passes")]
     seen: list[list[np.ndarray]] = [[], []]
     for at, branch in enumerate(branches[2:]):
         branch.register_forward_hook(

@@ -15,7 +15,6 @@ from pipelines import cli
 PAGES = [*pages(), ROOT / "CONTRIBUTING.md"]
 README = ROOT / "README.md"
 FOLDERS = ("pipelines", "dino_ops", "tests", "examples", "configs", "benchmarks", "docs")
-NOT_YET = {"pipelines/jobs.py"}  # pages describe it before it is there
 _TEST = re.compile(r"(?P<file>tests/[\w/]+\.py)(?:::(?P<name>[\w.]+))?")
 
 
@@ -55,8 +54,7 @@ def test_the_picture_is_small() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_pages_name_exist(page: Path) -> None:
     named = {word for word in code_words(page) if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w/.-]*\w/?", word)}
-    missing = {word for word in named if not (ROOT / word).exists()}
-    assert missing <= NOT_YET if page.name == "how-it-is-built.md" else not missing
+    assert {word for word in named if not (ROOT / word).exists()} == set()
 
 
 def test_symbols_that_how_it_is_built_names_exist() -> None:

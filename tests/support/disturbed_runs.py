@@ -28,20 +28,24 @@ OPTIONS = (
     *("run.workers=2", "run.images_per_shard=3", "run.commit_seconds=0.2", "image.shorter_side=96"),
     "run.max_failed_fraction=1",  # the broken photo may be among the last few that a continued run has left
 )
-LONGEST_RUN = 300  # seconds
-NODE = {"num_cpus": 4, "object_store_memory": 100 * 2**20}  # of a local cluster
-RAY_STARTS = 3  # Ray gives a local one 30 s, which is not much on a busy machine
-RUNS: Counter[str] = Counter()  # started and completed ones, whoever began them
-ATTEMPTS = 8  # runs until everything is through storage that fails
+RUN_TIMEOUT_SECONDS = 300
+# The resources of one node of a local cluster.
+NODE = {"num_cpus": 4, "object_store_memory": 100 * 2**20}
+# Ray gives a local one 30 s to start, which is not much on a busy machine.
+RAY_START_ATTEMPTS = 3
+# How many were started and completed, in all tests together.
+RUNS: Counter[str] = Counter()
+# Storage that fails lets everything through within this many runs.
+ATTEMPTS = 8
 
 
 @dataclass
 class Place:
-    """An INPUT and a STORE: folders, or prefixes of a bucket with what reaches them."""
+    """An INPUT and a STORE: folders, or prefixes of a bucket. server: the bucket's, as the run sees it."""
 
     source: str
     store: str
-    server: S3Server | None = None  # as the run sees it
+    server: S3Server | None = None
     overrides: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     with_ray: bool = True
@@ -112,17 +116,19 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended."""
+    """How a run ended. result: the JSON that it printed."""
 
     code: int
-    result: dict[str, Any]  # what it printed
+    result: dict[str, Any]
     error: str
 
 
 def run(place: Place) -> Ended:
     """A run to its end, which must be a result or one sentence, whatever disturbs it."""
-    for _ in range(RAY_STARTS):
-        done = subprocess.run(place.command, capture_output=True, text=True, timeout=LONGEST_RUN, env=place.variables)
+    for _ in range(RAY_START_ATTEMPTS):
+        done = subprocess.run(
+            place.command, capture_output=True, text=True, timeout=RUN_TIMEOUT_SECONDS, env=place.variables
+        )
         if "A local Ray could not be started" not in done.stderr:
             break
     RUNS["started"] += 1
@@ -165,7 +171,7 @@ def local_copy(place: Place, server: S3Server, target: Path) -> Path:
 
 
 def judge(store: Path, expected: Path, *, versions: bool = True) -> None:
-    """Sound, every image once, and the same descriptors as the run that nobody disturbed.
+    """Sound, every image once, and the same descriptors as the undisturbed run.
 
     versions: the files are those of that run, byte for byte and in their times.
     """
@@ -197,12 +203,12 @@ def local_cluster(nodes: int = 3) -> Iterator[Any]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
-    for attempt in range(RAY_STARTS):
+    for attempt in range(RAY_START_ATTEMPTS):
         try:
             cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
             break
         except Exception as error:
-            if "timed out during startup" not in str(error) or attempt == RAY_STARTS - 1:
+            if "timed out during startup" not in str(error) or attempt == RAY_START_ATTEMPTS - 1:
                 raise
     try:
         for _ in range(nodes - 1):

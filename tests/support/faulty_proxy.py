@@ -26,11 +26,12 @@ from urllib.parse import urlsplit
 from s3_server import S3Server
 
 KINDS = ("refuse", "lose", "truncate", "delay", "500", "landed 500", "503")
-LONGEST_DELAY = 1.0  # seconds
+MAX_DELAY_SECONDS = 1.0
 _PER_HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "content-length"}
 _ERRORS = {"500": ("InternalError", "We encountered an internal error."), "503": ("SlowDown", "Reduce your rate.")}
 
-Plan = Callable[[str, str], str | None]  # (method, path with query) -> a kind, or None for a request that goes well
+# (method, path with query) -> a kind, or None for a request that goes well
+Plan = Callable[[str, str], str | None]
 
 
 class FaultyProxy:
@@ -109,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._break_off()
             return
         if kind == "delay":
-            time.sleep(random.uniform(0.05, LONGEST_DELAY))
+            time.sleep(random.uniform(0.05, MAX_DELAY_SECONDS))
         status, reason, headers, content = self._ask(body)
         if kind == "landed 500":
             self._answer_error("500")
@@ -152,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = str(len(content))
         for name, value in headers:
             if name.lower() == "content-length" and self.command == "HEAD":
-                length = value  # of what GET would bring
+                length = value  # GET would bring this much
             elif name.lower() not in _PER_HOP:
                 self.send_header(name, value)
         if status not in (204, 304):

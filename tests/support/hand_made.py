@@ -16,7 +16,8 @@ from pipelines.store.extraction import Committer, ShardReport
 from pipelines.store.failures import failure_row
 from pipelines.store.store import Store
 
-GRID = (3, 4)  # rows, columns
+# Rows and columns.
+GRID = (3, 4)
 DIMENSIONS = 8
 
 
@@ -38,13 +39,13 @@ def features(value: float = 1.0, grid: tuple[int, int] = GRID) -> ImageFeatures:
 
 
 def source(image_id: str, position: int = 0, version: str = "v1") -> dict[str, Any]:
-    """A listing row of an image that nobody fetches."""
+    """A listing row of an image that is never fetched."""
     facts = {"uri": f"/in/{image_id}", "label": None, "source_size": 10, "source_version": version}
     return {"position": position, "image_id": image_id, **facts}
 
 
 def write_shard(store: Store, run_id: str, rows: list[dict[str, Any]], value: float = 1.0) -> ShardReport:
-    """Write one shard of images, given as listing rows in key order; nobody sees it before it is committed."""
+    """Write one shard of images, given as listing rows in key order; no reader sees it before it is committed."""
     writer = ShardWriter(store.uri, store.config, run_id)
     for row in rows:
         writer.add(row, features(value))

@@ -32,7 +32,7 @@ class RayTaskError(RayError):
 
 
 class Counter:
-    """Of ray.util.metrics, which nobody asks for its value here."""
+    """The counter of ray.util.metrics; its value is not asked for here."""
 
     def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
         pass

@@ -22,9 +22,11 @@ from typing import Any
 ACCESS_KEY = "dinoray-test-key"
 SECRET_KEY = "a-secret-that-must-not-be-written-anywhere"
 REGION = "us-east-1"
-BUCKET = "tests"  # a bucket takes 7 volumes of the server: tests share one, each under a prefix of its own
-SECONDS_TO_START = 30
-GRPC = 10_000  # SeaweedFS opens a second port this much above each one
+# A bucket takes 7 volumes of the server: tests share one, each under a prefix of its own.
+BUCKET = "tests"
+START_TIMEOUT_SECONDS = 30
+# SeaweedFS opens a second port this much above each one.
+GRPC_PORT_OFFSET = 10_000
 
 
 class ServerUnavailable(Exception):
@@ -100,18 +102,18 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
 def _die_with_the_tests() -> None:
     """Linux ends the server even when the tests are killed."""
     if sys.platform == "linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of loopback that are free now, and so is the one `GRPC` above."""
+    """Ports of loopback that are free now, and so is the one GRPC_PORT_OFFSET above."""
     found: list[int] = []
     while len(found) < count:
         port = random.randint(15_000, 32_000)
         with suppress(OSError), socket.socket() as one, socket.socket() as other:
             one.bind(("127.0.0.1", port))
-            other.bind(("127.0.0.1", port + GRPC))
+            other.bind(("127.0.0.1", port + GRPC_PORT_OFFSET))
             if port not in found:
                 found.append(port)
     return found
@@ -121,18 +123,18 @@ def _wait_until_ready(process: subprocess.Popen[bytes], endpoint: str, log: Path
     """Empty when a bucket can be made and written to, else why not."""
     import s3fs
 
-    until = time.monotonic() + SECONDS_TO_START
+    until = time.monotonic() + START_TIMEOUT_SECONDS
     problem = ""
     while time.monotonic() < until:
         if process.poll() is not None:
             return f"it ended with code {process.returncode}: {_last_line(log)}"
         try:
             with urllib.request.urlopen(f"{endpoint}/", timeout=1):
-                problem = "it lets anybody in: the identities are not loaded"
+                problem = "it lets everyone in: the identities are not loaded"
             time.sleep(0.1)
             continue
         except urllib.error.HTTPError:
-            pass  # it answers, and refuses those without credentials
+            pass  # it answers, and refuses requests without credentials
         except OSError as error:
             problem = str(error)
             time.sleep(0.1)
@@ -146,7 +148,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], endpoint: str, log: Path
         except OSError as error:
             problem = str(error)
             time.sleep(0.2)
-    return f"after {SECONDS_TO_START} s: {problem or _last_line(log)}"
+    return f"after {START_TIMEOUT_SECONDS} s: {problem or _last_line(log)}"
 
 
 def _last_line(log: Path) -> str:

@@ -16,7 +16,7 @@ from pipelines.store.extraction import Committer, ShardReport
 from pipelines.store.store import Store
 
 GRID = 12
-PATCH = 6  # pixels of the picture
+PATCH_PIXELS = 6
 COLOURS = np.array([[200, 40, 40], [40, 60, 200], [90, 160, 90], [220, 220, 180]], np.uint8)
 
 
@@ -29,7 +29,7 @@ class Scene:
 
     @property
     def picture(self) -> Image.Image:
-        return Image.fromarray(COLOURS[self.kinds].repeat(PATCH, 0).repeat(PATCH, 1))
+        return Image.fromarray(COLOURS[self.kinds].repeat(PATCH_PIXELS, 0).repeat(PATCH_PIXELS, 1))
 
 
 def scene(seed: int, *, empty: bool = False, size: int = GRID) -> Scene:
@@ -43,7 +43,7 @@ def scene(seed: int, *, empty: bool = False, size: int = GRID) -> Scene:
     descriptor = directions * generator.uniform(1, 9, (size, size, 1))
     saliency = np.where(kinds < 2, 0.5, 0.02) + generator.uniform(0, 0.02, kinds.shape)
     made = described(descriptor, saliency)
-    side = size * PATCH
+    side = size * PATCH_PIXELS
     sizes = dict.fromkeys(("width", "height", "model_width", "model_height"), side)
     return Scene(kinds, dataclasses.replace(made, **sizes))
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from set_scenes import PATCH, Scene, add_scenes, scene
+from set_scenes import PATCH_PIXELS, Scene, add_scenes, scene
 
 from pipelines.results.clusters import ClusterTables
 from pipelines.results.matches import MatchTables
@@ -36,7 +36,7 @@ def scenes(image_ids: Sequence[str], first_seed: int = 0, size: int = 12) -> dic
     made = {}
     for seed, image_id in enumerate(image_ids, first_seed):
         one = scene(seed, size=size)
-        y, x = ((axis + 0.5).astype(np.float32) * PATCH for axis in np.mgrid[:size, :size])
+        y, x = ((axis + 0.5).astype(np.float32) * PATCH_PIXELS for axis in np.mgrid[:size, :size])
         made[image_id] = dataclasses.replace(one, features=dataclasses.replace(one.features, y=y, x=x))
     return made
 
@@ -74,7 +74,7 @@ def add_parts(store: Store, made: Mapping[str, Scene], name: str = "things", not
     tables = PartTables(store.uri, name, {})
     images: list[dict[str, Any]] = []
     for image_id in sorted(made):
-        mask = (made[image_id].kinds.repeat(PATCH, 0).repeat(PATCH, 1) + 1) % 5
+        mask = (made[image_id].kinds.repeat(PATCH_PIXELS, 0).repeat(PATCH_PIXELS, 1) + 1) % 5
         mask[mask > 2] = 0
         pngs = {"mask_png": png(mask.astype(np.uint8)), "foreground_png": png((mask > 0).astype(np.uint8) * 255)}
         facts = {"set_id": "all", "foreground_fraction": float((mask > 0).mean()), "note": note, "shard": "x.parquet"}
@@ -96,7 +96,7 @@ def add_matches(store: Store, pairs: Mapping[tuple[str, str], Sequence[float]], 
         about.append({"image_a": a, "image_b": b, **counts, "shard": file if similarities else None, **runs})
         for at, similarity in enumerate(similarities):
             cells = {"row_a": at, "col_a": at + 1, "row_b": at + 2, "col_b": at + 3}
-            centres = {axis: (cell + 0.5) * PATCH for axis, cell in _axes(cells)}
+            centres = {axis: (cell + 0.5) * PATCH_PIXELS for axis, cell in _axes(cells)}
             facts = {"similarity": similarity, "saliency": 0.5, "rank": at}
             rows.append({"image_a": a, "image_b": b, **cells, **centres, **facts})
     _commit(tables.matches, rows, MATCHES, file)

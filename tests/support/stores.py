@@ -1,4 +1,4 @@
-"""Comparing stores: what is in them, whoever wrote it and in however many files."""
+"""Comparing stores: what is in them, regardless of who wrote it and in how many files."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ from pipelines.train.batches import CropWorker, CropWorkers, Reading
 from pipelines.train.checkpoints import read_checkpoint
 from pipelines.train.worker import Worker
 
-MODEL = "test_vit"  # timm's: 16 pixel patches, six blocks of 64 channels
+# timm's: 16 pixel patches, six blocks of 64 channels.
+MODEL = "test_vit"
 TINY = [
     f"model.name={MODEL}",
     "model.device=cpu",
@@ -64,7 +65,7 @@ class FitHere:
         threads = torch.get_num_threads()
         try:
             Worker(setup, 0, 1).run()
-        except (DinorayError, ModelError) as error:  # as train_worker tells them
+        except (DinorayError, ModelError) as error:  # train_worker reports them like this
             code = getattr(error, "exit_code", 2)
             ray_api.get(setup.monitor.end.remote(error=str(error), exit_code=code))
         except BaseException as error:
@@ -74,7 +75,7 @@ class FitHere:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Let a training be told to stop, as a signal tells it, when it has done so many steps."""
+    """Ask a training to stop, as a signal does, when it has done this many steps."""
     report = Worker._report
 
     def reporting(worker: Worker, step: int, *arguments: Any) -> bool:

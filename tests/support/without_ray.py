@@ -2,7 +2,7 @@
 little time.
 
 Listing, plan, fetching, decoding, shards, commits, failures and reports are those of every run. Workers run in the
-driver's own process, and descriptors are the colours of the patches, which another image has not.
+driver's own process, and descriptors are the colours of the patches, which differ between images.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ import pyarrow as pa
 
 from pipelines import cli
 from pipelines.extract import job as extract
-from pipelines.extract import layout as workers
-from pipelines.extract import stages
+from pipelines.extract import layout, stages, streaming
 from pipelines.extract.stages import FusedWorker
 from pipelines.features.extractor import WorkerSetup
 from pipelines.settings.sections import Config
 from pipelines.store.extraction import ShardReport
 from pipelines.store.store import Store
 
-PATCH = 8  # pixels
-DIMENSIONS = 3 * PATCH * PATCH
+PATCH_PIXELS = 8
+DIMENSIONS = 3 * PATCH_PIXELS * PATCH_PIXELS
 
 
 class Colours:
     """In an Extractor's place: a patch is described by its pixels."""
 
-    patch_size, embed_dim, device, precision = PATCH, DIMENSIONS, "none", "exact"
+    patch_size, embed_dim, device, precision = PATCH_PIXELS, DIMENSIONS, "none", "exact"
 
     def __init__(self, setup: WorkerSetup) -> None:
         pass
@@ -41,8 +40,10 @@ class Colours:
         return [self._one(image) for image in prepared]
 
     def _one(self, image: Any) -> Any:
-        height, width = (side // PATCH for side in image.pixels.shape[:2])
-        tiles = image.pixels[: height * PATCH, : width * PATCH].reshape(height, PATCH, width, PATCH, 3)
+        height, width = (side // PATCH_PIXELS for side in image.pixels.shape[:2])
+        tiles = image.pixels[: height * PATCH_PIXELS, : width * PATCH_PIXELS].reshape(
+            height, PATCH_PIXELS, width, PATCH_PIXELS, 3
+        )
         descriptor = tiles.swapaxes(1, 2).reshape(height, width, DIMENSIONS).astype(np.float32) / 255
         y, x = (axis.astype(np.float32) for axis in np.mgrid[:height, :width])
         return SimpleNamespace(
@@ -54,19 +55,19 @@ class Colours:
             x=x,
             width=image.width,
             height=image.height,
-            model_width=width * PATCH,
-            model_height=height * PATCH,
+            model_width=width * PATCH_PIXELS,
+            model_height=height * PATCH_PIXELS,
         )
 
 
-def model_facts(config: Config) -> workers.ModelFacts:
-    return workers.ModelFacts(PATCH, {"descriptor": DIMENSIONS}, patches=100, depth=1, width=DIMENSIONS)
+def model_facts(config: Config) -> layout.ModelFacts:
+    return layout.ModelFacts(PATCH_PIXELS, {"descriptor": DIMENSIONS}, patches=100, depth=1, width=DIMENSIONS)
 
 
 def stream_reports(
-    rows: pa.Table, block_size: int, layout: workers.Layout, store: Store, config: Config, run_id: str, **_: Any
+    rows: pa.Table, block_size: int, plan: layout.ExtractionLayout, store: Store, config: Config, run_id: str, **_: Any
 ) -> Iterator[ShardReport]:
-    """As workers.stream_reports does it, one block after the other."""
+    """As streaming.stream_reports does it, one block after the other."""
     worker = FusedWorker(WorkerSetup(store.uri, run_id, config, "cpu", store.spec["model"]["weights"], threads=1))
     for begin in range(0, len(rows), block_size):
         for table in worker(rows.slice(begin, block_size)):
@@ -79,7 +80,8 @@ def ray_session(*_: Any, **__: Any) -> Iterator[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    vars(workers).update(stream_reports=stream_reports, model_facts=model_facts)
+    vars(streaming).update(stream_reports=stream_reports)
+    vars(layout).update(model_facts=model_facts)
     vars(stages).update(make_extractor=Colours)
     vars(extract).update(ray_session=ray_session, JobMetrics=lambda command: None)
     cli.main()

@@ -3,7 +3,7 @@
 (() => {
   const source = document.getElementById("live-data");
   if (!source) return;
-  const FINE = 32767;
+  const REGION_QUERY_STEPS = 32767;
   const data = JSON.parse(source.textContent);
   const width = data.dimensions; // a multiple of 8
   const codes = decode(data.codes);
@@ -91,7 +91,7 @@
       for (let k = 0; k < width; k++) total[k] += codes[patch * width + k] * inverse[patch];
     let largest = 0;
     for (const value of total) largest = Math.max(largest, Math.abs(value));
-    for (let k = 0; k < width; k++) result[k] = largest > 0 ? Math.floor((total[k] / largest) * FINE + 0.5) : 0;
+    for (let k = 0; k < width; k++) result[k] = largest > 0 ? Math.floor((total[k] / largest) * REGION_QUERY_STEPS + 0.5) : 0;
     return result;
   }
 

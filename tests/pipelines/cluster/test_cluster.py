@@ -427,14 +427,14 @@ def test_wrong_requests_are_one_sentence(store: Store, tmp_path: Path) -> None:
     ],
 )
 def test_workers_fit_the_cluster(resources: dict[str, float], overrides: list[str], expected: cluster.Layout) -> None:
-    assert cluster.plan_workers(resources, load_config([], overrides)) == expected
+    assert cluster.plan_cluster_workers(resources, load_config([], overrides)) == expected
 
 
 def test_workers_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(RequestError, match=r"3 workers with 1 CPUs and 0 GPUs each .* has 2 CPUs"):
-        cluster.plan_workers({"CPU": 2}, load_config([], ["run.workers=3", "run.cpus_per_worker=1"]))
+    with pytest.raises(RequestError, match=r"3 workers with 1 CPU and 0 GPUs each .* has 2 CPUs"):
+        cluster.plan_cluster_workers({"CPU": 2}, load_config([], ["run.workers=3", "run.cpus_per_worker=1"]))
     with pytest.raises(RequestError, match="has no GPU"):
-        cluster.plan_workers({"CPU": 2}, load_config([], ["model.device=cuda"]))
+        cluster.plan_cluster_workers({"CPU": 2}, load_config([], ["model.device=cuda"]))
 
 
 def test_nothing_salient_to_train_on(tmp_path: Path, here: None) -> None:

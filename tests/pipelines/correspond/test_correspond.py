@@ -600,11 +600,11 @@ def test_verify_names_pairs_that_are_there_twice_or_lost_matches(tmp_path: Path)
 
 def test_stats_count_pairs_and_matches(tmp_path: Path) -> None:
     store = hand_made_store(tmp_path, "abc")
-    assert stats.run(settings(), store=store.uri).matches == {}
+    assert stats.run(settings(), store=store.uri).results["matches"] == {}
     tables, report = by_hand(store, "near", ["ab", "ac"])
     tables.commit([report], "r9")
     by_hand(store, "none", ["bc"])  # begun, nothing committed
-    found = stats.run(settings(), store=store.uri).matches
+    found = stats.run(settings(), store=store.uri).results["matches"]
     assert list(found) == ["near", "none"]
     near = {name: found["near"][name] for name in ("pairs", "matches", "without_matches", "files")}
     kept = list(report.kept.values())
@@ -654,7 +654,7 @@ def test_bad_requests_are_one_sentence_each(tmp_path: Path) -> None:
     assert "several columns image_a" in sentence(store.uri, "m", str(tmp_path / "twice.csv"))
     assert "does not have: ''. Extract" in sentence(store.uri, "m", str(tmp_path / "blank.csv"))
     assert "line 1 has null for image_b" in sentence(store.uri, "m", str(tmp_path / "null.jsonl"))
-    assert "1 empty values" in sentence(store.uri, "m", str(tmp_path / "null.parquet"))
+    assert "1 empty value where" in sentence(store.uri, "m", str(tmp_path / "null.parquet"))
     said = sentence(store.uri, "m", str(tmp_path / "unknown.csv"))
     assert "names images that the store does not have: v, w, x and 2 more." in said
     assert "no column image_b (it has image_a, second)" in sentence(store.uri, "m", str(tmp_path / "columns.csv"))

@@ -15,7 +15,7 @@ import pytest
 from deltalake import DeltaTable
 from local_ray import use_local_ray
 from PIL import Image
-from set_scenes import GRID, PATCH, Scene, add_scenes, scene
+from set_scenes import GRID, PATCH_PIXELS, Scene, add_scenes, scene
 from small_runs import settings
 
 from pipelines.cosegment import job as cosegment
@@ -125,7 +125,7 @@ def test_masks_by_label(store: Store, scenes: dict[str, Scene]) -> None:
         check_parts(parts, kinds)
         numbers.setdefault(set_id, set()).add((parts[kinds == 0][0], parts[kinds == 1][0]))
         pixels = mask(row)
-        np.testing.assert_array_equal(pixels, (parts + 1).repeat(PATCH, 0).repeat(PATCH, 1))
+        np.testing.assert_array_equal(pixels, (parts + 1).repeat(PATCH_PIXELS, 0).repeat(PATCH_PIXELS, 1))
         np.testing.assert_array_equal(mask(row, "foreground_png"), np.where(pixels > 0, 255, 0))
         assert row["foreground_fraction"] == pytest.approx((pixels > 0).mean())
         assert row["note"] is None and row["run_id"].startswith("20200101")
@@ -399,7 +399,7 @@ def test_sets_without_a_common_object(tmp_path: Path) -> None:
     assert not mask(found["some", "some/3.jpg"], "foreground_png").any()
     assert found["some", "some/0.jpg"]["note"] is None
     tiny = found["tiny", "tiny/0.jpg"]
-    assert tiny["note"].startswith("the only image of its set") and mask(tiny).shape == (PATCH, PATCH)
+    assert tiny["note"].startswith("the only image of its set") and mask(tiny).shape == (PATCH_PIXELS, PATCH_PIXELS)
     assert result.without_foreground == 4 + 1 + (not mask(tiny).any())
     assert (patch_parts(store)["none", "none/0.jpg"] == -1).all()
 
@@ -475,7 +475,7 @@ def test_the_sample_is_spread_and_seeded() -> None:
 def test_verify_finds_what_does_not_fit_together(store: Store) -> None:
     run(store)
     assert verify.run(settings(), store=store.uri).problems == []
-    counted = stats.run(settings(), store=store.uri).parts["animals"]
+    counted = stats.run(settings(), store=store.uri).results["parts"]["animals"]
     assert (counted["sets"], counted["images"], counted["files"]) == (2, 10, 2)  # one image has no label
     tables = PartTables(store.uri, "animals", {})
     (path,) = tables.patches.files()

@@ -15,7 +15,7 @@ import pytest
 from deltalake import DeltaTable
 from local_ray import use_local_ray
 from PIL import Image
-from set_scenes import PATCH, add_scenes, scene
+from set_scenes import PATCH_PIXELS, add_scenes, scene
 from small_runs import as_options, settings
 from typer.testing import CliRunner
 
@@ -69,7 +69,7 @@ def masks(store: Store) -> dict[str, dict[str, Any]]:
 
 
 def pixels(kinds: np.ndarray) -> np.ndarray:
-    return kinds.repeat(PATCH, 0).repeat(PATCH, 1)
+    return kinds.repeat(PATCH_PIXELS, 0).repeat(PATCH_PIXELS, 1)
 
 
 def test_masks_are_those_of_the_operations_on_arrays(tmp_path: Path) -> None:
@@ -91,10 +91,10 @@ def test_masks_are_those_of_the_operations_on_arrays(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found["foreground"], cut.mask)
         smooth = smooth_parts(parts, one.features.descriptor, rgb)
         np.testing.assert_array_equal(found["parts"].astype(int) - 1, smooth)
-        assert (found["parts"] > 0)[::PATCH, ::PATCH].sum() > 0
+        assert (found["parts"] > 0)[::PATCH_PIXELS, ::PATCH_PIXELS].sum() > 0
         of_image = patches.filter(pc.equal(patches["image_id"], name))
         of_image = of_image.sort_by([("row", "ascending"), ("col", "ascending")])
-        np.testing.assert_array_equal(of_image["part_id"].to_numpy(), smooth[::PATCH, ::PATCH].ravel())
+        np.testing.assert_array_equal(of_image["part_id"].to_numpy(), smooth[::PATCH_PIXELS, ::PATCH_PIXELS].ravel())
 
 
 def test_pictures_that_cannot_be_had_leave_masks_in_steps_of_patches(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_tiles_bound_what_is_held_and_change_nothing(
 
     monkeypatch.setattr(pck, "read_patch_maps", read)
     whole = pck.run(settings(), store=str(store), annotations=str(willow))
-    monkeypatch.setattr(pck, "PATCHES_HELD", 1)
+    monkeypatch.setattr(pck, "MAX_PATCHES_IN_MEMORY", 1)
     tiled = pck.run(settings(), store=str(store), annotations=str(willow))
     assert held == [3] + [2] * 6
     assert tiled.scores == whole.scores

@@ -16,7 +16,8 @@ from dino_ops.errors import ModelError
 from pipelines import sources
 from pipelines.errors import JobError, RequestError
 from pipelines.extract import stages
-from pipelines.extract.layout import ModelFacts, model_facts, plan_workers
+from pipelines.extract.layout import ModelFacts, model_facts
+from pipelines.extract.layout import plan_extraction as plan_workers
 from pipelines.extract.stages import FusedWorker, ModelWorker, WriteWorker, decode_block
 from pipelines.features.extractor import WorkerSetup
 from pipelines.settings.sections import Config

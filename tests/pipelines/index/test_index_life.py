@@ -16,12 +16,13 @@ from s3_server import BUCKET, S3Server
 from small_runs import settings
 
 from benchmarks.embedded import add_embeddings
-from dino_ops.nearest import LEAST_TO_TRAIN, unit
+from dino_ops.nearest import MIN_TRAINING_VECTORS, unit
 from pipelines.errors import JobError
 from pipelines.index import job as index
 from pipelines.index import search
 from pipelines.index import update as index_update
 from pipelines.results import indices as index_files
+from pipelines.results.index_checks import check_index
 from pipelines.results.indices import Manifest, Segment
 from pipelines.settings.sections import Config
 from pipelines.store.extraction import drop_images
@@ -73,13 +74,13 @@ def recall(store: Store, held: dict[str, np.ndarray], queries: int = 30) -> floa
 
 
 def sound(store: Store) -> bool:
-    checked = verify.check_index(store, "main", Store.open(store.uri, settings()).images.read(["image_id", "run_id"]))
+    checked = check_index(store, "main", Store.open(store.uri, settings()).images.read(["image_id", "run_id"]))
     return checked.problems == [] and checked.notes == [] and checked.unreferenced_files == 0
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
 def test_updates_and_removals_and_merges_keep_the_answers(kind: str, tmp_path: Path) -> None:
-    count = LEAST_TO_TRAIN + 800 if kind == "ivfpq" else 1000
+    count = MIN_TRAINING_VECTORS + 800 if kind == "ivfpq" else 1000
     everything = vectors(count + 400)
     held = {f"{number:08d}": vector for number, vector in enumerate(everything[:count])}
     store = new_store(tmp_path, everything[:count], files=3)

@@ -18,7 +18,7 @@ import pytest
 from hand_made import add_failure
 from PIL import Image
 from s3_server import BUCKET, S3Server
-from set_scenes import PATCH, Scene, add_scenes
+from set_scenes import PATCH_PIXELS, Scene, add_scenes
 from shown_store import add_clusters, add_matches, add_parts, scenes, shown_store, spec
 from sklearn.decomposition import PCA
 from typer.testing import CliRunner
@@ -194,7 +194,7 @@ def test_layers_show_what_the_tables_say(full: Store, made: dict[str, Scene]) ->
     ranked = found.clusterings[0].ranked
     counts = np.bincount(np.concatenate([one.kinds.reshape(-1) for one in made.values()]))
     assert [int(counts[cluster]) for cluster in ranked] == sorted(counts.tolist(), reverse=True)
-    side = float(12 * PATCH)
+    side = float(12 * PATCH_PIXELS)
     for image_id, one in made.items():
         saliency = layers["Saliency"].overlays[image_id]
         np.testing.assert_array_equal(drawn(saliency.png)[..., :3], amounts(one.features.saliency))
@@ -203,7 +203,7 @@ def test_layers_show_what_the_tables_say(full: Store, made: dict[str, Scene]) ->
         np.testing.assert_array_equal(
             drawn(layers["Clusters: words"].overlays[image_id].png)[..., :3], colours[one.kinds]
         )
-        pixels = one.kinds.repeat(PATCH, 0).repeat(PATCH, 1)
+        pixels = one.kinds.repeat(PATCH_PIXELS, 0).repeat(PATCH_PIXELS, 1)
         parts = drawn(layers["Parts: things"].overlays[image_id].png)
         np.testing.assert_array_equal(parts[..., 3] > 0, pixels < 2)
         for part in (0, 1):
@@ -248,7 +248,7 @@ def test_typical_patches_are_nearest_to_their_centroid_and_cut_where_they_are(
             x, y, width, height = crop.mark
             middle = np.asarray(Image.open(io.BytesIO(crop.jpeg)), float)[int(y + height / 2), int(x + width / 2)]
             picture = np.asarray(made[one.image_id].picture, float)
-            right = picture[one.row * PATCH + PATCH // 2, one.col * PATCH + PATCH // 2]
+            right = picture[one.row * PATCH_PIXELS + PATCH_PIXELS // 2, one.col * PATCH_PIXELS + PATCH_PIXELS // 2]
             assert np.abs(middle - right).max() < 40, "a crop shows its patch in the frame"
 
 
@@ -258,7 +258,7 @@ def test_matches_join_the_places_that_the_table_says(full: Store) -> None:
     assert list(pairs) == [(CATS[0], CATS[1]), (CATS[0], DOGS[0])], "pairs without matches are not drawn"
     second = pairs[CATS[0], CATS[1]].matches[1]
     places = (second.y_a, second.x_a, second.y_b, second.x_b)
-    assert places == (1.5 * PATCH, 2.5 * PATCH, 3.5 * PATCH, 4.5 * PATCH)
+    assert places == (1.5 * PATCH_PIXELS, 2.5 * PATCH_PIXELS, 3.5 * PATCH_PIXELS, 4.5 * PATCH_PIXELS)
     assert second.similarity == pytest.approx(0.8) and pairs[CATS[0], CATS[1]].score == pytest.approx(0.75)
     assert contents_of(full, images=(CATS[0], DOGS[0])).pairs["nearest"][0].image_b == DOGS[0]
     assert contents_of(full, images=(CATS[1], DOGS[0])).pairs["nearest"] == []

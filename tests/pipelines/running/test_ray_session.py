@@ -37,6 +37,7 @@ def test_the_jobs_of_a_pipeline_share_a_session_and_its_metrics_port(monkeypatch
     monkeypatch.setattr(ray, "is_initialized", lambda: bool(started))
     monkeypatch.setattr(ray, "init", lambda **given: started.append(given))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 6.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 6.0}}])
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     with socket.socket() as free:
         free.bind(("", 0))

@@ -18,7 +18,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines.sources import fetch, list_images
-from pipelines.sources.fetching import LARGEST_GAP, LONGEST_READ
+from pipelines.sources.fetching import MAX_GAP_BYTES_READ, MAX_JOINT_READ_BYTES
 
 
 class FlakyFileSystem(MemoryFileSystem):
@@ -205,25 +205,25 @@ def test_neighbouring_members_of_a_tar_are_read_in_one_request(flaky: FlakyFileS
 
 
 def test_what_lies_far_apart_in_a_tar_is_not_read_along(flaky: FlakyFileSystem) -> None:
-    gap = ("between.bin", bytes(LARGEST_GAP + 1))
+    gap = ("between.bin", bytes(MAX_GAP_BYTES_READ + 1))
     members = [("0.jpg", b"zero"), ("1.jpg", b"one"), gap, ("2.jpg", b"two"), ("3.jpg", b"three")]
     flaky.pipe_file("/in/a.tar", tar_of(members))
     table = list_images("flaky://in/a.tar").table
     flaky.requests.clear()
     assert [one.data for one in fetch(table)] == [b"zero", b"one", b"two", b"three"]
     assert len(flaky.requests) == 2
-    assert sum((end or 0) - (start or 0) for _, start, end, _ in flaky.requests) < LARGEST_GAP
+    assert sum((end or 0) - (start or 0) for _, start, end, _ in flaky.requests) < MAX_GAP_BYTES_READ
 
 
 def test_one_request_is_never_longer_than_the_limit(flaky: FlakyFileSystem) -> None:
-    size = LONGEST_READ // 3
+    size = MAX_JOINT_READ_BYTES // 3
     flaky.pipe_file("/in/a.tar", tar_of([(f"{number}.jpg", bytes([number]) * size) for number in range(5)]))
     table = list_images("flaky://in/a.tar").table
     flaky.requests.clear()
     fetched = fetch(table)
     assert [one.data for one in fetched] == [bytes([number]) * size for number in range(5)]
     lengths = [(end or 0) - (start or 0) for _, start, end, _ in flaky.requests]
-    assert max(lengths) <= LONGEST_READ and len(lengths) == 3
+    assert max(lengths) <= MAX_JOINT_READ_BYTES and len(lengths) == 3
 
 
 def test_members_of_two_tars_and_plain_files_in_one_call(flaky: FlakyFileSystem) -> None:

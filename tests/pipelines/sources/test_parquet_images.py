@@ -126,7 +126,7 @@ def test_a_dataset_without_rows_is_one_sentence(tmp_path: Path) -> None:
 
 def test_two_rows_with_one_id_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", {"image": [image(0), image(1)], "id": ["x", "x"]})
-    with pytest.raises(InputError, match=r"same id \('x'; 1 rows too many\)"):
+    with pytest.raises(InputError, match=r"same id \('x'; 1 row too many\)"):
         list_images(str(tmp_path / "a.parquet"))
 
 

@@ -22,7 +22,7 @@ from pipelines.settings.loading import load_config
 from pipelines.settings.sections import TrainSettings
 from pipelines.sources import list_images
 from pipelines.train.accuracy import K, choose_labelled
-from pipelines.train.batches import SUBSTITUTES, Reading, epoch_order, make_crops, make_views
+from pipelines.train.batches import MAX_SUBSTITUTES_PER_IMAGE, Reading, epoch_order, make_crops, make_views
 from pipelines.train.card import make_card
 from pipelines.train.checkpoints import list_checkpoints, read_checkpoint, remove_old, write_checkpoint
 from pipelines.train.job import Result
@@ -100,7 +100,9 @@ def test_many_unreadable_in_a_row_end_the_job(tmp_path: Path) -> None:
     crops, bad = make_crops(list_images(str(tmp_path)).table, order, range(1), 0, SMALL, READING)
     assert crops.images == 1 and [one.image_id for one in bad] == ["00.jpg", *(f"{at}.jpg" for at in range(20, 39))]
     (tmp_path / "39.jpg").rename(tmp_path / "18.jpg")
-    with pytest.raises(JobError, match=rf"{SUBSTITUTES + 1} images in a row cannot be read .*check INPUT"):
+    with pytest.raises(
+        JobError, match=rf"{MAX_SUBSTITUTES_PER_IMAGE + 1} images in a row cannot be read .*check INPUT"
+    ):
         make_crops(list_images(str(tmp_path)).table, np.arange(39), range(1), 0, SMALL, READING)
 
 

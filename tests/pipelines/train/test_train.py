@@ -453,7 +453,7 @@ def test_too_many_unreadable_images_end_the_job_in_a_sentence(tmp_path: Path) ->
     assert not (tmp_path / "output" / "checkpoints").exists()
 
 
-def plan(overrides: tuple[str, ...], batch_size: int = 64, **resources: float) -> job.Layout:
+def plan(overrides: tuple[str, ...], batch_size: int = 64, **resources: float) -> job.TrainingLayout:
     return job.plan_layout(resources, load_config([], list(overrides)), batch_size)
 
 
@@ -478,7 +478,7 @@ def test_layouts() -> None:
         plan(("run.workers=3", "run.cpus_per_worker=1"), CPU=4)
     with pytest.raises(RequestError, match="cluster has no GPU"):
         plan(("model.device=cuda",), CPU=4)
-    with pytest.raises(RequestError, match="3 workers with 1 CPUs and 1 GPUs each were asked for"):
+    with pytest.raises(RequestError, match="3 workers with 1 CPU and 1 GPU each were asked for"):
         plan(("run.workers=3",), GPU=2, CPU=8)
     with pytest.raises(RequestError, match=r"lower run\.workers"):
         plan(("run.workers=9", "run.cpus_per_worker=1"), CPU=8)
@@ -595,9 +595,7 @@ def test_training_starts_from_the_weights_that_are_given_or_from_random_ones(
     written = safetensors.torch.load_file(result.weights)
     for name, tensor in expected.vit.state_dict().items():
         torch.testing.assert_close(written[name], tensor, rtol=0, atol=1e-6)
-    assert (
-        f"From {f'`{start}`' if given else 'random weights'}, 1 epochs" in (tmp_path / "output/README.md").read_text()
-    )
+    assert f"From {f'`{start}`' if given else 'random weights'}, 1 epoch" in (tmp_path / "output/README.md").read_text()
 
 
 def test_another_seed_is_another_training(undisturbed: tuple[Path, Any], source: Path, tmp_path: Path) -> None:

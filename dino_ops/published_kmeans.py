@@ -1,4 +1,4 @@
-"""k-means whose number of clusters is chosen by its gain, on vectors of unit length.
+"""The published k-means of co-segmentation: vectors of unit length, and a number of clusters chosen by the elbow rule.
 
 "Deep ViT Features as Dense Visual Descriptors", section 4.2, as its published code does it. The k-means itself is a
 function that callers may replace.
@@ -13,8 +13,9 @@ from typing import Protocol
 import numpy as np
 
 MAX_CLUSTERS = 14
-BLOCK_VALUES = 16_000_000  # of a matrix of distances held at once
-SAME = 1e-9  # mean squared distance of unit vectors that are equal up to rounding
+MAX_DISTANCE_BLOCK_VALUES = 16_000_000
+# Unit vectors that are no farther apart, in the mean, are equal.
+SQUARED_DISTANCE_BY_ROUNDING = 1e-9
 
 
 class KMeansFunction(Protocol):
@@ -27,9 +28,9 @@ class KMeansFunction(Protocol):
 class FaissKMeans:
     """FAISS' k-means with the published code's settings, so with the same seed its clusters are the published ones.
 
-    restarts: times that it starts anew; the best is taken. points_per_cluster: more than so many a cluster are
-    sampled, with the seed. It runs on one thread: with so few points, threads would only wait for each other, and
-    very long where other processes use the cores.
+    restarts: runs from other first centroids; the best is taken. points_per_cluster: where there are more than this
+    many a cluster, they are sampled, with the seed. It runs on one thread: with so few points, threads would only wait
+    for each other, and very long where other processes use the cores.
     """
 
     seed: int = 1234
@@ -59,7 +60,7 @@ class FaissKMeans:
 
 
 @dataclass(frozen=True)
-class Elbow:
+class ElbowClusters:
     """Clusters and how their number came about.
 
     centroids: (k, D) float32. objectives: (k,) float64, the mean squared distance with 1 to k clusters.
@@ -77,7 +78,7 @@ def cluster_by_elbow(
     elbow: float,
     kmeans: KMeansFunction,
     max_clusters: int = MAX_CLUSTERS,
-) -> Elbow:
+) -> ElbowClusters:
     """The first number of clusters whose objective is above elbow times that of one cluster fewer.
 
     training: (n, D) float32 of unit length, n >= 1, what k-means sees. descriptors: arrays (..., D) over which the
@@ -91,13 +92,13 @@ def cluster_by_elbow(
     for k in range(1, min(max_clusters, len(training)) + 1):
         centroids = kmeans(training, k)
         objectives.append(_mean_squared_distance(descriptors, centroids))
-        if objectives[-1] <= SAME:
+        if objectives[-1] <= SQUARED_DISTANCE_BY_ROUNDING:
             note = "all descriptors are the same" if k == 1 else f"there are only {k} different descriptors"
-            return Elbow(centroids, np.array(objectives), note)
+            return ElbowClusters(centroids, np.array(objectives), note)
         if k > 1 and objectives[-1] > elbow * objectives[-2]:
-            return Elbow(centroids, np.array(objectives))
+            return ElbowClusters(centroids, np.array(objectives))
     note = f"only {len(training)} descriptors to cluster" if len(training) < max_clusters else ""
-    return Elbow(centroids, np.array(objectives), note)
+    return ElbowClusters(centroids, np.array(objectives), note)
 
 
 def unit_rows(descriptor: np.ndarray) -> np.ndarray:
@@ -133,7 +134,7 @@ def squared_distances(rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 def _distance_blocks(rows: np.ndarray, centroids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     lengths = np.einsum("kd,kd->k", centroids, centroids)
-    size = max(1, BLOCK_VALUES // len(centroids))
+    size = max(1, MAX_DISTANCE_BLOCK_VALUES // len(centroids))
     for first in range(0, len(rows), size):
         block = rows[first : first + size]
         squared = np.einsum("nd,nd->n", block, block)[:, None] + lengths - 2 * (block @ centroids.T)

@@ -1,0 +1,113 @@
+"""What every kind of result in a store has: a name, tables, counts, a version, and checks.
+
+Whatever looks at all results (verify, stats, compact, pipelines, queries of a report) does so through `StoredResult`,
+so that a new kind is known to all of them once it stands in pipelines/results/all_kinds.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import pyarrow as pa
+
+from pipelines import storage
+from pipelines.results.names import Kind, result_names, result_uri
+from pipelines.store.linked_tables import LinkedTables
+from pipelines.store.table import Table
+
+
+@dataclass
+class Findings:
+    """What a check found.
+
+    problems: damage, a sentence each. notes: what is worth knowing and harmless. files: that the result consists of
+    and that are no table's. unreferenced_files: left by killed runs; harmless.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    files: int = 0
+    unreferenced_files: int = 0
+
+
+class StoredResult(ABC):
+    """One result of a job, KIND/NAME in a store."""
+
+    kind: ClassVar[Kind]
+    name: str
+    tables: dict[str, Table]  # by name; empty for a result that consists of files
+
+    @property
+    def path(self) -> str:
+        """Where it lies below the store: clusters/words."""
+        return f"{self.kind}/{self.name}"
+
+    @abstractmethod
+    def version(self) -> str:
+        """Another one whenever its rows are others; the same when its files were merged."""
+
+    @abstractmethod
+    def missing(self) -> str:
+        """What of it is gone or cut short, in words; empty when all files are there. Reads none of them."""
+
+    @abstractmethod
+    def counts(self) -> dict[str, int]:
+        """What it holds, as stats shows it."""
+
+    @abstractmethod
+    def describe(self, counts: dict[str, int]) -> str:
+        """Those counts in words."""
+
+    @abstractmethod
+    def linked_tables(self) -> Iterator[LinkedTables]:
+        """Every table as data, once, with the one that names its files."""
+
+
+class ResultTables(StoredResult):
+    """A result that consists of Delta tables, at the versions last refreshed."""
+
+    schemas: ClassVar[Mapping[str, pa.Schema]]
+    leading: ClassVar[str]  # the table whose rows decide what is done
+
+    def __init__(self, store: str, name: str, options: storage.Options) -> None:
+        self.name = name
+        self.uri = result_uri(store, self.kind, name)
+        self.options = options
+        self.tables = {
+            table: Table(storage.join(self.uri, table), schema, options) for table, schema in self.schemas.items()
+        }
+
+    @classmethod
+    def open_existing(cls, store: str, name: str, options: storage.Options) -> Self | None:
+        """The tables of NAME, or None where there are none yet; nothing is written."""
+        uri = result_uri(store, cls.kind, name)
+        exist = all(Table.exists(storage.join(uri, table), options) for table in cls.schemas)
+        return cls(store, name, options) if exist else None
+
+    @classmethod
+    def all_in(cls, store: str, options: storage.Options) -> dict[str, Self]:
+        """Every result of this kind in a store, by NAME."""
+        found = {name: cls.open_existing(store, name, options) for name in result_names(store, cls.kind, options)}
+        return {name: result for name, result in found.items() if result is not None}
+
+    def refresh(self) -> None:
+        """See what others committed."""
+        for table in self.tables.values():
+            table.refresh()
+
+    def version(self) -> str:
+        return self.tables[self.leading].content_identity
+
+    def missing(self) -> str:
+        return next((said for table in self.tables.values() if (said := table.missing_file())), "")
+
+    def counts(self) -> dict[str, int]:
+        files = [file for table in self.tables.values() for file in table.files().values()]
+        return self.row_counts() | {"files": len(files), "bytes": sum(file.size for file in files)}
+
+    @abstractmethod
+    def row_counts(self) -> dict[str, int]:
+        """What its rows are, as stats shows it."""

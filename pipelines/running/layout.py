@@ -1,0 +1,100 @@
+"""The workers of a job on a cluster and what each takes: one plan from what there is and what was asked.
+
+Ray waits for ever for a worker that fits nowhere, so every job asks here before it starts one, and what cannot be had
+is one sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipelines.errors import RequestError
+from pipelines.settings.sections import Config
+
+LARGEST_NODE_CPUS, LARGEST_NODE_GPUS = "largest_node_cpus", "largest_node_gpus"  # keys of `resources`, where known
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The workers of a job. device: cpu or cuda. cpus, gpus: what each worker takes."""
+
+    device: str
+    workers: int
+    cpus: float
+    gpus: float
+
+
+def device_of(resources: Mapping[str, float], config: Config) -> str:
+    """cpu or cuda, as model.device asks and the cluster has it.
+
+    Raises RequestError where a GPU was asked for and there is none.
+    """
+    if config.model.device == "cuda" and not resources.get("GPU"):
+        raise RequestError("model.device is cuda, but the Ray cluster has no GPU: give model.device=auto or cpu.")
+    return "cuda" if config.model.device != "cpu" and resources.get("GPU") else "cpu"
+
+
+def plan_workers(
+    resources: Mapping[str, float],
+    config: Config,
+    *,
+    usual_cpus: float,
+    usual_gpus: float = 1.0,
+    most_cpus: float | None = None,
+    least_cpus: float = 0.0,
+    reserved_cpus: float = 0.0,
+    most_workers: int | None = None,
+    uses_gpu: bool = True,
+    whole_cpus: bool = False,
+) -> Layout:
+    """Workers for a cluster with `resources` ({"CPU": ..., "GPU": ...}), as run.workers and the like ask.
+
+    Args:
+        usual_cpus, usual_gpus: of a worker, where nothing was asked.
+        most_cpus, least_cpus: of a worker whose share is larger or smaller than usual; default: at most usual_cpus.
+        reserved_cpus: that are not for these workers.
+        most_workers: that are worth starting, where run.workers does not say.
+        uses_gpu: whether a worker takes one where there are any.
+        whole_cpus: on GPUs there are rather fewer workers than workers with less than usual_cpus.
+
+    Raises RequestError when what was asked is not there.
+    """
+    run = config.run
+    device = device_of(resources, config)
+    cpus, gpus = resources.get("CPU", 1.0) - reserved_cpus, resources.get("GPU", 0.0)
+    gpus_each = (run.gpus_per_worker or usual_gpus) if device == "cuda" and uses_gpu else 0.0
+    by_cpus = cpus / (run.cpus_per_worker or usual_cpus)
+    by_gpus = gpus / gpus_each if gpus_each else by_cpus
+    fitting = max(1, int(min(by_cpus, by_gpus) if whole_cpus else by_gpus))
+    workers = run.workers or min(fitting, most_workers or fitting)
+    cpus_each = run.cpus_per_worker or max(least_cpus, min(most_cpus or usual_cpus, cpus / workers))
+    layout = Layout(device, workers, cpus_each, gpus_each)
+    _check(layout, cpus, gpus, resources)
+    return layout
+
+
+def _check(layout: Layout, cpus: float, gpus: float, resources: Mapping[str, float]) -> None:
+    one = layout.workers == 1
+    asked = (
+        f"{layout.workers} worker{'' if one else 's'} with {amount(layout.cpus, 'CPU')} and "
+        f"{amount(layout.gpus, 'GPU')}{'' if one else ' each'} {'was' if one else 'were'} asked for"
+    )
+    remedy = "lower run.workers, run.cpus_per_worker or run.gpus_per_worker."
+    too_many_cpus = layout.cpus * layout.workers > cpus + ROUNDING
+    if too_many_cpus or layout.gpus * layout.workers > gpus + ROUNDING:
+        raise RequestError(
+            f"{asked}, but the cluster has {amount(cpus, 'CPU')} to give and {amount(gpus, 'GPU')}: {remedy}"
+        )
+    node_cpus, node_gpus = resources.get(LARGEST_NODE_CPUS, cpus), resources.get(LARGEST_NODE_GPUS, gpus)
+    if layout.cpus > node_cpus + ROUNDING or layout.gpus > node_gpus + ROUNDING:
+        raise RequestError(
+            f"{asked}, but a worker runs on one node, and no node of the cluster has more than "
+            f"{amount(node_cpus, 'CPU')} and {amount(node_gpus, 'GPU')}: {remedy}"
+        )
+
+
+def amount(count: float, what: str) -> str:
+    """A number with its noun: 1 CPU, 2.5 CPUs."""
+    return f"{count:g} {what}{'' if count == 1 else 's'}"
