@@ -152,7 +152,7 @@ order, so a lookup by `image_id` reads one row group. [Python](python.md) shows 
       parts/NAME/    tables images and patches, from `dinoray cosegment`
       matches/NAME/  tables pairs and matches, from `dinoray correspond`
       index/NAME/    FAISS files and their manifest, from `dinoray index`
-      runs/          one JSON report for each run
+      runs/          one JSON report for each run: what was asked, what was done, how fast, and what failed
       report.html    photos and what was found in them, from `dinoray report`
 
 `patches` stores descriptors as `store.dtype` says:
