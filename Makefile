@@ -7,7 +7,7 @@ INSTALLED_SLOW := $(VENV)/.installed-slow
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format bench soak constraints clean
+.PHONY: help install demo test test-all lint format docs bench soak constraints clean
 
 help:  ## List these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ lint: install  ## Style, types, and which module may import which
 format: install  ## Put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install  ## Write docs/tables.md and docs/settings.md out of the code
+	$(BIN)/python docs/generate.py
 
 bench: install  ## Speed, memory and size as ratios; appends to benchmarks/results.md
 	$(BIN)/python -m benchmarks.extract

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from deltalake import DeltaTable
+from documents import python_of_section
 from hand_made import add_described, described
 from s3_server import BUCKET, S3Server
 from small_runs import as_options, settings
@@ -507,12 +508,11 @@ def test_the_command_says_what_was_done(store: Store, here: None) -> None:
     assert 1 < chosen["k"] <= 9
 
 
-def test_the_readmes_query_runs_as_shown(store: Store, tmp_path: Path, here: None) -> None:
+def test_the_documented_query_runs_as_shown(store: Store, tmp_path: Path, here: None) -> None:
     run(store)
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "store").symlink_to(store.uri)
-    section = (Path(__file__).parents[3] / "README.md").read_text().partition("## Clusters")[2]
-    query = section.partition("```python\n")[2].partition("```")[0]
+    query = python_of_section("docs/cluster.md", "A query")
     done = subprocess.run([sys.executable, "-c", query], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "patches" in done.stdout, done.stderr
 

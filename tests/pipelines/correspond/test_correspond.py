@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
+from documents import python_of_section
 from hand_made import DIMENSIONS, GRID, add_images, features, source
 from PIL import Image
 from s3_server import BUCKET, S3Server
@@ -575,13 +576,12 @@ def test_duckdb_reads_both_tables(extracted: tuple[Path, Path]) -> None:
     assert {"image_a", "row_a", "y_b"} <= set(matches.schema.names) and "kept" in pairs.schema.names
 
 
-def test_the_readmes_query_runs_as_shown(extracted: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_documented_query_runs_as_shown(extracted: tuple[Path, Path], tmp_path: Path) -> None:
     _, store = extracted
     run(store, "nearest", "knn:3")
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "store").symlink_to(store)
-    section = (Path(__file__).parents[3] / "README.md").read_text().partition("## Which patch matches which")[2]
-    query = section.partition("```python\n")[2].partition("```")[0]
+    query = python_of_section("docs/correspond.md", "A query")
     done = subprocess.run([sys.executable, "-c", query], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "similarity" in done.stdout, done.stderr
 
