@@ -1,4 +1,4 @@
-"""What workers finished and the driver has not committed yet: commits take many reports at once, by the clock."""
+"""What workers have finished and the driver has not committed yet: each commit takes the reports of some seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Generic, TypeVar
 
 from pipelines.running.interrupts import uninterrupted
 
-COMMIT_SHARE = 0.3  # of run.commit_seconds that a report may wait; the rest is the time of the task that made it
+# The rest of run.commit_seconds is for the task that makes the report.
+LONGEST_WAIT_SHARE_OF_COMMIT_SECONDS = 0.3
 
 Report = TypeVar("Report")
 
@@ -17,18 +18,18 @@ class WaitingReports(Generic[Report]):
     """Reports in the order of their arrival, handed to `commit` together."""
 
     def __init__(self, commit_seconds: float, commit: Callable[[list[Report]], None]) -> None:
-        self._longest_wait = commit_seconds * COMMIT_SHARE
+        self._longest_wait = commit_seconds * LONGEST_WAIT_SHARE_OF_COMMIT_SECONDS
         self._commit = commit
         self._reports: list[Report] = []
-        self._since = 0.0  # when the first of them came
+        self._first_came_at = 0.0
 
     def add(self, report: Report) -> None:
-        self._since = self._since if self._reports else time.monotonic()
+        self._first_came_at = self._first_came_at if self._reports else time.monotonic()
         self._reports.append(report)
 
     def commit_when_due(self) -> None:
         """Commit when the first report has waited long enough."""
-        if self._reports and time.monotonic() - self._since >= self._longest_wait:
+        if self._reports and time.monotonic() - self._first_came_at >= self._longest_wait:
             self.commit()
 
     def commit(self) -> None:

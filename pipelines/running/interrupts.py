@@ -12,14 +12,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Deferral:
-    """Whether an interruption has to wait, and whether one does."""
+    """How many `uninterrupted` blocks are open, for which an interruption has to wait, and whether one does."""
 
-    waiting_for = 0  # how many `uninterrupted` blocks are open
+    open_blocks = 0
     pending = False
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    if _Deferral.waiting_for and not _Deferral.pending:  # a second signal does not wait
+    # a second signal does not wait
+    if _Deferral.open_blocks and not _Deferral.pending:
         _Deferral.pending = True
     else:
         raise KeyboardInterrupt
@@ -42,11 +43,11 @@ def interruptible() -> Iterator[None]:
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Within: a signal waits for the end of the block, so that what the block did and what it counted agree."""
-    _Deferral.waiting_for += 1
+    _Deferral.open_blocks += 1
     try:
         yield
     finally:
-        _Deferral.waiting_for -= 1
-        if _Deferral.pending and not _Deferral.waiting_for:
+        _Deferral.open_blocks -= 1
+        if _Deferral.pending and not _Deferral.open_blocks:
             _Deferral.pending = False
             raise KeyboardInterrupt

@@ -22,18 +22,19 @@ from typing import Any, TextIO
 
 LOGGER = logging.getLogger("dinoray")
 HIDDEN = "..."
-SHORTEST_SECRET = 4  # characters; replacing shorter ones would take whole words apart
+# Replacing shorter ones would take whole words apart.
+SHORTEST_SECRET_CHARACTERS = 4
 
-_IN_URI = re.compile(r"(?<=://)[^/\s@]+@")  # user:password@
+_USER_AND_PASSWORD = re.compile(r"(?<=://)[^/\s@]+@")
 _IN_QUERY = re.compile(r"([?&][\w.-]*(?:sig|token|secret|password|credential|key)[\w.-]*=)[^&\s\"']+", re.IGNORECASE)
 _STORAGE_OVERRIDE = re.compile(r"\bstorage\w*\.([\w.]+)=([^\s'\"]+)")
-_HARMLESS = ("endpoint", "region", "account_name", "project", "profile", "anon", "version", "style")  # in a key's name
+_HARMLESS_KEY_PARTS = ("endpoint", "region", "account_name", "project", "profile", "anon", "version", "style")
 
 
 class _Open:
-    """The log that is being written, if one is."""
+    """The log that is being written, if one is. about: what every line says."""
 
-    about: dict[str, Any] | None = None  # what every line says
+    about: dict[str, Any] | None = None
     secrets: frozenset[str] = frozenset()
 
 
@@ -48,7 +49,8 @@ def json_log(command: str) -> Iterator[None]:
     root.handlers = [handler]
     LOGGER.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # else every step of a bar would be a line
+    # else every step of a bar would be a line
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _Open.about, _Open.secrets = {"command": command}, frozenset()
     printed = _Printed()
     sys.stderr = printed
@@ -88,9 +90,13 @@ def hide(options: Mapping[str, Any]) -> None:
     for key, value in options.items():
         if isinstance(value, Mapping):
             hide(value)
-        elif isinstance(value, str) and len(value) >= SHORTEST_SECRET and not any(name in key for name in _HARMLESS):
+        elif isinstance(value, str) and len(value) >= SHORTEST_SECRET_CHARACTERS and not _is_harmless(key):
             found.add(value)
     _Open.secrets |= found
+
+
+def _is_harmless(key: str) -> bool:
+    return any(part in key for part in _HARMLESS_KEY_PARTS)
 
 
 def event(name: str, message: str = "", /, *, level: int = logging.INFO, **fields: Any) -> None:
@@ -106,8 +112,8 @@ def failed(message: str, exit_code: int) -> None:
 
 def broke(error: Exception) -> None:
     """The line of a bug, whose traceback is a field."""
-    told = {"error": type(error).__name__, "exit_code": 1, "traceback": "".join(traceback.format_exception(error))}
-    event("failed", f"{type(error).__name__}: {error}", level=logging.CRITICAL, **told)
+    fields = {"error": type(error).__name__, "exit_code": 1, "traceback": "".join(traceback.format_exception(error))}
+    event("failed", f"{type(error).__name__}: {error}", level=logging.CRITICAL, **fields)
 
 
 def finished(content: Mapping[str, Any], **more: Any) -> None:
@@ -151,10 +157,10 @@ class _Printed(io.TextIOBase):
     """Standard error for everything else: a line that is printed becomes a line of JSON."""
 
     def __init__(self) -> None:
-        self._begun = ""
+        self._unfinished_line = ""
 
     def write(self, text: str) -> int:
-        *lines, self._begun = re.split(r"[\r\n]", self._begun + text)
+        *lines, self._unfinished_line = re.split(r"[\r\n]", self._unfinished_line + text)
         for line in lines:
             if line.strip():
                 event("message", line)
@@ -168,7 +174,7 @@ class _Printed(io.TextIOBase):
 
 
 def _printable(value: Any) -> Any:
-    """As JSON has it, without secrets; numbers that are none become null."""
+    """As JSON has it, without secrets; NaN and infinity become null."""
     if isinstance(value, Mapping):
         return {str(key): _printable(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -181,9 +187,8 @@ def _printable(value: Any) -> Any:
 
 
 def _without_secrets(text: str) -> str:
-    given = {
-        value for key, value in _STORAGE_OVERRIDE.findall(text) if not any(name in key for name in _HARMLESS)
-    }  # of a --set that was refused before anything knew it
+    # a --set may be refused before `hide` saw its value
+    given = {value for key, value in _STORAGE_OVERRIDE.findall(text) if not _is_harmless(key)}
     for secret in sorted(_Open.secrets | given, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    return _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_URI.sub(f"{HIDDEN}@", text))
+    return _IN_QUERY.sub(rf"\1{HIDDEN}", _USER_AND_PASSWORD.sub(f"{HIDDEN}@", text))

@@ -1,7 +1,7 @@
-"""The workers of a job on a cluster and what each takes: one plan from what there is and what was asked.
+"""The workers of a job on a cluster and what each takes: one plan from what there is and what was asked for.
 
-Ray waits for ever for a worker that fits nowhere, so every job asks here before it starts one, and what cannot be had
-is one sentence.
+Ray waits forever for a worker that fits nowhere, so every job asks here before it starts one, and is refused in one
+sentence what the cluster does not have.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipelines.errors import RequestError
+from pipelines.errors import RequestError, counted
 from pipelines.settings.sections import Config
 
-LARGEST_NODE_CPUS, LARGEST_NODE_GPUS = "largest_node_cpus", "largest_node_gpus"  # keys of `resources`, where known
+LARGEST_NODE_CPUS_KEY, LARGEST_NODE_GPUS_KEY = "largest_node_cpus", "largest_node_gpus"
 ROUNDING = 1e-6
 
 
@@ -49,17 +49,19 @@ def plan_workers(
     uses_gpu: bool = True,
     whole_cpus: bool = False,
 ) -> Layout:
-    """Workers for a cluster with `resources` ({"CPU": ..., "GPU": ...}), as run.workers and the like ask.
+    """Workers for a cluster with `resources`, as run.workers and the like ask.
 
     Args:
-        usual_cpus, usual_gpus: of a worker, where nothing was asked.
-        most_cpus, least_cpus: of a worker whose share is larger or smaller than usual; default: at most usual_cpus.
-        reserved_cpus: that are not for these workers.
-        most_workers: that are worth starting, where run.workers does not say.
-        uses_gpu: whether a worker takes one where there are any.
-        whole_cpus: on GPUs there are rather fewer workers than workers with less than usual_cpus.
+        resources: {"CPU": ..., "GPU": ...}, and under LARGEST_NODE_CPUS_KEY and LARGEST_NODE_GPUS_KEY what its largest
+            node has, where that is known.
+        usual_cpus, usual_gpus: what a worker takes where the settings do not say.
+        most_cpus, least_cpus: bounds of a worker's share of the CPUs; default: at most usual_cpus.
+        reserved_cpus: CPUs that are not for these workers.
+        most_workers: how many are worth starting, where run.workers does not say.
+        uses_gpu: whether a worker takes a GPU where there are any.
+        whole_cpus: on GPUs, start fewer workers rather than give each less than usual_cpus.
 
-    Raises RequestError when what was asked is not there.
+    Raises RequestError when the cluster does not have what was asked for.
     """
     run = config.run
     device = device_of(resources, config)
@@ -78,7 +80,7 @@ def plan_workers(
 def _check(layout: Layout, cpus: float, gpus: float, resources: Mapping[str, float]) -> None:
     one = layout.workers == 1
     asked = (
-        f"{layout.workers} worker{'' if one else 's'} with {amount(layout.cpus, 'CPU')} and "
+        f"{counted(layout.workers, 'worker')} with {amount(layout.cpus, 'CPU')} and "
         f"{amount(layout.gpus, 'GPU')}{'' if one else ' each'} {'was' if one else 'were'} asked for"
     )
     remedy = "lower run.workers, run.cpus_per_worker or run.gpus_per_worker."
@@ -87,7 +89,7 @@ def _check(layout: Layout, cpus: float, gpus: float, resources: Mapping[str, flo
         raise RequestError(
             f"{asked}, but the cluster has {amount(cpus, 'CPU')} to give and {amount(gpus, 'GPU')}: {remedy}"
         )
-    node_cpus, node_gpus = resources.get(LARGEST_NODE_CPUS, cpus), resources.get(LARGEST_NODE_GPUS, gpus)
+    node_cpus, node_gpus = resources.get(LARGEST_NODE_CPUS_KEY, cpus), resources.get(LARGEST_NODE_GPUS_KEY, gpus)
     if layout.cpus > node_cpus + ROUNDING or layout.gpus > node_gpus + ROUNDING:
         raise RequestError(
             f"{asked}, but a worker runs on one node, and no node of the cluster has more than "

@@ -1,6 +1,6 @@
 """Prometheus metrics of a job, through Ray's own endpoint, which puts `ray_` before each name.
 
-Tags name no images and no places, so that the number of series stays small. Ray adds the node and the process.
+Tags name neither images nor stores, so that the number of series stays small. Ray adds the node and the process.
 Nothing is exported where Ray runs without the packages of its metrics agent (the `metrics` extra).
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.jobs import JOBS
 
-BUSY_SECONDS = 10.0  # over which the busy ratio of a device is taken
+DEVICE_BUSY_WINDOW_SECONDS = 10.0
 
 
 class JobMetrics:
@@ -56,7 +56,8 @@ class BusyDevice:
     def __init__(self) -> None:
         self._gauge: Any = None
         self._since, self._busy = time.monotonic(), 0.0
-        if "ray" in sys.modules:  # workers also run without Ray
+        # workers also run without Ray
+        if "ray" in sys.modules:
             from ray.util.metrics import Gauge
 
             about = "Seconds of the model in a second of a worker, over the last seconds."
@@ -68,10 +69,11 @@ class BusyDevice:
         elapsed = time.monotonic() - self._since
         if self._gauge is not None:
             self._gauge.set(min(1.0, self._busy / max(elapsed, 1e-9)))
-        if elapsed > BUSY_SECONDS:
+        if elapsed > DEVICE_BUSY_WINDOW_SECONDS:
             self._since, self._busy = time.monotonic(), 0.0
 
 
 def _add(counter: Any, value: float, **tags: str) -> None:
-    if value > 0:  # Ray's counters refuse 0
+    # Ray's counters refuse 0
+    if value > 0:
         counter.inc(value, tags=tags)

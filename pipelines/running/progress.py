@@ -1,5 +1,5 @@
-"""The live line: done, total, images a second, failures, time left. A moving bar on a terminal; in a log, a line now
-and then."""
+"""The live line: done, total, images a second, failures, time left. On a terminal it is a moving bar, in a log a line
+every few seconds."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.status import Status
 
+from pipelines.errors import counted
 from pipelines.running import json_log
 
 LOG_SECONDS = 15.0
@@ -21,22 +22,25 @@ RATE_WINDOW_SECONDS = 60.0
 
 
 class ProgressLine:
-    """Shows how far a run is, on standard error."""
+    """Shows how far a run is, on standard error.
+
+    what: what is counted, in the plural. note: what the line says in place of failures.
+    """
 
     def __init__(self, total: int, what: str = "images") -> None:
         self.total = total
         self.what = what
         self.done = 0
         self.failed = 0
-        self.note = ""  # what else the line says
+        self.note = ""
         self._recent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._began = self._logged_at = time.monotonic()
-        self._first: tuple[float, int] | None = None  # when workers were warm, and what was done then
+        self._time_and_done_when_warm: tuple[float, int] | None = None
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             columns = (BarColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(f"0 of {total:,} {what}, starting workers", total=total)
+            self._task = self._bar.add_task(f"0 of {self._all}, starting workers", total=total)
 
     def __enter__(self) -> ProgressLine:
         if self._bar:
@@ -48,7 +52,7 @@ class ProgressLine:
         self.done += done
         self.failed += failed
         now = time.monotonic()
-        self._first = self._first or (now, self.done + self.failed)
+        self._time_and_done_when_warm = self._time_and_done_when_warm or (now, self.done + self.failed)
         self._recent.append((now, self.done + self.failed))
         while len(self._recent) > 2 and now - self._recent[0][0] > RATE_WINDOW_SECONDS:
             self._recent.popleft()
@@ -67,6 +71,10 @@ class ProgressLine:
         self._recent = deque([(time.monotonic(), done + failed)])
 
     @property
+    def _all(self) -> str:
+        return counted(self.total, self.what.removesuffix("s"))
+
+    @property
     def images_per_second(self) -> float:
         """Over the last minute."""
         (then, before), (now, after) = self._recent[0], self._recent[-1]
@@ -75,9 +83,9 @@ class ProgressLine:
     @property
     def steady_images_per_second(self) -> float:
         """From the first report to the last: without the start of Ray and its workers."""
-        if self._first is None or self._recent[-1][0] <= self._first[0]:
+        if self._time_and_done_when_warm is None or self._recent[-1][0] <= self._time_and_done_when_warm[0]:
             return 0.0
-        (then, before), (now, after) = self._first, self._recent[-1]
+        (then, before), (now, after) = self._time_and_done_when_warm, self._recent[-1]
         return (after - before) / (now - then)
 
     @property
@@ -86,7 +94,7 @@ class ProgressLine:
         return (self.total - self.done - self.failed) / rate if rate > 0 else None
 
     def figures(self) -> dict[str, Any]:
-        """What the line says, for those who count on."""
+        """The numbers of the line."""
         return {
             self.what: self.done,
             "failed": self.failed,
@@ -100,8 +108,8 @@ class ProgressLine:
         finished = self.done + self.failed
         rate = self.images_per_second
         left = timedelta(seconds=round(self.seconds_left)) if self.seconds_left is not None else "?"
-        of = f"{finished:,} of {self.total:,} {self.what}"
-        return f"{of}, {rate:,.1f} {self.what}/s, {self.note or f'{self.failed:,} failed'}, {left} left"
+        note = self.note or f"{self.failed:,} failed"
+        return f"{finished:,} of {self._all}, {rate:,.1f} {self.what}/s, {note}, {left} left"
 
     def say(self, sentence: str) -> None:
         """A line of its own, which stays."""
@@ -118,7 +126,7 @@ class ProgressLine:
 
 
 class StatusLine:
-    """Shows what a job is doing, on standard error: a changing line on a terminal, a line now and then in a log."""
+    """Shows on standard error what a job is doing: a changing line on a terminal, a line every few seconds in a log."""
 
     def __init__(self) -> None:
         self._logged_at = -LOG_SECONDS

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from dino_ops.errors import ModelError
 from pipelines.errors import DinorayError, JobError, RequestError
 from pipelines.running.cpus import available_cpus
-from pipelines.running.layout import LARGEST_NODE_CPUS, LARGEST_NODE_GPUS
+from pipelines.running.layout import LARGEST_NODE_CPUS_KEY, LARGEST_NODE_GPUS_KEY
 from pipelines.settings.sections import RunSettings
 
 CONNECT_SECONDS = 5
-METRICS_PACKAGES = ("grpc", "opencensus", "opentelemetry", "prometheus_client")  # of ray[default]
-SPARE_CPUS = 2  # Ray waits for ever when actor pools leave no CPU for anything else
+RAY_METRICS_PACKAGES = ("grpc", "opencensus", "opentelemetry", "prometheus_client")
+# Ray waits forever when actor pools leave no CPU for anything else.
+RAY_SPARE_CPUS = 2
 
 
 @contextlib.contextmanager
@@ -31,7 +32,8 @@ def ray_session(run: RunSettings) -> Iterator[dict[str, float]]:
         RequestError: an address that Ray Data cannot work through.
         JobError: the cluster cannot be reached.
     """
-    if _Open.resources is not None:  # of a pipeline, whose jobs share it
+    # the jobs of a pipeline share its session
+    if _Open.resources is not None:
         yield dict(_Open.resources)
         return
     address = run.address or os.environ.get("RAY_ADDRESS") or "local"
@@ -39,12 +41,14 @@ def ray_session(run: RunSettings) -> Iterator[dict[str, float]]:
     _check_metrics_port(run.metrics_port, address)
     # read when Ray is imported
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep seeing what they saw
+    # CPU workers keep seeing the GPUs that they saw
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
     import ray.data
 
+    # after the import, which sets them
     for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # after the import, which sets them
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     ours = not ray.is_initialized()
     with native_stderr_hidden():
         yield from _session(run, address, ours)
@@ -57,15 +61,16 @@ class _Open:
 
 
 def _check_address(address: str) -> None:
-    """Find out within seconds what Ray itself would take minutes to say."""
+    """Find out within seconds what Ray itself takes minutes to report."""
     if address.startswith("ray://"):
         raise RequestError(
             f"The Ray cluster's address is {address}, but Ray Data does not work through Ray's client: run dinoray on "
             "a node of the cluster with run.address=auto, or send it there with `ray job submit`."
         )
+    # `auto` and `local` have no port
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
-        return  # `auto` and `local`
+        return
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except OSError as error:
@@ -81,10 +86,10 @@ def _check_metrics_port(port: int | None, address: str) -> None:
         return
     if address != "local":
         raise RequestError(
-            f"run.metrics_port is {port}, but the Ray cluster at {address} serves metrics where it was told to when it "
-            "started (ray start --metrics-export-port): leave run.metrics_port out."
+            f"run.metrics_port is {port}, but the Ray cluster at {address} serves metrics at the port that it was "
+            "started with (ray start --metrics-export-port): leave run.metrics_port out."
         )
-    if not all(importlib.util.find_spec(name) for name in METRICS_PACKAGES):
+    if not all(importlib.util.find_spec(name) for name in RAY_METRICS_PACKAGES):
         raise RequestError(
             f"run.metrics_port is {port}, but the packages of Ray's metrics agent are not installed: "
             'pip install "dinoray[metrics]".'
@@ -105,18 +110,18 @@ def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, f
             if address != "local":
                 ray.init(address=address, logging_level="ERROR", log_to_driver=False)
             else:
+                # without an address Ray joins a cluster that somebody started on this machine
                 ray.init(
-                    address="local",  # without it Ray joins a cluster that somebody started on this machine
-                    num_cpus=available_cpus() + SPARE_CPUS,
+                    address="local",
+                    num_cpus=available_cpus() + RAY_SPARE_CPUS,
                     include_dashboard=False,
                     object_store_memory=int(run.object_store_gb * 2**30) if run.object_store_gb else None,
                     logging_level="ERROR",
                     log_to_driver=False,
                     _metrics_export_port=run.metrics_port,
                 )
-        except (
-            Exception
-        ) as error:  # Ray raises it plain where the machine was too busy for its processes to start in time
+        # Ray raises Exception itself where the machine was too busy for its processes to start in time
+        except Exception as error:
             said = str(error).splitlines()[0].rstrip(".")
             if address == "local":
                 raise JobError(
@@ -128,7 +133,7 @@ def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, f
                 f"{ray.__version__} there too, and whether it asks for a token (RAY_AUTH_MODE=token)."
             ) from None
     try:
-        resources = _cluster_resources(spare_cpus=SPARE_CPUS if address == "local" and ours else 0)
+        resources = _cluster_resources(spare_cpus=RAY_SPARE_CPUS if address == "local" and ours else 0)
         _Open.resources = resources
         yield resources
     finally:
@@ -138,14 +143,14 @@ def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, f
 
 
 def _cluster_resources(spare_cpus: int) -> dict[str, float]:
-    """What the cluster has in all, and its largest node: a worker runs on one. spare_cpus: that are Ray's own."""
+    """What the cluster has in all, and its largest node, since a worker runs on one. spare_cpus: kept for Ray itself."""
     import ray
 
     resources = dict(ray.cluster_resources())
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     resources["CPU"] = max(1.0, resources.get("CPU", 1.0) - spare_cpus)
-    resources[LARGEST_NODE_CPUS] = max(1.0, max((node.get("CPU", 0.0) for node in nodes), default=1.0) - spare_cpus)
-    resources[LARGEST_NODE_GPUS] = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
+    resources[LARGEST_NODE_CPUS_KEY] = max(1.0, max((node.get("CPU", 0.0) for node in nodes), default=1.0) - spare_cpus)
+    resources[LARGEST_NODE_GPUS_KEY] = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
     return resources
 
 

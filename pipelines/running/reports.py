@@ -32,15 +32,17 @@ class RunReport:
     def __init__(
         self, command: str, store: str, config: Config, run_id: str, asked: dict[str, Any], *, optional: bool = False
     ) -> None:
-        """optional: of a job that only reads; stores that somebody else owns may refuse the report, and the figures
-        are worth having all the same. It is written at the end alone."""
+        """optional: for a job that only reads; a store that belongs to somebody else may refuse the report, and the
+        figures are worth having all the same. Such a report is written at the end only.
+
+        content["status"]: running, done, failed or interrupted."""
         self.optional = optional
         self._uri = storage.join(store, "runs", f"{run_id}.json")
         self._options = config.storage.options
         self.content: dict[str, Any] = {
             "run_id": run_id,
             "command": command,
-            "status": "running",  # running | done | failed | interrupted
+            "status": "running",
             "started_at": _now(),
             "finished_at": None,
             "store": store,
@@ -68,10 +70,10 @@ class RunReport:
 
 @dataclass
 class JobResult:
-    """What every job tells of itself; --json prints it, and its run report holds the same.
+    """What every job says of itself; --json prints it, and its run report holds the same.
 
     status: running, done, unchanged (there was nothing to do), failed, interrupted or dry_run. seconds: by stage, and
-    `total`. messages: sentences that are worth telling.
+    `total`. messages: sentences that are worth knowing.
     """
 
     run_id: str
@@ -139,15 +141,16 @@ def recorded(report: RunReport | None, result: JobResult, started: float, **firs
 def _finish(report: RunReport, result: JobResult) -> None:
     try:
         report.finish(result.status, result=result.as_dict())
-    except (OSError, JobError) as error:  # a full disk must not hide what it broke
+    except (OSError, JobError) as error:
+        # a full disk must not hide the error that it caused
         if report.optional:
             result.messages.append(f"the run report could not be written ({error}).")
 
 
 def read_reports(store: str, config: Config, latest: int | None = None) -> list[dict[str, Any]]:
-    """The run reports of a store, oldest first; one that is damaged says no more than its run and that.
+    """The run reports of a store, oldest first; of one that is damaged, only its run_id and that it is unreadable.
 
-    latest: read so many of the latest only.
+    latest: read only this many, the latest.
     """
     fs, path = storage.filesystem(storage.join(store, "runs"), config.storage.options)
     try:

@@ -12,19 +12,22 @@ import pyarrow as pa
 
 from pipelines.running.ray_session import explain_ray_error
 
-READING_THREADS, READING_THREADS_SECONDS = "iter_threaded", 10.0  # Ray Data's, by name
-NO_PROGRESS_SECONDS = 1800  # a Ray that does nothing for this long is stuck, not slow
+RAY_DATA_READING_THREAD_NAME = "iter_threaded"
+READING_THREAD_END_SECONDS = 10.0
+# A Ray that does nothing for this long is stuck, not slow.
+RAY_NO_PROGRESS_SECONDS = 1800
 
 
 def dataset_of(rows: pa.Table, block_size: int, report_each: bool) -> Any:
-    """Listing rows in blocks. `report_each`: what a worker yields arrives at once, not when its block is done."""
+    """Listing rows in blocks. report_each: what a worker yields arrives at once, not when its block is done."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # blocks whose task failed are dropped; the caller knows what is undone
+    # blocks whose task failed are dropped; the caller knows what is undone
+    context.max_errored_blocks = -1
     context.target_max_block_size = 1 if report_each else None
-    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    context.execution_no_progress_timeout_s = RAY_NO_PROGRESS_SECONDS
 
     # `take` copies, so that a block does not carry the whole table's buffers with it
     starts = range(0, len(rows), block_size)
@@ -44,7 +47,7 @@ def map_with_actors(
     """Map blocks with a pool of `worker` actors, of fixed or (least, most) size; each has `threads` blocks at once.
 
     No block waits at an actor for another one: it would be lost with it. A dead worker is replaced, but Ray does not
-    run its block again: it would do so for ever, and the replay of a half-read generator could lose or repeat
+    run its block again: it would do so forever, and the replay of a half-read generator could lose or repeat
     reports. The caller sees which images are undone.
     """
     from ray.data import ActorPoolStrategy
@@ -89,7 +92,7 @@ def _without_deprecation_warning() -> Iterator[None]:
 def read_blocks(dataset: Any) -> Iterator[pa.Table]:
     """The blocks of a dataset as they are made. Raises what `explain_ray_error` makes of Ray's errors.
 
-    Close it while Ray is there: Ray Data that is told later to stop starts another Ray to do so, and hangs.
+    Close it while Ray is there: Ray Data that is stopped later starts another Ray to do so, and hangs.
     """
     from ray.exceptions import RayError
 
@@ -102,5 +105,5 @@ def read_blocks(dataset: Any) -> Iterator[pa.Table]:
         # Its threads live a moment longer than the iterator, and a reference that one of them drops when Ray has gone
         # ends this process without a word.
         for thread in set(threading.enumerate()) - others:
-            if thread.name == READING_THREADS:
-                thread.join(READING_THREADS_SECONDS)
+            if thread.name == RAY_DATA_READING_THREAD_NAME:
+                thread.join(READING_THREAD_END_SECONDS)

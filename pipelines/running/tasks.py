@@ -8,7 +8,8 @@ from typing import Any
 from pipelines.running.layout import Layout
 from pipelines.running.ray_session import explain_ray_error
 
-TRIES_AFTER_A_DEATH = 3  # of the worker: a task writes files under names of its own, so it may run again
+# A task writes files under names of its own, so it may run again.
+TASK_TRIES_AFTER_WORKER_DEATH = 3
 
 
 def as_task(function: Callable[..., Any], layout: Layout, *, gpu: bool = True) -> Any:
@@ -16,16 +17,16 @@ def as_task(function: Callable[..., Any], layout: Layout, *, gpu: bool = True) -
     import ray
 
     return ray.remote(function).options(
-        num_cpus=layout.cpus, num_gpus=layout.gpus if gpu else 0.0, max_retries=TRIES_AFTER_A_DEATH
+        num_cpus=layout.cpus, num_gpus=layout.gpus if gpu else 0.0, max_retries=TASK_TRIES_AFTER_WORKER_DEATH
     )
 
 
 def finished_tasks(submit: Callable[[], Any | None], workers: int, work: str) -> Iterator[tuple[Any, Any]]:
     """Yield (task, what it returned) in the order in which tasks finish.
 
-    submit: starts the next task and returns its reference, or None when there is none to start yet. It is asked again
-    after every task that finished, so that a task may wait for the result of another one. One task more than there are
-    workers waits at any time, with what it needs read.
+    submit: starts the next task and returns its reference, or None when there is none to start yet. It is called
+    again after every task that finished, so that a task may wait for the result of another one. One task more than
+    there are workers is submitted at any time, so that what it needs is read before a worker is free.
 
     work: what the tasks do, for messages, such as "the matching".
 

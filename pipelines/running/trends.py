@@ -1,7 +1,7 @@
 """How a store's runs compare with the ones before: speed, failures, size, duration, and what moved by much.
 
 A run is compared with earlier ones of the same command (and result's name) on the same device that did about as much:
-starting workers is most of a run of ten images and nothing of one of a million.
+starting workers takes most of a run of ten images, and next to nothing of a run of a million.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any
 
 from pipelines.jobs import JOBS
 
-PEERS = 10  # latest runs that a run is compared with
-FEWEST_PEERS = 3  # below this nothing is said of a change
-SIMILAR = 4.0  # runs that did between a quarter and four times as much are of about the same size
-MUCH = 0.25  # of the median
-MUCH_LONGER = 0.5  # of the median: durations vary with the machine and its neighbours
-MUCH_FAILING = 0.01  # of the images, and at least twice as many as before
+MOST_PEER_RUNS = 10
+FEWEST_PEER_RUNS = 3
+# Runs that did between a quarter and four times as much are of about the same size.
+SIMILAR_WORK_RATIO = 4.0
+MUCH_OF_MEDIAN = 0.25
+# Durations vary with the machine and its neighbours.
+MUCH_LONGER_OF_MEDIAN = 0.5
+MUCH_FAILED_FRACTION = 0.01
+MUCH_FAILED_RATIO = 2
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,14 @@ class Trend:
 
     Values that a command does not have are None.
 
-    per_second: images or pairs (see `of`). failed_fraction: 0..1. seconds: the whole run.
-    change: by value, the difference from the median of `peers` earlier runs as a part of it; for failed_fraction the
-    plain difference. moved: a sentence for each value that changed by much.
+    job: the command, and the name of its result where it has one. per_second: images or pairs (see `of`).
+    failed_fraction: 0..1. seconds: of the whole run. change: by value, the difference from the median of `peers`
+    earlier runs as a fraction of it; for failed_fraction the plain difference. moved: a sentence for each value that
+    changed by much.
     """
 
     run_id: str
-    job: str  # the command, and the name of its result where it has one
+    job: str
     device: str
     started_at: str
     work: float | None = None
@@ -52,7 +56,7 @@ class Trend:
 
 
 def find_trends(reports: Sequence[dict[str, Any]]) -> list[Trend]:
-    """Run reports, oldest first, to the runs that tell something, each compared with those before it.
+    """Run reports, oldest first, to the runs that did something, each compared with those before it.
 
     Left out: runs that failed, were interrupted or had nothing to do, pipelines (their jobs have reports of their own),
     and reports that are damaged.
@@ -61,7 +65,9 @@ def find_trends(reports: Sequence[dict[str, Any]]) -> list[Trend]:
     for report in reports:
         measured = _measure(report)
         if measured is not None:
-            trends.append(_compare(measured, [before for before in trends if _comparable(before, measured)][-PEERS:]))
+            trends.append(
+                _compare(measured, [before for before in trends if _comparable(before, measured)][-MOST_PEER_RUNS:])
+            )
     return trends
 
 
@@ -77,9 +83,9 @@ def _measure(report: dict[str, Any]) -> Trend | None:
         return None
     if command == "run" or result.get("status", "done") != "done":
         return None
-    counted, of = (JOBS[command].counts, JOBS[command].unit) if command in JOBS else ((), "")
-    counts = [_number(result.get(key)) or 0.0 for key in counted]
-    work = sum(counts) if counted else None
+    count_keys, of = (JOBS[command].counts, JOBS[command].unit) if command in JOBS else ((), "")
+    counts = [_number(result.get(key)) or 0.0 for key in count_keys]
+    work = sum(counts) if count_keys else None
     seconds = result.get("seconds")
     took = _number(seconds.get("total") if isinstance(seconds, dict) else seconds)
     if work == 0 or took is None:
@@ -92,6 +98,7 @@ def _measure(report: dict[str, Any]) -> Trend | None:
         written = _number(result.get("bytes_written"))
         failed_fraction = failed / work
         bytes_per_image = written / extracted if written is not None and extracted else None
+    # a rate of 0 says that nothing was measured
     return Trend(
         run_id=str(report.get("run_id", "")),
         job=f"{command} {name}" if isinstance(name, str) else command,
@@ -99,7 +106,7 @@ def _measure(report: dict[str, Any]) -> Trend | None:
         started_at=str(report.get("started_at") or ""),
         work=work,
         of=of,
-        per_second=_number(result.get(f"{of}_per_second")) or None,  # 0 says that nothing was measured
+        per_second=_number(result.get(f"{of}_per_second")) or None,
         failed_fraction=failed_fraction,
         bytes_per_image=bytes_per_image,
         seconds=took,
@@ -109,7 +116,7 @@ def _measure(report: dict[str, Any]) -> Trend | None:
 def _comparable(before: Trend, now: Trend) -> bool:
     if (before.job, before.device) != (now.job, now.device):
         return False
-    return not before.work or not now.work or 1 / SIMILAR <= before.work / now.work <= SIMILAR
+    return not before.work or not now.work or 1 / SIMILAR_WORK_RATIO <= before.work / now.work <= SIMILAR_WORK_RATIO
 
 
 def _compare(now: Trend, before: Sequence[Trend]) -> Trend:
@@ -124,7 +131,7 @@ def _compare(now: Trend, before: Sequence[Trend]) -> Trend:
             change[key] = getattr(now, key) - median
         elif median > 0:
             change[key] = getattr(now, key) / median - 1
-    moved = _sentences(now, change, medians, len(before)) if len(before) >= FEWEST_PEERS else []
+    moved = _sentences(now, change, medians, len(before)) if len(before) >= FEWEST_PEER_RUNS else []
     return Trend(**now.__dict__ | {"peers": len(before), "change": change, "moved": tuple(moved)})
 
 
@@ -132,18 +139,18 @@ def _sentences(now: Trend, change: dict[str, float], medians: dict[str, float], 
     than = f"than the median of the {peers} runs before"
     found = []
     faster = change.get("per_second", 0.0)
-    if abs(faster) >= MUCH:
+    if abs(faster) >= MUCH_OF_MEDIAN:
         found.append(f"{now.job}: {abs(faster):.0%} {'faster' if faster > 0 else 'slower'} {than}")
     longer = change.get("seconds", 0.0)
-    if now.per_second is None and abs(longer) >= MUCH_LONGER:
+    if now.per_second is None and abs(longer) >= MUCH_LONGER_OF_MEDIAN:
         found.append(f"{now.job}: took {abs(longer):.0%} {'longer' if longer > 0 else 'less time'} {than}")
     failing = change.get("failed_fraction", 0.0)
-    if abs(failing) >= MUCH_FAILING:
+    if abs(failing) >= MUCH_FAILED_FRACTION:
         usual, share = medians["failed_fraction"], now.failed_fraction or 0.0
-        if max(usual, share) >= 2 * min(usual, share):
+        if max(usual, share) >= MUCH_FAILED_RATIO * min(usual, share):
             found.append(f"{now.job}: failures {usual:.1%} -> {share:.1%}")
     larger = change.get("bytes_per_image", 0.0)
-    if abs(larger) >= MUCH:
+    if abs(larger) >= MUCH_OF_MEDIAN:
         found.append(f"{now.job}: {abs(larger):.0%} {'more' if larger > 0 else 'fewer'} bytes an image {than}")
     return [sentence.replace("%", " %") for sentence in found]
 

@@ -8,14 +8,14 @@ import signal
 import pytest
 
 from pipelines.running import commits as waiting_reports
-from pipelines.running.commits import COMMIT_SHARE, WaitingReports
+from pipelines.running.commits import LONGEST_WAIT_SHARE_OF_COMMIT_SECONDS, WaitingReports
 from pipelines.running.interrupts import interruptible
 
 
 def test_the_first_one_says_when(monkeypatch: pytest.MonkeyPatch) -> None:
     now, commits = 100.0, list[list[str]]()
     monkeypatch.setattr(waiting_reports.time, "monotonic", lambda: now)
-    waiting = WaitingReports[str](10 / COMMIT_SHARE, commits.append)
+    waiting = WaitingReports[str](10 / LONGEST_WAIT_SHARE_OF_COMMIT_SECONDS, commits.append)
     waiting.commit_when_due()
     waiting.commit()
     assert commits == [], "nothing to commit is no commit"

@@ -11,7 +11,7 @@ from pipelines.correspond.tiles import plan_matching
 from pipelines.cosegment.tasks import plan_segmentation
 from pipelines.errors import RequestError
 from pipelines.extract.layout import ModelFacts, plan_extraction
-from pipelines.running.layout import LARGEST_NODE_CPUS, LARGEST_NODE_GPUS, Layout, plan_workers
+from pipelines.running.layout import LARGEST_NODE_CPUS_KEY, LARGEST_NODE_GPUS_KEY, Layout, plan_workers
 from pipelines.settings import load_config
 from pipelines.train.job import plan_layout
 
@@ -34,7 +34,7 @@ def test_a_worker_larger_than_the_cluster_is_refused(job: str) -> None:
 
 @pytest.mark.parametrize("job", PLANS)
 def test_a_worker_larger_than_every_node_is_refused(job: str) -> None:
-    resources = {"CPU": 8.0, LARGEST_NODE_CPUS: 2.0, LARGEST_NODE_GPUS: 0.0}
+    resources = {"CPU": 8.0, LARGEST_NODE_CPUS_KEY: 2.0, LARGEST_NODE_GPUS_KEY: 0.0}
     with pytest.raises(RequestError, match="no node of the cluster has more than 2 CPUs and 0 GPUs"):
         PLANS[job](resources, load_config([], ["run.cpus_per_worker=4", "run.workers=1"]))
 

@@ -19,7 +19,7 @@ from small_runs import SMALL_MODEL, settings
 from pipelines.errors import RequestError
 from pipelines.running import metrics
 from pipelines.running.metrics import BusyDevice, JobMetrics
-from pipelines.running.ray_session import METRICS_PACKAGES, ray_session
+from pipelines.running.ray_session import RAY_METRICS_PACKAGES, ray_session
 
 EXTRACT_AND_READ = """
 import json, sys, time, urllib.request
@@ -151,7 +151,7 @@ def _with_port(port: int) -> Any:
 
 @pytest.mark.slow
 def test_the_endpoint_serves_what_the_report_says(photos: Callable[..., Path], tmp_path: Path) -> None:
-    for name in METRICS_PACKAGES:
+    for name in RAY_METRICS_PACKAGES:
         pytest.importorskip(name, reason='needs pip install "dinoray[metrics]"')
     from prometheus_client.parser import text_string_to_metric_families
 
