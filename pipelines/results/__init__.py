@@ -1,1 +1,1 @@
-"""What jobs leave in a store beside the extraction: one file a kind, and what checks it."""
+"""What jobs leave in a store besides the extraction: one file a kind, and what checks it."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipelines.errors import counted
 from pipelines.results import cluster_checks, match_checks, part_checks
 from pipelines.results.clusters import ClusterTables
 from pipelines.results.index_checks import check_index
@@ -50,7 +51,7 @@ class StoredIndex(StoredResult):
         return {} if manifest is None else {"images": manifest.images, "vectors": manifest.count}
 
     def describe(self, counts: dict[str, int]) -> str:
-        return f"{counts.get('vectors', 0):,} vectors of {counts.get('images', 0):,} images"
+        return f"{counted(counts.get('vectors', 0), 'vector')} of {counted(counts.get('images', 0), 'image')}"
 
     def linked_tables(self) -> Iterator[LinkedTables]:
         return iter(())
@@ -58,7 +59,7 @@ class StoredIndex(StoredResult):
 
 @dataclass(frozen=True)
 class ResultKind:
-    """find: every result of the kind in a store. check: whether one holds what it says; images: image_id and run_id of
+    """find: every result of the kind in a store. check: whether one holds what it says, given image_id and run_id of
     every row of the store's images table."""
 
     find: Callable[[Store], Iterable[StoredResult]]
@@ -81,7 +82,7 @@ KINDS: dict[str, ResultKind] = {
 
 
 def all_results(store: Store) -> Iterator[StoredResult]:
-    """Everything that jobs left in a store beside the extraction, kind by kind, by NAME."""
+    """Everything that jobs left in a store besides the extraction, kind by kind, by NAME."""
     for kind in KINDS.values():
         yield from kind.find(store)
 

@@ -1,7 +1,7 @@
 """The centroids of clusters/NAME in full precision, as a training leaves and continues them.
 
-    model/checkpoint.npz    a training that has not ended: centroids after its last iterations
-    model/RUN_ID.npz        a training that has; files of both tables carry its RUN_ID in their names
+    model/checkpoint.npz    of a training that has not ended: centroids after its last iterations
+    model/RUN_ID.npz        of a training that has ended; files of both tables carry its RUN_ID in their names
 
 The tables are what users read; these files are what a job computes with.
 """
@@ -36,26 +36,33 @@ class Level:
 
 @dataclass
 class Progress:
-    """How far a training is, and what it is of."""
+    """How far a training is, and what it trains on.
+
+    settings: those that decide which clusters come out. images: a digest of the images. ks: clusters of each level, as
+    asked for or chosen. level: the one that is being trained. iteration: the last finished one of that level.
+    objectives: mean inertia a vector, after every iteration of every level. vectors: how many the images have.
+    trained_on: how many of them the centroids are fitted to. mean_distance: of all vectors to their centroids, at the
+    end of the training.
+    """
 
     run_id: str
-    settings: dict[str, Any]  # that decide which clusters come out
-    images: str  # digest of the images that it is of
-    ks: list[int] = field(default_factory=list)  # clusters of each level, as asked for or chosen
-    level: int = 0  # that is being trained
-    iteration: int = 0  # of that level, finished
+    settings: dict[str, Any]
+    images: str
+    ks: list[int] = field(default_factory=list)
+    level: int = 0
+    iteration: int = 0
     trained: bool = False
     converged: bool = False
-    objectives: list[float] = field(default_factory=list)  # mean inertia a vector, after every iteration of every level
-    vectors: int = 0  # of the images
-    trained_on: int = 0  # vectors
-    mean_distance: float | None = None  # of all vectors to their centroids, when it was trained
+    objectives: list[float] = field(default_factory=list)
+    vectors: int = 0
+    trained_on: int = 0
+    mean_distance: float | None = None
     messages: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Model:
-    """levels: the last one's clusters are those of the tables."""
+    """What a training made, or has made so far. The clusters of the last of the levels are those of the tables."""
 
     progress: Progress
     levels: list[Level]
@@ -78,7 +85,7 @@ def model_uri(clusters: str, run_id: str) -> str:
 
 
 def write_model(uri: str, model: Model, options: storage.Options) -> int:
-    """Write a model whole; its size in bytes."""
+    """Write a model whole. Returns its size in bytes."""
     arrays: dict[str, Any] = {f"centroids{at}": level.centroids for at, level in enumerate(model.levels)}
     arrays |= {f"offsets{at}": level.offsets for at, level in enumerate(model.levels) if level.offsets is not None}
     about = {"schema_version": SCHEMA_VERSION, "levels": len(model.levels), **asdict(model.progress)}
@@ -105,4 +112,6 @@ def read_model(uri: str, options: storage.Options) -> Model | None:
             levels = [Level(arrays[f"centroids{at}"], arrays.get(f"offsets{at}")) for at in range(count)]
             return Model(Progress(**about), levels)
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError):
-        raise JobError(f"{uri} is damaged: remove it and run the same command again, which trains anew.") from None
+        raise JobError(
+            f"{uri} is damaged: remove it and run the same command again, which trains from scratch."
+        ) from None

@@ -11,18 +11,22 @@ import pyarrow.compute as pc
 
 @dataclass(frozen=True)
 class Counting:
-    """How statistics are taken. spherical: distances are 1 - cosine and count once, else they count squared."""
+    """How statistics are taken.
+
+    spherical: distances are 1 - cosine and count once, else they count squared. salient_above: an image votes for a
+    cluster when the mean saliency of its patches in the cluster is above this.
+    """
 
     k: int
     spherical: bool
-    salient_above: float  # mean saliency of an image's patches in a cluster that makes the image vote for it
+    salient_above: float
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of k clusters: sizes (k,) int64, inertia (k,) float64, votes (k,) int64. They add up over files of whole images.
+    """Statistics of k clusters; they add up over files of whole images.
 
-    votes: images in which the cluster is salient (Amir et al. 2021, section 4.2); 0 where there is no saliency.
+    sizes: (k,) int64. inertia: (k,) float64. votes: (k,) int64, images in which the cluster is salient (Amir et al. 2021, section 4.2); 0 where there is no saliency.
     """
 
     sizes: np.ndarray
@@ -35,7 +39,7 @@ class Statistics:
 
     @classmethod
     def of(cls, assignments: pa.Table, counting: Counting) -> Statistics:
-        """Of rows with image_id, cluster_id, distance, saliency; an image's rows are all there."""
+        """Statistics of rows with image_id, cluster_id, distance, saliency; an image's rows are all there."""
         k = counting.k
         clusters = assignments["cluster_id"].to_numpy()
         distances = assignments["distance"].to_numpy().astype(np.float64)

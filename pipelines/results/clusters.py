@@ -1,4 +1,4 @@
-"""clusters/NAME in a store: the tables `assignments` and `centroids`, and which training they are of.
+"""clusters/NAME in a store: the tables `assignments` and `centroids`, and the training that made them.
 
 Both tables are replaced together: assignments first, then centroids, whose rows say how many assignments there are. The
 names of their files carry the run_id of the training, which finds its model. What a killed run left between the two
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
-from pipelines.errors import JobError
+from pipelines.errors import JobError, counted
 from pipelines.results.cluster_models import Model, checkpoint_uri, model_uri, read_model
 from pipelines.results.cluster_statistics import Counting, Statistics
 from pipelines.results.names import result_uri
@@ -30,7 +30,7 @@ from pipelines.store.rows import row_count
 from pipelines.store.schemas import ASSIGNMENTS, CENTROIDS, vector
 from pipelines.store.table import READS_AT_ONCE, Table
 
-LEFTOVER_DAYS = 1  # after which the model of a training that was replaced, or killed at its end, goes
+LEFTOVER_MODEL_KEPT_DAYS = 1
 
 
 def clusters_uri(store: str, name: str) -> str:
@@ -57,7 +57,7 @@ class ClusterTables(ResultTables):
         return {"clusters": row_count(self.centroids), "assignments": row_count(self.assignments)}
 
     def describe(self, counts: dict[str, int]) -> str:
-        return f"{counts['clusters']:,} clusters, {counts['assignments']:,} assignments"
+        return f"{counted(counts['clusters'], 'cluster')}, {counted(counts['assignments'], 'assignment')}"
 
     def missing(self) -> str:
         if said := super().missing():
@@ -73,7 +73,7 @@ class ClusterTables(ResultTables):
         yield LinkedTables(self.centroids, run_in_names=True)
 
     def model(self) -> Model | None:
-        """The model that the tables are of, or None for empty tables.
+        """The model that the tables were made with, or None for empty tables.
 
         Raises JobError when its file is gone.
         """
@@ -85,11 +85,11 @@ class ClusterTables(ResultTables):
         uri = model_uri(self.uri, runs.pop())
         model = read_model(uri, self.options)
         if model is None:
-            raise JobError(f"{uri} is gone, which {self.uri} was made with: remove {self.uri} and cluster again.")
+            raise JobError(f"{uri} is gone, and {self.uri} was made with it: remove {self.uri} and cluster again.")
         return model
 
     def covered(self) -> pa.Table:
-        """image_id, run_id, file: images that are assigned, and of which extraction."""
+        """The images that are assigned: image_id, run_id (of the extraction), file (of assignments)."""
 
         def one(path: str) -> pa.Table:
             found = []
@@ -111,7 +111,7 @@ class ClusterTables(ResultTables):
     def replace(self, model: Model, files: list[DataFile], statistics: Statistics, has_saliency: bool) -> None:
         """Make a training's clusters visible in place of what was there.
 
-        Raises JobError when another run did the same at the same time and came later.
+        Raises JobError when another run did the same at the same time and finished later.
         """
         run_id = model.progress.run_id
 
@@ -139,26 +139,27 @@ class ClusterTables(ResultTables):
         retry_on_conflict(commit)
 
     def statistics(self, counting: Counting, files: Iterable[str] | None = None) -> Statistics:
-        """Of the rows of some files of assignments, or of all."""
+        """Statistics of the rows of some files of assignments, or of all."""
         columns = ["image_id", "cluster_id", "distance", "saliency"]
 
         def one(path: str) -> Statistics:
             return Statistics.of(self.assignments.read_file(path, columns), counting)
 
         total = Statistics.zeros(counting.k)
-        with ThreadPoolExecutor(2) as pool:  # whole files are held
+        # each reader holds a whole file
+        with ThreadPoolExecutor(2) as pool:
             for found in pool.map(one, self.assignments.files() if files is None else files):
                 total += found
         return total
 
     def stored_statistics(self) -> Statistics:
-        """As the table of centroids says them."""
+        """Statistics as the table of centroids has them."""
         rows = self.centroids.read(["cluster_id", "size", "inertia", "salient_votes"]).sort_by("cluster_id")
         votes = pc.fill_null(rows["salient_votes"], 0)
         return Statistics(rows["size"].to_numpy(), rows["inertia"].to_numpy(), votes.to_numpy())
 
     def centroids_agree(self) -> bool:
-        """Whether the table of centroids is of the same training as the assignments, and counts all of them."""
+        """Whether the centroids come from the same training as the assignments, and their sizes count all of them."""
         files = self.assignments.files()
         runs = {training_of(path) for path in self.centroids.files()}
         if runs != {training_of(path) for path in files}:
@@ -170,7 +171,7 @@ class ClusterTables(ResultTables):
     ) -> tuple[list[DataFile], list[str], Statistics]:
         """What removing images takes: (files to add, files to remove, statistics of the rows that go).
 
-        covered: what `covered` said, whose files hold the images.
+        covered: what `covered` returned, whose files hold the images.
         """
         gone = pa.array(sorted(image_ids), pa.string())
         affected = pc.unique(covered["file"].filter(pc.is_in(covered["image_id"], value_set=gone))).to_pylist()
@@ -187,7 +188,7 @@ class ClusterTables(ResultTables):
         """Remove the checkpoint, and models of earlier trainings, but not those of a run that may be at work now."""
         fs, folder = storage.filesystem(storage.join(self.uri, "model"), self.options)
         in_use = {f"{training_of(path)}.npz" for path in self.assignments.files()}
-        before = f"{dt.datetime.now(dt.UTC) - dt.timedelta(days=LEFTOVER_DAYS):%Y%m%dT%H%M%SZ}"
+        before = f"{dt.datetime.now(dt.UTC) - dt.timedelta(days=LEFTOVER_MODEL_KEPT_DAYS):%Y%m%dT%H%M%SZ}"
         for path in fs.ls(folder, detail=False):
             name = path.rsplit("/", 1)[-1]
             if name == "checkpoint.npz" or (name not in in_use and name < before):
@@ -202,7 +203,7 @@ class ClusterTables(ResultTables):
 
 
 def checkpoint(clusters: str, options: storage.Options) -> Model | None:
-    """What a training that did not end left, if anything; one that is damaged is as none."""
+    """What a training that did not end left, or None. Raises JobError for a checkpoint that is damaged."""
     return read_model(checkpoint_uri(clusters), options)
 
 
@@ -221,5 +222,5 @@ def centroid_rows(model: Model, statistics: Statistics, has_saliency: bool) -> p
 
 
 def training_of(path: str) -> str:
-    """The run_id of the training that a file of either table is of."""
+    """The run_id of the training that a file of either table comes from."""
     return run_id_of(path)

@@ -39,7 +39,8 @@ def check_index(store: Store, name: str, images: pa.Table) -> Findings:
     except DinorayError as error:
         findings.problems.append(str(error))
         return findings
-    assert manifest is not None  # it is among the names of indices
+    # a name is among those of indices when it has a manifest
+    assert manifest is not None
     present, named = files_present(store, name), manifest.files | {manifest_file(manifest.number)}
     findings.files = len(named & present)
     findings.unreferenced_files = len(
@@ -71,7 +72,7 @@ def check_index(store: Store, name: str, images: pa.Table) -> Findings:
 
 
 def _replaced(store: Store, name: str, manifest: Manifest) -> set[str]:
-    """Files of the manifest before, which are kept for those who are reading them."""
+    """Files of the manifest before this one, which are kept for searches that are reading them."""
     try:
         before = read_numbered_manifest(store, name, manifest.number - 1)
     except DinorayError:
@@ -83,7 +84,8 @@ def _read(store: Store, name: str, piece: str, file: str) -> tuple[Any, str]:
     """A file's content and why it cannot be had, else an empty text."""
     try:
         content = read_file(store, name, file)
-    except (OSError, RuntimeError, pa.ArrowException) as error:  # FAISS raises RuntimeError
+    except (OSError, RuntimeError, pa.ArrowException) as error:
+        # FAISS raises RuntimeError
         return None, f"{file} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})"
     if piece in SCHEMAS and not content.schema.equals(SCHEMAS[piece]):
         return None, f"{file} has other columns than an index has ({', '.join(content.schema.names)})"
@@ -98,8 +100,8 @@ def _check_segment(manifest: Manifest, segment: Segment, pieces: dict[str, Any])
     for piece in ("vectors", "lists"):
         if piece in pieces and not pieces[piece].ntotal == segment.vectors == len(ids):
             yield (
-                f"{files[piece]} has {pieces[piece].ntotal} vectors, the manifest says {segment.vectors}, its images "
-                f"{len(ids)}"
+                f"{files[piece]} has {counted(pieces[piece].ntotal, 'vector')}, the manifest says "
+                f"{segment.vectors:,}, its images {len(ids):,}"
             )
     padding = 3 if segment.kind == "ivfpq" else 0
     if not 0 <= pieces["vectors"].d - manifest.dimension <= padding:
@@ -107,7 +109,7 @@ def _check_segment(manifest: Manifest, segment: Segment, pieces: dict[str, Any])
     if "cells" in pieces and not np.array_equal(pieces["cells"]["id"].to_numpy(), ids):
         yield f"{files['cells']} has other ids than the images of its segment"
     if (manifest.of == "patches") != ("cells" in pieces):
-        yield f"{files['images']} has {'' if 'cells' in pieces else 'no '}cells beside it, in an index of {manifest.of}"
+        yield f"{files['images']} has {'' if 'cells' in pieces else 'no '}cells with it, in an index of {manifest.of}"
 
 
 def _check_whole(manifest: Manifest, stored: pa.Table, dead: pa.Table) -> Iterator[str]:
@@ -123,10 +125,10 @@ def _check_whole(manifest: Manifest, stored: pa.Table, dead: pa.Table) -> Iterat
     counts = pc.value_counts(alive["image_id"])
     twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     yield from (f"{image_id} is in it twice" for image_id in twice.to_pylist())
-    said = {"images": manifest.images, "vectors": manifest.count, "removed vectors": manifest.dead}
-    found = {"images": len(alive), "vectors": len(ids_of(alive)), "removed vectors": len(ids_of(dead))}
+    said = {"image": manifest.images, "vector": manifest.count, "removed vector": manifest.dead}
+    found = {"image": len(alive), "vector": len(ids_of(alive)), "removed vector": len(ids_of(dead))}
     yield from (
-        f"it has {found[what]} {what}, its manifest says {count}"
+        f"it has {counted(found[what], what)}, its manifest says {count:,}"
         for what, count in said.items()
         if found[what] != count
     )

@@ -156,7 +156,7 @@ def files_present(store: Store, name: str) -> set[str]:
 
 
 def latest_manifest(store: Store, name: str) -> int:
-    """The number of the manifest that counts; 0 where there is none."""
+    """The number of the manifest that is valid; 0 where there is none."""
     return _latest(files_present(store, name))
 
 
@@ -275,7 +275,7 @@ def publish(store: Store, name: str, manifest: Manifest, before: Manifest | None
 
     What was there before the manifest and is named neither by it nor by the one it replaces goes: older indices, what
     killed runs left, and what a run wrote that began from an older manifest and can no longer publish. What the
-    replaced one names stays until the next update, for those who are reading it.
+    replaced one names stays until the next update, for searches that are reading it.
 
     Raises JobError when another run was first.
     """
@@ -285,7 +285,8 @@ def publish(store: Store, name: str, manifest: Manifest, before: Manifest | None
     target = storage.join(uri, manifest_file(number + 1))
     try:
         first = _latest(present) == number and storage.write_once(target, _as_json(manifest), options)
-    except FileNotFoundError:  # another run removed what this one was about to publish
+    except FileNotFoundError:
+        # another run removed what this one was about to publish
         first = False
     if not first:
         raise JobError(f"Another run updated the index {name} at the same time: run the same command again.")
@@ -310,7 +311,7 @@ def remove_files(store: Store, name: str, files: set[str]) -> None:
 
 
 def _latest(files: set[str]) -> int:
-    """The number of the manifest that counts; 0 when there is none."""
+    """The number of the manifest that is valid; 0 when there is none."""
     return max((int(found[1]) for file in files if (found := _MANIFEST.fullmatch(file))), default=0)
 
 
@@ -340,7 +341,8 @@ def _explained(store: Store, name: str) -> Iterator[None]:
             f"{error.filename or uri} is gone: the index {name} was updated at this moment or is damaged; "
             f"run the same command again, or remove {uri} and run `dinoray index` again."
         ) from None
-    except (RuntimeError, pa.ArrowException) as error:  # FAISS raises RuntimeError
+    except (RuntimeError, pa.ArrowException) as error:
+        # FAISS raises RuntimeError
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise JobError(
             f"A file of the index {name} cannot be read ({said}): `dinoray verify {store.uri}` says which; remove "

@@ -1,7 +1,7 @@
 """matches/NAME in a store: the tables `pairs` and `matches`, and the settings that they were made with.
 
-A pair is done when its row in `pairs` is committed, which happens after its matches are. What a killed run left
-between the two commits is matches of a file that no pair names: `repair` removes them.
+A pair is done when its row in `pairs` is committed, which happens after its matches are. A run that is killed
+between the two commits leaves a file of matches that no pair names: `repair` removes it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
+from pipelines.errors import counted
 from pipelines.results.names import result_uri
 from pipelines.results.stored import ResultTables
 from pipelines.store.commit import ORPHAN_GRACE_SECONDS, FileChange, apply_remaining, commit_in_order, describe_file
@@ -24,7 +25,8 @@ from pipelines.store.rewriting import rewrite
 from pipelines.store.schemas import MATCHES, PAIRS
 from pipelines.store.table import CommitConflict, Table
 
-PairKey = tuple[str, str]  # image ids, ascending
+PairKey = tuple[str, str]
+"""Two image_ids, ascending."""
 
 VERSIONED = ["image_a", "image_b", "run_id_a", "run_id_b"]  # a pair and the extraction of both images
 
@@ -60,7 +62,8 @@ class MatchTables(ResultTables):
         return {"pairs": len(kept), "matches": pc.sum(kept).as_py() or 0, "without_matches": without}
 
     def describe(self, counts: dict[str, int]) -> str:
-        return f"{counts['pairs']:,} pairs ({counts['without_matches']:,} without), {counts['matches']:,} matches"
+        pairs, matches = counted(counts["pairs"], "pair"), counted(counts["matches"], "match", "matches")
+        return f"{pairs} ({counts['without_matches']:,} without), {matches}"
 
     def linked_tables(self) -> Iterator[LinkedTables]:
         yield LinkedTables(self.matches, self.pairs)
@@ -69,7 +72,7 @@ class MatchTables(ResultTables):
     def repair(self, run_id: str) -> dict[str, int]:
         """Undo what a killed run left between its commits; the pairs table decides what is true.
 
-        Safe beside a running job: its files are given time to be named, and both look again after their own commits.
+        Safe while a job is running: its files are given time to be named, and both look again after their own commits.
         """
         orphans = self.matches.files().keys() - self._named()
         if orphans:
@@ -78,7 +81,8 @@ class MatchTables(ResultTables):
             orphans = self.matches.files().keys() - self._named()
         apply_remaining(self.matches, FileChange(remove=sorted(orphans)), run_id)
         if orphans:
-            self.pairs.refresh()  # a slow job may have named them after we looked: they are put back below
+            # a slow job may have named them after we looked: they are put back below
+            self.pairs.refresh()
         lost = self._named() - self.matches.files().keys()
         found = [shard for shard in sorted(lost) if self.matches.has_file(shard)]
         apply_remaining(self.matches, FileChange(add=[describe_file(self.matches, shard) for shard in found]), run_id)
@@ -92,7 +96,7 @@ class MatchTables(ResultTables):
         return set(pc.unique(self.pairs.read(["shard"])["shard"]).to_pylist()) - {None}
 
     def drop(self, rows: pa.Table, run_id: str) -> int:
-        """Remove pairs and their matches, in one commit a table. The number of pairs removed.
+        """Remove pairs and their matches, in one commit a table. Returns the number of pairs removed.
 
         rows: VERSIONED columns of pairs; the same pair of another extraction, which another run may have added
         meanwhile, stays.
@@ -125,7 +129,7 @@ class MatchTables(ResultTables):
         return 0
 
     def commit(self, reports: Iterable[MatchReport], run_id: str) -> list[MatchReport]:
-        """Make files of workers visible; what of it was, without pairs that another run had done first."""
+        """Make files of workers visible. Returns what became visible, without pairs that another run did first."""
         left = list(reports)
         while True:
             done = self._done_elsewhere({pair_key(*pair) for report in left for pair in report.kept})
@@ -194,11 +198,15 @@ def matches_uri(store: str, name: str) -> str:
 
 @dataclass
 class MatchReport:
-    """What a worker wrote; the driver commits it."""
+    """What a worker wrote; the driver commits it.
 
-    kept: dict[tuple[str, str], int]  # (image_a, image_b) -> rows in matches
+    kept: (image_a, image_b) -> rows in matches. matches: None when no pair has any. reads: name of a reading that was
+    used -> its bytes and seconds. seconds: match and write.
+    """
+
+    kept: dict[tuple[str, str], int]
     pairs: DataFile
-    matches: DataFile | None  # None when no pair has any
+    matches: DataFile | None
     bytes_written: int = 0
-    reads: dict[str, tuple[int, float]] = field(default_factory=dict)  # reading that was used -> bytes, seconds
-    seconds: dict[str, float] = field(default_factory=dict)  # match, write
+    reads: dict[str, tuple[int, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)

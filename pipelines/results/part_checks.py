@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipelines.errors import counted
 from pipelines.results.parts import KEY, PartTables, keys_of
 
 
@@ -31,7 +32,7 @@ def disagreements(tables: PartTables) -> Iterator[str]:
             if key not in held:
                 yield f"{_said(key)} has patches in {path}, but no image that names it"
             elif count != (row + 1) * (col + 1):
-                yield f"{_said(key)} has {count} patches for a grid of {row + 1} x {col + 1}"
+                yield f"{_said(key)} has {counted(count, 'patch', 'patches')} for a grid of {row + 1} x {col + 1}"
             held.discard(key)
         for key in sorted(held):
             yield f"{_said(key)} has no patches in {path}"

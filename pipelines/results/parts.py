@@ -1,8 +1,8 @@
 """parts/NAME in a store: the tables `images` and `patches`, and the settings that they were made with.
 
 An image of a set is done when its row in `images` is committed, which happens after its patches are; a set is done when
-all of its images are, in the set_version of its members. What a killed run left between the two commits is patches of a
-file that no image names: `repair` removes them.
+all of its images are, in the set_version of its members. A run that is killed between the two commits leaves a file
+of patches that no image names: `repair` removes it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
+from pipelines.errors import counted
 from pipelines.results.names import result_uri
 from pipelines.results.stored import ResultTables
 from pipelines.store.commit import ORPHAN_GRACE_SECONDS, FileChange, apply_remaining, commit_in_order, describe_file
@@ -33,17 +34,21 @@ _NOTHING = pa.array([], pa.string())
 
 @dataclass
 class SegmentReport:
-    """What a worker wrote; the driver commits it."""
+    """What a worker wrote; the driver commits it.
+
+    keys: of the rows in images, as `keys_of` makes them. failed: set_id -> why nothing could be made of the set.
+    seconds: read, fit, segment and write.
+    """
 
     images: DataFile | None
     patches: DataFile | None
-    keys: list[str] = field(default_factory=list)  # of the rows in images, as `keys_of` makes them
-    failed: dict[str, str] = field(default_factory=dict)  # set_id -> why nothing could be made of it
+    keys: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
     without_foreground: int = 0
     noted: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # read, fit, segment, write
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class PartTables(ResultTables):
@@ -73,7 +78,7 @@ class PartTables(ResultTables):
 
     def describe(self, counts: dict[str, int]) -> str:
         without = f"{counts['without_foreground']:,} without foreground"
-        return f"{counts['images']:,} images in {counts['sets']:,} sets ({without})"
+        return f"{counted(counts['images'], 'image')} in {counted(counts['sets'], 'set')} ({without})"
 
     def linked_tables(self) -> Iterator[LinkedTables]:
         yield LinkedTables(self.patches, self.images)
@@ -82,7 +87,7 @@ class PartTables(ResultTables):
     def repair(self, run_id: str) -> dict[str, int]:
         """Undo what a killed run left between its commits; the images table decides what is true.
 
-        Safe beside a running job: its files are given time to be named, and it checks them itself afterwards.
+        Safe while a job is running: its files are given time to be named, and it checks them itself afterwards.
         """
         orphans = self.patches.files().keys() - self._named()
         if orphans:
@@ -91,7 +96,8 @@ class PartTables(ResultTables):
             orphans = self.patches.files().keys() - self._named()
         apply_remaining(self.patches, FileChange(remove=sorted(orphans)), run_id)
         if orphans:
-            self.images.refresh()  # a slow job may have named them after we looked: they are put back below
+            # a slow job may have named them after we looked: they are put back below
+            self.images.refresh()
         lost = self._named() - self.patches.files().keys()
         found = [shard for shard in sorted(lost) if self.patches.has_file(shard)]
         apply_remaining(self.patches, FileChange(add=[describe_file(self.patches, shard) for shard in found]), run_id)
@@ -105,7 +111,7 @@ class PartTables(ResultTables):
         return set(pc.unique(self.images.read(["shard"])["shard"]).to_pylist()) - {None}
 
     def drop(self, rows: pa.Table, run_id: str) -> int:
-        """Remove images of sets and their patches, in one commit a table. The number of rows of images removed.
+        """Remove images of sets and their patches, in one commit a table. Returns how many rows of images were removed.
 
         rows: VERSIONED columns of images; rows of another version, which another run may have added meanwhile, stay.
         """
@@ -146,7 +152,7 @@ class PartTables(ResultTables):
         images.add += [kept] if kept else []
 
     def commit(self, reports: Iterable[SegmentReport], run_id: str) -> list[SegmentReport]:
-        """Make files of workers visible; what of it was, without images of sets that another run had done first."""
+        """Make files of workers visible. Returns what became visible, without images that another run did first."""
         left = [report for report in reports if report.images]
         while True:
             done = self._done_elsewhere(pa.array([key for report in left for key in report.keys], pa.string()))

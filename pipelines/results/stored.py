@@ -23,8 +23,8 @@ from pipelines.store.table import Table
 class Findings:
     """What a check found.
 
-    problems: damage, a sentence each. notes: what is worth knowing and harmless. files: that the result consists of
-    and that are no table's. unreferenced_files: left by killed runs; harmless.
+    problems: damage, a sentence each. notes: what is worth knowing and harmless. files: how many the result
+    has that belong to no table. unreferenced_files: left by killed runs; harmless.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -34,11 +34,11 @@ class Findings:
 
 
 class StoredResult(ABC):
-    """One result of a job, KIND/NAME in a store."""
+    """One result of a job, KIND/NAME in a store. tables: by name; empty for a result that consists of files."""
 
     kind: ClassVar[Kind]
     name: str
-    tables: dict[str, Table]  # by name; empty for a result that consists of files
+    tables: dict[str, Table]
 
     @property
     def path(self) -> str:
@@ -47,7 +47,7 @@ class StoredResult(ABC):
 
     @abstractmethod
     def version(self) -> str:
-        """Another one whenever its rows are others; the same when its files were merged."""
+        """Changes whenever its rows change, and not when its files are merged."""
 
     @abstractmethod
     def missing(self) -> str:
@@ -63,14 +63,17 @@ class StoredResult(ABC):
 
     @abstractmethod
     def linked_tables(self) -> Iterator[LinkedTables]:
-        """Every table as data, once, with the one that names its files."""
+        """Every table once, as data, with the table that names its files."""
 
 
 class ResultTables(StoredResult):
-    """A result that consists of Delta tables, at the versions last refreshed."""
+    """A result that consists of Delta tables, at the versions last refreshed.
+
+    leading: the table whose rows decide what is done.
+    """
 
     schemas: ClassVar[Mapping[str, pa.Schema]]
-    leading: ClassVar[str]  # the table whose rows decide what is done
+    leading: ClassVar[str]
 
     def __init__(self, store: str, name: str, options: storage.Options) -> None:
         self.name = name

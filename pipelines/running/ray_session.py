@@ -143,7 +143,7 @@ def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, f
 
 
 def _cluster_resources(spare_cpus: int) -> dict[str, float]:
-    """What the cluster has in all, and its largest node, since a worker runs on one. spare_cpus: kept for Ray itself."""
+    """What the cluster has in all, and its largest node has: a worker runs on one. spare_cpus: kept for Ray itself."""
     import ray
 
     resources = dict(ray.cluster_resources())

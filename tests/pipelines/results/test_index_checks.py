@@ -194,7 +194,7 @@ def test_dead_images_that_never_lived_are_named(store: Store, change: Callable[[
     [
         ("images", "it has 9 images, its manifest says 5"),
         ("count", "it has 9 vectors, its manifest says 5"),
-        ("dead", "it has 1 removed vectors, its manifest says 5"),
+        ("dead", "it has 1 removed vector, its manifest says 5"),
     ],
 )
 def test_miscounts_are_named(store: Store, key: str, said: str) -> None:
