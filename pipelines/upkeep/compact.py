@@ -1,7 +1,7 @@
 """compact: merges the small files that many small runs leave, and removes what no snapshot needs any more.
 
 Every group of files is merged and committed on its own, compare-and-set, so that a run can be killed at any moment and
-be given beside others: whoever commits first wins, and compact leaves those files for the next time. Rows, key order,
+be started beside others: the first to commit wins, and compact leaves those files for the next time. Rows, key order,
 encodings and the shape of row groups stay; images name the new file of their patches. The log says of each commit that
 it changed no row, so that indices and jobs stay up to date.
 """
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from pipelines import storage
+from pipelines.errors import counted
 from pipelines.results.all_kinds import all_results
 from pipelines.running.interrupts import interruptible, uninterrupted
 from pipelines.running.progress import StatusLine
@@ -33,19 +34,24 @@ from pipelines.store.table import CommitConflict, Table
 
 @dataclass
 class Result(JobResult):
-    """What a run of compact did, or would do."""
+    """What a run of compact did, or would do.
 
-    files_before: int = 0  # of all tables' newest versions
+    files_before, files_after: of the newest versions of all tables. merged: files that were merged into others.
+    written: files that hold their rows now. conflicts: groups that another run changed meanwhile and that are left for
+    the next time. vacuumed: files removed, which no kept snapshot names.
+    """
+
+    files_before: int = 0
     files_after: int = 0
-    merged: int = 0  # files that were merged into others
+    merged: int = 0
     written: int = 0
     bytes_written: int = 0
-    conflicts: int = 0  # groups that another run changed meanwhile; left for the next time
-    vacuumed: int = 0  # files removed that no kept snapshot names
+    conflicts: int = 0
+    vacuumed: int = 0
 
 
 def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
-    """Merge small files of every table of `store`, and vacuum, as compact.target_mb and retention_hours say.
+    """Merge the small files of every table, and remove unused ones; settings: compact.target_mb, retention_hours.
 
     Raises:
         RequestError: there is no store.
@@ -62,7 +68,7 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
             groups = pair.groups(target)
             result.merged += sum(len(group) for group in groups)
             result.written += len(groups)
-            result.vacuumed += len(_vacuum(pair.data, retention_hours, dry_run=True))
+            result.vacuumed += len(_remove_unused(pair.data, retention_hours, dry_run=True))
         result.files_after = result.files_before - result.merged + result.written
         result.status = "dry_run"
         return result
@@ -72,12 +78,12 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
         for pair in tables:
             pair.data.complete_properties()
             for group in pair.groups(target):
-                line.show(f"merging {len(group)} files of {pair.data.uri.removeprefix(opened.uri + '/')}")
+                line.show(f"merging {counted(len(group), 'file')} of {pair.data.uri.removeprefix(opened.uri + '/')}")
                 _merge(pair, group, target, result)
         result.seconds["merge"] = time.monotonic() - started
         for pair in tables:
-            line.show(f"vacuuming {pair.data.uri.removeprefix(opened.uri + '/')}")
-            result.vacuumed += len(_vacuum(pair.data, retention_hours))
+            line.show(f"removing unused files of {pair.data.uri.removeprefix(opened.uri + '/')}")
+            result.vacuumed += len(_remove_unused(pair.data, retention_hours))
         result.seconds["vacuum"] = time.monotonic() - started - result.seconds["merge"]
         result.files_after = sum(len(pair.data.files()) for pair in tables)
         if not result.merged and not result.vacuumed:
@@ -137,7 +143,7 @@ def _renamed(
 ) -> Iterator[DataFile]:
     """Copies of files of the leading table that name the new file: the small ones as one, large ones each alone.
 
-    A file that grows with every run would else come to hold everything.
+    Otherwise one file would grow with every run until it held everything.
     """
     small = [file for file in naming if file.size < SMALL_SHARE * target]
     if small:
@@ -172,7 +178,7 @@ def _discard(written: list[tuple[Table, DataFile]]) -> None:
                 fs.rm_file(path)
 
 
-def _vacuum(table: Table, retention_hours: float, *, dry_run: bool = False) -> list[str]:
-    """Files that no snapshot of the last `retention_hours` names; removed unless dry_run."""
+def _remove_unused(table: Table, retention_hours: float, *, dry_run: bool = False) -> list[str]:
+    """Remove files that no snapshot of the last `retention_hours` names, unless dry_run. Returns their paths."""
     delta = DeltaTable(table.uri, storage_options=storage.delta_options(table.uri, table.options))
     return delta.vacuum(int(retention_hours), dry_run=dry_run, enforce_retention_duration=False)

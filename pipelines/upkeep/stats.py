@@ -18,7 +18,7 @@ from pipelines.store.store import Store
 class Result(JobResult):
     """Counts and sizes of a store.
 
-    files, bytes: by table, as committed. results: by kind and NAME, what each holds; as plain data the kinds stand
+    files, bytes: by table, as committed. results: by kind and NAME, what each holds; in plain data the kinds stand
     beside the other counts. described: the same in words, by KIND/NAME. trends: see pipelines.running.trends.Trend.
     moved: what changed by much in the last run of each job.
     """

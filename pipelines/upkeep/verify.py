@@ -1,5 +1,5 @@
 """verify: does a store hold what it says? Every images row has all its patches, no patch lacks its image, files and
-log agree, dimensions match the spec; every match has its pair; every index has its files and images of the table."""
+log agree, dimensions match the spec; every match has its pair; every index has its files, and the table's images."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import storage
+from pipelines.errors import counted
 from pipelines.results.all_kinds import all_results, check_result
 from pipelines.results.stored import StoredResult
 from pipelines.running.reports import JobResult, new_run_id, recorded
@@ -24,20 +25,25 @@ from pipelines.store.schemas import descriptor_columns
 from pipelines.store.store import Store
 from pipelines.store.table import Table
 
-MOST_SHOWN = 20  # problems of one kind
+MOST_PROBLEMS_OF_A_KIND = 20
 
-Lengths = dict[str, dict[str, Counter[int | None]]]  # descriptor column -> patches file -> rows by length of vector
+RowsByVectorLength = dict[str, dict[str, Counter[int | None]]]
+"""descriptor column -> patches file -> rows by length of vector"""
 
 
 @dataclass
 class Result(JobResult):
-    """What verify found. `problems` is empty for a sound store; `messages` are worth knowing, and no damage."""
+    """What verify found.
+
+    problems: damage, a sentence each. messages: what is worth knowing and harmless. unreferenced_files: left by killed
+    or replaced writes; they are harmless, and `compact` removes them.
+    """
 
     images: int = 0
     patches: int = 0
     failures: int = 0
     files: int = 0
-    unreferenced_files: int = 0  # left by killed or replaced writes; harmless, vacuum removes them
+    unreferenced_files: int = 0
     problems: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -55,7 +61,8 @@ def run(config: Config, *, store: str) -> Result:
         for one in results:
             tables |= {f"{one.path}/{name}": table for name, table in one.tables.items()}
         _check_files(tables, result)
-        if not result.problems:  # rows cannot be judged while files are missing or damaged
+        # rows cannot be judged while files are missing or damaged
+        if not result.problems:
             _check_rows(opened, results, result)
         result.exit_code = 1 if result.problems else 0
     return result
@@ -101,12 +108,13 @@ def _check_rows(store: Store, results: list[StoredResult], result: Result) -> No
     _some(
         problems,
         (
-            f"images: {len(rows)} rows name shard {shard}, which patches does not have"
+            f"images: {counted(len(rows), 'row')} {'names' if len(rows) == 1 else 'name'} shard {shard}, which patches "
+            "does not have"
             for shard, rows in by_shard.items()
             if shard not in patch_files
         ),
     )
-    lengths: Lengths = {}
+    lengths: RowsByVectorLength = {}
     for path, file in patch_files.items():
         result.patches += file.rows
         _some(problems, _check_shard(store.patches, file, by_shard.get(path, {}), store.config, lengths))
@@ -135,7 +143,7 @@ def _unreadable(table: Table, name: str, files: list[DataFile]) -> Iterator[str]
             yield f"{name}: {file.path} cannot be read as Parquet ({_first_line(error)})"
             continue
         if footer.num_rows != file.rows:
-            yield f"{name}: {file.path} has {footer.num_rows} rows, the log says {file.rows}"
+            yield f"{name}: {file.path} has {counted(footer.num_rows, 'row')}, the log says {file.rows:,}"
         columns = _columns(footer)
         if columns != expected:
             differing = ", ".join(sorted({*columns, *expected} - {*columns}.intersection(expected)))
@@ -177,7 +185,7 @@ def _images_by_shard(images: pa.Table) -> dict[str, dict[str, tuple[int, int]]]:
 
 
 def _check_shard(
-    table: Table, file: DataFile, images: dict[str, tuple[int, int]], config: Config, lengths: Lengths
+    table: Table, file: DataFile, images: dict[str, tuple[int, int]], config: Config, lengths: RowsByVectorLength
 ) -> Iterator[str]:
     """Problems of one patches file: whose patches it holds, how many, where, and once each; fills in `lengths`."""
     columns = descriptor_columns(config)
@@ -190,9 +198,9 @@ def _check_shard(
             for index in range(parquet.num_row_groups):
                 rows = parquet.read_row_group(index, columns=["image_id", "row", "col", *columns])
                 for column in columns:
-                    counted = pc.value_counts(pc.list_value_length(rows[column])).to_pylist()
+                    length_counts = pc.value_counts(pc.list_value_length(rows[column])).to_pylist()
                     in_file = lengths.setdefault(column, {}).setdefault(file.path, Counter())
-                    in_file.update({entry["values"]: entry["counts"] for entry in counted})
+                    in_file.update({entry["values"]: entry["counts"] for entry in length_counts})
                 groups.append(rows.select(["image_id", "row", "col"]))
                 ids = _runs(rows["image_id"])
                 if any(later <= earlier for earlier, later in zip([previous, *ids], ids, strict=False)):
@@ -205,7 +213,7 @@ def _check_shard(
     yield from _check_grids(rows, file, images, config)
 
 
-def _check_lengths(lengths: Lengths, config: Config) -> Iterator[str]:
+def _check_lengths(lengths: RowsByVectorLength, config: Config) -> Iterator[str]:
     """Vectors of a column are all of one length: that of the PCA, else the commonest."""
     for column, files in lengths.items():
         total = sum(files.values(), Counter())
@@ -223,14 +231,17 @@ def _runs(ids: pa.ChunkedArray) -> list[str]:
 
 
 def _check_grids(rows: pa.Table, file: DataFile, images: dict[str, tuple[int, int]], config: Config) -> Iterator[str]:
-    counted = pc.value_counts(rows["image_id"])
-    counts = dict(zip(counted.field("values").to_pylist(), counted.field("counts").to_pylist(), strict=True))
+    patch_counts = pc.value_counts(rows["image_id"])
+    counts = dict(zip(patch_counts.field("values").to_pylist(), patch_counts.field("counts").to_pylist(), strict=True))
     for image_id in sorted(str(image_id) for image_id in counts.keys() - images.keys()):
         yield f"patches: {image_id} in {file.path} has patches, but no images row names this shard"
     for image_id, (height, width) in images.items():
         expected, found = -(-height * width // config.store.every), counts.get(image_id, 0)
         if found != expected if config.store.patches == "all" else not 0 < found <= expected:
-            yield f"patches: {image_id} has {found} patches in {file.path}, its grid and the spec ask for {expected}"
+            yield (
+                f"patches: {image_id} has {counted(found, 'patch', 'patches')} in {file.path}, its grid and the spec "
+                f"ask for {expected:,}"
+            )
     at = pc.index_in(rows["image_id"], value_set=pa.array(list(images), pa.string()))
     heights = pa.array([height for height, _ in images.values()], pa.int32()).take(at)
     widths = pa.array([width for _, width in images.values()], pa.int32()).take(at)
@@ -279,7 +290,7 @@ def _some(problems: list[str], found: Iterable[str]) -> None:
     """Add the first of many problems of a kind, and how many more there are."""
     more = 0
     for count, problem in enumerate(found):
-        if count < MOST_SHOWN:
+        if count < MOST_PROBLEMS_OF_A_KIND:
             problems.append(problem)
         else:
             more += 1
