@@ -25,7 +25,8 @@ from pipelines.settings.pipeline_file import JobRequest, Pipeline
 from pipelines.settings.sections import Config
 from pipelines.store.store import read_description
 
-GOES_ON = (0, 3)  # 3: too many images failed; those that did not are in the store
+# After 3, too many images failed, but those that did not are in the store.
+EXIT_CODES_TO_GO_ON = (0, 3)
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Result(JobResult):
 def run(pipeline: Pipeline, *, dry_run: bool = False, tell: Callable[[str], None] = lambda line: None) -> Result:
     """Run a pipeline; a job that fails ends it, unless only some images failed.
 
-    tell: is called with a line before and after every job.
+    tell: called with a line before and after every job.
 
     The exit code is that of the job that failed, 3 where more images failed than allowed, 130 when interrupted.
     """
@@ -95,7 +96,7 @@ def run(pipeline: Pipeline, *, dry_run: bool = False, tell: Callable[[str], None
         return result
     if result.status == "running":
         idle = all(outcome.status == "unchanged" for outcome in result.jobs)
-        result.status = "failed" if result.exit_code not in GOES_ON else "unchanged" if idle else "done"
+        result.status = "failed" if result.exit_code not in EXIT_CODES_TO_GO_ON else "unchanged" if idle else "done"
     if read_description(result.store, config) is not None:
         report = RunReport("run", result.store, config, result.run_id, {"jobs": [job.title for job in pipeline.jobs]})
         report.finish(result.status, result=result.as_dict())
@@ -132,7 +133,7 @@ def _run_job(job: JobRequest, outcome: JobOutcome, result: Result) -> bool:
     result.exit_code = result.exit_code or done.exit_code
     if done.exit_code == 130:
         raise KeyboardInterrupt
-    if done.exit_code not in GOES_ON:
+    if done.exit_code not in EXIT_CODES_TO_GO_ON:
         result.exit_code = done.exit_code
         return False
     if done.exit_code == 0:

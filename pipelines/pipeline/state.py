@@ -1,8 +1,8 @@
 """What a job's result depends on and what the job left, remembered from one run of a pipeline to the next.
 
 A job is up to date when it ended well with the same settings on the same content of everything that it reads (tables,
-results of other jobs, files that its settings name), and what it left then is still there. jobs.py says what a job
-reads; nothing of it is said here.
+results of other jobs, files that its settings name), and what it left then is still there. What a job reads is said in
+jobs.py alone.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pipelines.settings.pipeline_file import JobRequest
 from pipelines.sources.id_files import is_id_file
 from pipelines.store.store import Store, read_description
 
-CLUSTER = "cluster:"  # names images by a result of `cluster`, such as cosegment.sets=cluster:scenes
+CLUSTERING_PREFIX = "cluster:"
 DEFAULT_REPORT = "report.html"
 
 
 @dataclass(frozen=True)
 class JobState:
-    """settings: a hash of what was asked. reads: the content of what the job depends on. made: of what it left."""
+    """settings: a hash of what was asked for. reads: the content of what the job depends on. made: of what it left."""
 
     settings: str
     reads: dict[str, str]
@@ -106,15 +106,16 @@ def _named_files(job: JobRequest) -> Iterator[str]:
 
 def _reference(value: str, store: Store) -> dict[str, str]:
     """The content of what a value names: a clustering, or a file that lists images. Other values name nothing."""
-    if value.startswith(CLUSTER):
-        result = _found(store, f"clusters/{value.removeprefix(CLUSTER)}")
+    if value.startswith(CLUSTERING_PREFIX):
+        result = _found(store, f"clusters/{value.removeprefix(CLUSTERING_PREFIX)}")
         return {} if result is None else {result.path: _version(result)}
     if not is_id_file(value):
         return {}
     try:
         return {value: storage.sha256(storage.normalise(value), store.config.storage.options)}
     except OSError:
-        return {}  # the job says what is wrong with it
+        # the job says what is wrong with it
+        return {}
 
 
 def _made(job: JobRequest, store: Store) -> dict[str, str]:
@@ -147,7 +148,8 @@ def _what_is_wrong_with(made: dict[str, str], job: JobRequest, store: Store) -> 
 def _found(store: Store, path: str) -> Any | None:
     try:
         return find_result(store, path)
-    except RequestError:  # a name that cannot be one: the job says so
+    except RequestError:
+        # a name that cannot be a result's: the job says so
         return None
 
 
@@ -168,13 +170,14 @@ def _missing(store: Store, path: str) -> str:
 
 def _memory_uri(job: JobRequest, store: str) -> str:
     name = job.arguments.get("name")
-    if name is None:  # a job that is known by the file it writes
+    # a job without a NAME is known by the file that it writes
+    if name is None:
         name = hashlib.sha256(str(job.arguments.get(job.job.output)).encode()).hexdigest()[:12]
     return storage.join(store, "pipeline", f"{job.command}-{name}.json")
 
 
 def _remembered(job: JobRequest, store: str) -> JobState | None:
-    """The state at the last good end of a job; a note that is damaged or of an older dinoray is as none."""
+    """The state at the last good end of a job; None also for a note that is damaged or comes from an older dinoray."""
     try:
         found = storage.read_json(_memory_uri(job, store), job.config.storage.options)
     except JobError:
