@@ -12,13 +12,16 @@ from pipelines.store.weights import RANDOM_SEED, checked
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """All that a worker needs to know; small, since it travels with the actor."""
+    """All that a worker needs to know; small, since it travels with the actor.
+
+    weights: their identity in the store's spec.
+    """
 
     store: str
     run_id: str
     config: Config
     device: str
-    weights: str  # their identity in the store's spec
+    weights: str
     threads: int
     progress_seconds: float = 1.0
 

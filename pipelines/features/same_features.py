@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def spec_with_weights(store: Store, config: Config, what: str) -> Config:
     """The store's settings with weights that this machine has.
 
-    what: needs the model, for messages: "A picture to search with".
+    what: the thing that needs the model, for messages, such as "A picture to search with".
 
-    Raises RequestError when they are not at hand, or are others than the store's.
+    Raises RequestError when they are missing, or are not the store's.
     """
     expected = store.spec["model"]["weights"]
     given = config.model.weights
