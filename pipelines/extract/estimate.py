@@ -1,7 +1,7 @@
 """estimate: what an extraction of INPUT will take, found by doing it for a sample.
 
-The sample goes through the very stages and workers of `extract`, into a store that is thrown away, so that bytes and
-rate are measured, not modelled. Only a device that is not here is calculated, from its published arithmetic.
+The sample goes through the same stages and workers as in `extract`, into a store that is thrown away, so that bytes and
+rate are measured, not modelled. Only for a device that is not here are they calculated, from its published FLOPs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import sources, storage
-from pipelines.errors import RequestError
+from pipelines.errors import RequestError, counted
 from pipelines.extract import job as extract
 from pipelines.running.reports import JobResult, new_run_id, recorded
 from pipelines.settings.sections import Config
@@ -25,8 +25,8 @@ from pipelines.store.store import Store, refuse_memory
 
 SAMPLE = 128
 SEED = 0
-# Dense bfloat16 (T4, V100: float16) TFLOP/s of their makers' data sheets.
-DEVICES = {
+# From the data sheets of their makers: dense bfloat16, of T4 and V100 float16.
+DEVICE_TFLOP_PER_SECOND = {
     "h200": 989.0,
     "h100": 989.0,
     "a100": 312.0,
@@ -37,18 +37,19 @@ DEVICES = {
     "v100": 125.0,
     "t4": 65.0,
 }
-UTILISATION = 0.4  # of them that ViTs reach; timm's S/16 at 224 pixels on an RTX 4090: 0.46
-CPU_IMAGES_PER_SECOND = 250.0  # that one CPU fetches and decodes beside a GPU
+# timm's S/16 at 224 pixels reaches 0.46 on an RTX 4090.
+VIT_SHARE_OF_DEVICE_FLOPS = 0.4
+FETCHED_AND_DECODED_IMAGES_PER_CPU_SECOND = 250.0
 
 
 @dataclass
 class Result(JobResult):
     """What an extraction would take. Bytes and FLOPs are for `images`, those that STORE does not have yet.
 
-    failed: of the sample. source_bytes: of the images; None where they lie in Parquet files. bytes: by table. device,
-    images_per_second: what is here, as measured. start_seconds: the part of `hours` for listing, starting workers and
-    fitting a PCA. named_limited_by: model or decoding. cost_per_million: for a million images, once workers run, on the
-    named device, or else on the one that is here.
+    failed: images of the sample. source_bytes: of the images; None where they lie in Parquet files. bytes: by table.
+    device, images_per_second: those of this machine, as measured. start_seconds: the part of `hours` for listing,
+    starting workers and fitting a PCA. named_limited_by: model or decoding. cost_per_million: for a million images,
+    once workers run, on the named device, or else on the one that is here.
     """
 
     listed: int = 0
@@ -87,16 +88,16 @@ def run(
     """Extract a sample of the images of INPUT that STORE does not have, and estimate what all of them take.
 
     Args:
-        device: also estimate for one of this kind, a key of DEVICES, with `cpus` CPUs beside it.
-        price: an hour of the device, in any currency.
+        device: also estimate for one of this kind, a key of DEVICE_TFLOP_PER_SECOND, with `cpus` CPUs for decoding.
+        price: of an hour of the device, in any currency.
 
     Raises:
         RequestError, sources.InputError, dino_ops.errors.ModelError: the request was wrong.
         JobError: the sample could not be extracted.
     """
     started = time.monotonic()
-    if device is not None and device not in DEVICES:
-        raise RequestError(f"There is no device {device!r}: known are {', '.join(DEVICES)}.")
+    if device is not None and device not in DEVICE_TFLOP_PER_SECOND:
+        raise RequestError(f"There is no device {device!r}: known are {', '.join(DEVICE_TFLOP_PER_SECOND)}.")
     refuse_memory(input, "INPUT")
     result = Result(new_run_id(), storage.normalise(store))
     with recorded(None, result, started):
@@ -135,7 +136,7 @@ def _price(price: float | None, result: Result) -> None:
 
 
 def _measure(config: Config, rows: pa.Table, result: Result, *, fitted: bool) -> None:
-    """Extract the sample; bytes, FLOPs and rate of all images from it. fitted: STORE has its PCA already."""
+    """Extract the sample, and scale its bytes, FLOPs and rate to all images. fitted: STORE has its PCA already."""
     from pipelines.extract.layout import model_facts
 
     began = time.monotonic()
@@ -153,7 +154,9 @@ def _measure(config: Config, rows: pa.Table, result: Result, *, fitted: bool) ->
     result.sample, result.failed = len(rows), done.failed
     if not done.extracted:
         reasons = ", ".join(done.failures_by_reason)
-        raise RequestError(f"None of {len(rows)} sampled images could be extracted ({reasons}): check INPUT.")
+        raise RequestError(
+            f"None of {counted(len(rows), 'sampled image')} could be extracted ({reasons}): check INPUT."
+        )
     share = result.images / len(rows)
     result.bytes = {name: round(size * share) for name, size in sizes.items()}
     result.bytes_per_image = round(sum(result.bytes.values()) / result.images, 1)
@@ -169,7 +172,8 @@ def _measure(config: Config, rows: pa.Table, result: Result, *, fitted: bool) ->
         to_fit = 0 if fitted else images_to_fit(config, result.images)
         result.start_seconds = max(0.0, taken - passed_here / rate) + to_fit / rate
     if len(rows) < 32:
-        result.messages.append(f"Only {len(rows)} images were measured, so the rate is a guess: raise --sample.")
+        measured = f"{counted(len(rows), 'image')} {'was' if len(rows) == 1 else 'were'} measured"
+        result.messages.append(f"Only {measured}, so the rate is a guess: raise --sample.")
 
 
 def _tables(store: Store) -> list[tuple[str, Any]]:
@@ -177,15 +181,16 @@ def _tables(store: Store) -> list[tuple[str, Any]]:
 
 
 def _source_bytes(pending: pa.Table) -> int | None:
+    # of images in Parquet files the listing knows only the files' sizes
     if pending["row_group"].null_count < len(pending):
-        return None  # the listing knows their files' sizes alone
+        return None
     return int(np.maximum(pending["source_size"].to_numpy(), 0).sum())
 
 
 def _estimate_on(device: str, cpus: int, result: Result) -> None:
     """The rate and hours on a device that is not here."""
-    by_model = UTILISATION * DEVICES[device] * 1e3 / result.gflop_per_image
-    by_decoding = CPU_IMAGES_PER_SECOND * cpus
+    by_model = VIT_SHARE_OF_DEVICE_FLOPS * DEVICE_TFLOP_PER_SECOND[device] * 1e3 / result.gflop_per_image
+    by_decoding = FETCHED_AND_DECODED_IMAGES_PER_CPU_SECOND * cpus
     result.named_device = device
     result.named_images_per_second = round(min(by_model, by_decoding), 1)
     result.named_limited_by = "model" if by_model <= by_decoding else "decoding"

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import sources, storage
-from pipelines.errors import RequestError
+from pipelines.errors import RequestError, counted
 from pipelines.running.commits import WaitingReports
 from pipelines.running.interrupts import interruptible
 from pipelines.running.metrics import JobMetrics
@@ -37,26 +37,32 @@ if TYPE_CHECKING:
     from pipelines.extract.layout import ModelFacts
 
 
-SMALL_BLOCK = 8  # images tried together after their worker died
+IMAGES_TRIED_AFTER_WORKER_DEATH = 8
 
 
 @dataclass
 class Result(JobResult):
-    """What a run of extract did, or would do."""
+    """What a run of extract did, or would do.
+
+    listed: images of INPUT. skipped: files that are not images by name. failed_before: images recorded in failures,
+    which --retry-failed tries again. changed: pending images that replace older rows. done_elsewhere: images that
+    another run committed at the same time. images_per_second: from the start of Ray to the last image;
+    steady_images_per_second: once workers are warm.
+    """
 
     listed: int = 0
-    skipped: int = 0  # files that are not images by name
+    skipped: int = 0
     already_done: int = 0
-    failed_before: int = 0  # recorded in failures; --retry-failed tries them again
+    failed_before: int = 0
     pending: int = 0
     extracted: int = 0
     failed: int = 0
-    changed: int = 0  # of the pending ones: they replace older rows
+    changed: int = 0
     pruned: int = 0
-    done_elsewhere: int = 0  # another run committed them at the same time
+    done_elsewhere: int = 0
     failures_by_reason: dict[str, int] = field(default_factory=dict)
-    images_per_second: float = 0.0  # from the start of Ray to the last image
-    steady_images_per_second: float = 0.0  # once workers are warm
+    images_per_second: float = 0.0
+    steady_images_per_second: float = 0.0
     bytes_read: int = 0
     bytes_written: int = 0
     device: str = ""
@@ -108,7 +114,8 @@ def run(
     facts = None
     opened = Store.open_existing(result.store, config)
     if opened is None:
-        facts = _check_model(config)  # before a store exists that would be bound to a mistake
+        # before a store exists, which would be bound to a mistake
+        facts = _check_model(config)
         opened = Store.create(result.store, config)
     asked = {"input": input, "prune": prune, "retry_failed": retry_failed, "limit": limit}
     report = RunReport("extract", result.store, config, result.run_id, asked)
@@ -117,7 +124,7 @@ def run(
         plan = opened.plan(listing.table, retry_failed=retry_failed, limit=limit)
         _count_plan(result, plan)
         if prune and listing.broken:
-            result.messages.append("Nothing was pruned: what a damaged file held cannot be told from what is gone.")
+            result.messages.append("Nothing was pruned: what a damaged file held and what is gone look the same.")
         elif prune and plan.gone:
             result.pruned = drop_images(opened, plan.gone, result.run_id)
         if len(plan.pending):
@@ -130,9 +137,10 @@ def run(
 def extract_pending(
     store: Store, plan: Plan, config: Config, result: Result, facts: ModelFacts, command: str = "extract"
 ) -> None:
-    """Extract and commit every pending image, in passes over what is still undone. command: names it in metrics."""
+    """Extract and commit every pending image, in passes over what is still undone. command: its name in metrics."""
+    # Ray and torch are needed from here on
     from pipelines.extract.layout import plan_extraction
-    from pipelines.extract.streaming import stream_reports  # Ray and torch are needed from here on
+    from pipelines.extract.streaming import stream_reports
 
     with ray_session(config.run) as resources, interruptible(), ProgressLine(len(plan.pending)) as progress:
         work = PendingWork(store, plan, config, result, JobMetrics(command))
@@ -148,14 +156,16 @@ def extract_pending(
                 reports = stream_reports(
                     undone, block_size, layout, store, config, result.run_id, apart=work.attempt > 1
                 )
-                with contextlib.closing(reports):  # while Ray is there
+                # closed while Ray is there
+                with contextlib.closing(reports):
                     for shard_report in reports:
                         progress.advance(shard_report.done, shard_report.failed)
                         work.take(shard_report)
                 work.commit()
             work.give_up()
         finally:
-            work.commit()  # an interruption keeps what is finished
+            # an interruption keeps what is finished
+            work.commit()
             result.steady_images_per_second = round(progress.steady_images_per_second, 2)
             result.images_per_second = round(progress.done / max(time.monotonic() - began, 1e-9), 2)
 
@@ -174,7 +184,7 @@ class PendingWork:
         self._result = result
         self._store = store
         self._waiting = WaitingReports(config.run.commit_seconds, self._commit)
-        self._errors: dict[int, dict[str, Any]] = {}  # position -> what went wrong last
+        self._last_error_at: dict[int, dict[str, Any]] = {}
 
     def undone(self) -> pa.Table:
         return self.pending.filter(pa.array(~self.settled))
@@ -235,7 +245,7 @@ class PendingWork:
         """Record what no attempt could finish as failures."""
         left = []
         for row in self.undone().to_pylist():
-            error = self._errors.get(row["position"]) or {
+            error = self._last_error_at.get(row["position"]) or {
                 "stage": "extract",
                 "error": "WorkerDied",
                 "message": "the worker process died while it worked on this image (out of memory, or a crash in "
@@ -253,13 +263,13 @@ class PendingWork:
             if explained := explain_write_error(original, self._store.uri):
                 self.commit()
                 raise explained
-        self._errors |= dict.fromkeys(report.positions, report.error)
+        self._last_error_at |= dict.fromkeys(report.positions, report.error)
         report.positions = []
 
 
 def _block_sizes(attempts: int, first: int) -> list[int]:
-    """Images a block in each attempt: as planned, then few, at last one, so that nobody fails for a neighbour."""
-    return [first] if attempts == 1 else [first, *[min(first, SMALL_BLOCK)] * (attempts - 2), 1]
+    """Images a block in each attempt: as planned, then few, at last one, so that no image fails for a neighbour."""
+    return [first] if attempts == 1 else [first, *[min(first, IMAGES_TRIED_AFTER_WORKER_DEATH)] * (attempts - 2), 1]
 
 
 def _check_model(config: Config) -> ModelFacts:
@@ -282,7 +292,7 @@ def _count_plan(result: Result, plan: Plan) -> None:
 def _record_damage(store: Store, listing: sources.Listing, result: Result) -> None:
     """A damaged tar or Parquet file is a failures row of its own, and the run says so with exit code 1.
 
-    The row goes when the file was replaced or removed.
+    The row is removed once the file is replaced or removed.
     """
     broken = {container.image_id for container in listing.broken}
     recorded = pa.array(sorted(store.failed_in_listing() - broken), pa.string())
@@ -312,14 +322,14 @@ def _record_damage(store: Store, listing: sources.Listing, result: Result) -> No
 def _judge(result: Result, config: Config) -> None:
     if kept := sum(count for why, count in result.failures_by_reason.items() if why.endswith(f": {STORAGE_ERROR}")):
         result.messages.append(
-            f"{kept} images could not be fetched or stored because the storage failed: the same command tries them "
-            "again."
+            f"{counted(kept, 'image')} could not be fetched or stored because the storage failed: the same command "
+            f"tries {'it' if kept == 1 else 'them'} again."
         )
     tried = result.extracted + result.failed
     if result.exit_code == 0 and tried and result.failed / tried > config.run.max_failed_fraction:
         result.exit_code = 3
         result.messages.append(
-            f"{result.failed} of {tried} images failed, more than run.max_failed_fraction "
+            f"{result.failed:,} of {counted(tried, 'image')} failed, more than run.max_failed_fraction "
             f"{config.run.max_failed_fraction} allows: see the failures table for the reasons."
         )
 
@@ -327,4 +337,6 @@ def _judge(result: Result, config: Config) -> None:
 def _skipped_sentence(skipped: dict[str, int]) -> str:
     most = sorted(skipped.items(), key=lambda item: -item[1])[:5]
     kinds = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in most)
-    return f"{sum(skipped.values())} files passed over because they are not images by name ({kinds})."
+    count = sum(skipped.values())
+    reason = "it is not an image by name" if count == 1 else "they are not images by name"
+    return f"{counted(count, 'file')} passed over because {reason} ({kinds})."

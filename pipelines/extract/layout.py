@@ -14,34 +14,42 @@ from pipelines.store import weights
 from pipelines.store.schemas import descriptor_columns
 from pipelines.store.vectors import BYTES_PER_VALUE
 
-SHARD_BYTES = 256 * 2**20  # of stored descriptors: in the middle of the 128-512 MB aimed at on big runs
-BLOCKS_PER_WORKER = 4  # so that workers finish together
-WRITER_SHARE = 0.5  # of a decoding task's CPUs: compressing releases the CPU while it waits for the disk
-FEWEST_IMAGES = 32  # a block below this is not worth a file, while every worker has one
+# In the middle of the 128 to 512 MB that files of big runs should have.
+SHARD_DESCRIPTOR_BYTES = 256 * 2**20
+# Several blocks each, so that workers finish together.
+BLOCKS_PER_WORKER = 4
+# Compressing releases the CPU while it waits for the disk.
+WRITER_SHARE_OF_DECODING_CPUS = 0.5
+# Fewer are not worth a file, provided that every worker has a block.
+FEWEST_IMAGES_PER_BLOCK = 32
 MOST_CPUS_PER_WORKER = 4.0
-WORKER_START_SECONDS = 4.0  # of a CPU: importing torch, reading weights
-GFLOP_A_CPU_SECOND = 50.0  # float32, one core
+WORKER_START_CPU_SECONDS = 4.0
+FLOAT32_GFLOP_PER_CPU_SECOND = 50.0
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What planning needs to know of a model."""
+    """What planning needs to know of a model.
+
+    dims: descriptor column -> values a patch, before PCA. patches: of a typical image. width: channels of a token.
+    """
 
     patch_size: int
-    dims: dict[str, int]  # descriptor column -> values a patch, before PCA
-    patches: int  # of a typical image
+    dims: dict[str, int]
+    patches: int
     depth: int
-    width: int  # channels of a token
+    width: int
 
     @property
     def gflop(self) -> float:
-        """Of a typical image, in a whole forward pass."""
+        """GFLOP of a whole forward pass of a typical image."""
         return self.gflop_of(self.patches)
 
     def gflop_of(self, patches: float) -> float:
-        """Of an image with so many patches.
+        """GFLOP of an image with so many patches.
 
-        A block's products: 12 width^2 weights (qkv 3, projection 1, MLP 8) for each token, tokens with tokens twice.
+        A block multiplies 12 width^2 weights (qkv 3, projection 1, MLP 8) with every token, and tokens with tokens
+        twice.
         """
         return self.depth * (24 * patches * self.width**2 + 4 * patches**2 * self.width) / 1e9
 
@@ -78,15 +86,15 @@ def model_facts(config: Config) -> ModelFacts:
 def plan_extraction(resources: Mapping[str, float], config: Config, facts: ModelFacts, images: int) -> ExtractionLayout:
     """Workers and block size for a cluster with `resources` ({"CPU": ..., "GPU": ...}).
 
-    Raises RequestError when what was asked is not there.
+    Raises RequestError when the cluster does not have what was asked for.
     """
     run = config.run
     on_gpu = device_of(resources, config) == "cuda"
     separate = on_gpu if run.stages == "auto" else run.stages == "separate"
     total_cpus = resources.get("CPU", 1.0)
-    # Ray waits for ever when the models' actors leave no CPU to the stages before and after them.
+    # Ray waits forever when the models' actors leave no CPU to the stages before and after them.
     decode_cpus = min(1.0, total_cpus / 4) if separate else 0.0
-    reserved_cpus = decode_cpus * (1 + WRITER_SHARE)
+    reserved_cpus = decode_cpus * (1 + WRITER_SHARE_OF_DECODING_CPUS)
     left = total_cpus - reserved_cpus
     layout = plan_workers(
         resources,
@@ -108,12 +116,12 @@ def _usual_cpus(cpus: float) -> float:
 
 def _workers_worth_starting(images: int, facts: ModelFacts) -> int:
     """A handful of small images is done before a second worker has loaded its libraries."""
-    return max(1, math.ceil(images * facts.gflop / GFLOP_A_CPU_SECOND / WORKER_START_SECONDS))
+    return max(1, math.ceil(images * facts.gflop / FLOAT32_GFLOP_PER_CPU_SECOND / WORKER_START_CPU_SECONDS))
 
 
 def _block_size(config: Config, facts: ModelFacts, images: int, workers: int) -> int:
     values = sum(min(dim, config.store.pca or dim) for dim in facts.dims.values()) * facts.patches / config.store.every
-    largest = max(1, int(SHARD_BYTES / (values * BYTES_PER_VALUE[config.store.dtype])))
+    largest = max(1, int(SHARD_DESCRIPTOR_BYTES / (values * BYTES_PER_VALUE[config.store.dtype])))
     fair = math.ceil(images / (workers * BLOCKS_PER_WORKER))
-    smallest = min(FEWEST_IMAGES, math.ceil(images / workers))
+    smallest = min(FEWEST_IMAGES_PER_BLOCK, math.ceil(images / workers))
     return max(1, min(largest, max(fair, smallest)))

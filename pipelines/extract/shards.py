@@ -1,7 +1,7 @@
 """Writing shards: whole images in key order, one patches file and one images file, and what the driver must know.
 
-A worker writes both files under names nobody else uses; they become visible when the driver commits them. A row group
-holds whole images, about 64 of them, so that looking up one image_id reads one row group.
+A worker writes both files under names that no other writer uses; they become visible when the driver commits them. A
+row group holds whole images, about 64 of them, so that looking up one image_id reads one row group.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class ShardWriter:
     """Collects images of one shard and writes them, a row group at a time.
 
-    Raises OSError (or what the storage driver raises) when a write fails; `discard` then removes what was begun.
+    Raises OSError (or what the storage driver raises) when a write fails; `discard` then removes what was written.
     """
 
     def __init__(self, store: str, config: Config, run_id: str, projections: dict[str, PCA] | None = None) -> None:
@@ -71,7 +71,7 @@ class ShardWriter:
                 self._flush()
 
     def close(self) -> tuple[DataFile | None, DataFile]:
-        """Finish both files; (patches or None when no image has stored patches, images)."""
+        """Finish both files. Returns (patches, or None when no image has stored patches; images)."""
         self._flush()
         patches = None
         if self._parquet is not None:
@@ -95,10 +95,12 @@ class ShardWriter:
         """Remove what a failed write left; nothing of it was ever visible."""
         for table in (self._patches, self._images):
             fs, path = storage.filesystem(storage.join(table, self.name), self._options)
-            with contextlib.suppress(Exception):  # the sink may be what broke; only the removal matters
+            # the sink may be what broke; only the removal matters
+            with contextlib.suppress(Exception):
                 if self._sink is not None:
                     self._sink.close()
-            with contextlib.suppress(Exception):  # nor must a storage that fails hide why this was called
+            # a storage that fails must not hide why this was called
+            with contextlib.suppress(Exception):
                 if fs.exists(path):
                     fs.rm_file(path)
 
@@ -159,7 +161,8 @@ class ShardWriter:
             return np.zeros(0, np.int64)
         keep = np.arange(0, cells, self.config.store.every)
         if self.config.store.patches == "salient":
-            assert features.saliency is not None  # the configuration was checked for it
+            # the settings allow patches=salient only with saliency
+            assert features.saliency is not None
             keep = keep[features.saliency.reshape(-1)[keep] > self.config.store.salient_threshold]
         return keep
 

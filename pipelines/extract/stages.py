@@ -30,21 +30,28 @@ from pipelines.store.extraction import ShardReport
 from pipelines.store.failures import STORAGE_ERROR, failure_row
 from pipelines.store.projection import read_projections
 
-FIRST_CHUNK, LARGEST_CHUNK = 4, 16  # images decoded ahead: enough to fill batches, small enough to hold
-FETCHED_BYTES = 256 * 2**20  # of files in memory at once, before they are decoded to the model's size
-BYTES_IN_PARQUET = 4 * 2**20  # that an image inside a Parquet file is taken to have: only the whole file's are known
-CHUNK_SECONDS = 3.0  # of the model: slow models take few images at a time, so that progress shows and commits are due
-MODEL_THREADS = 2  # of a ModelWorker, of which one at a time has the model
-SHARD_SHARE_OF_COMMIT = 0.6  # a shard is closed after this share of run.commit_seconds
+# A chunk is decoded ahead: enough images to fill batches, few enough to hold.
+FIRST_CHUNK_IMAGES, MOST_CHUNK_IMAGES = 4, 16
+MOST_FETCHED_BYTES = 256 * 2**20
+# Of images inside a Parquet file only the whole file's size is known.
+ASSUMED_BYTES_OF_IMAGE_IN_PARQUET = 4 * 2**20
+# Slow models take few images at a time, so that progress shows and commits are due.
+CHUNK_MODEL_SECONDS = 3.0
+# One thread of a worker has the model, the other packs or unpacks.
+THREADS_PER_MODEL_WORKER = 2
+SHARD_SHARE_OF_COMMIT_SECONDS = 0.6
 
 
 @dataclass
 class Decoded:
-    """A chunk of a block after fetching and decoding: what the model can take, and what failed."""
+    """A chunk of a block after fetching and decoding: what the model can take, and what failed.
 
-    sources: list[dict[str, Any]]  # listing rows with `position`, of the images in `prepared`
+    sources: listing rows with `position`, of the images in `prepared`. failures: FAILURES columns and `position`.
+    """
+
+    sources: list[dict[str, Any]]
     prepared: list[PreparedImage]
-    failures: list[dict[str, Any]]  # FAILURES columns plus `position`
+    failures: list[dict[str, Any]]
     fetch_seconds: float = 0.0
     decode_seconds: float = 0.0
     bytes_read: int = 0
@@ -53,7 +60,7 @@ class Decoded:
 def fetch_and_decode(rows: pa.Table, setup: WorkerSetup, patch_size: int) -> Decoded:
     """Fetch the bytes of listing rows and decode them; every row ends in `prepared` or in `failures`.
 
-    Files are held a few at a time, at most FETCHED_BYTES of them or one larger one.
+    Files are held a few at a time, at most MOST_FETCHED_BYTES of them or one larger one.
     """
     decoded = Decoded([], [], [])
     for few in _by_bytes(rows):
@@ -62,12 +69,12 @@ def fetch_and_decode(rows: pa.Table, setup: WorkerSetup, patch_size: int) -> Dec
 
 
 def _by_bytes(rows: pa.Table) -> Iterator[pa.Table]:
-    """Rows in order, as many at a time as have FETCHED_BYTES together."""
+    """Rows in order, as many at a time as have MOST_FETCHED_BYTES together."""
     begin, held = 0, 0
     sizes, groups = (rows[name].to_pylist() for name in ("source_size", "row_group"))
     for at, (size, group) in enumerate(zip(sizes, groups, strict=True)):
-        size = max(size, 0) if group is None else BYTES_IN_PARQUET
-        if held and held + size > FETCHED_BYTES:
+        size = max(size, 0) if group is None else ASSUMED_BYTES_OF_IMAGE_IN_PARQUET
+        if held and held + size > MOST_FETCHED_BYTES:
             yield rows.slice(begin, at - begin)
             begin, held = at, 0
         held += size
@@ -144,14 +151,14 @@ class ReportTally:
         self.report.seconds[stage] = self.report.seconds.get(stage, 0.0) + seconds
 
     def take(self) -> ShardReport:
-        """The counts so far; counting starts anew."""
+        """The counts so far; counting starts again."""
         taken, self.report = self.report, ShardReport("progress", device=self.report.device, seconds={})
         self.since = time.monotonic()
         return taken
 
 
 def write_shard(writer: ShardWriter, report: ShardReport) -> ShardReport:
-    """Close a shard into `report`; a failed write leaves nothing behind and is told to the driver."""
+    """Close a shard into `report`; a failed write leaves nothing behind and is reported to the driver."""
     started = time.perf_counter()
     try:
         report.patches, report.images = writer.close()
@@ -192,21 +199,21 @@ class FusedWorker:
         self.busy = BusyDevice()
         self.projections = read_projections(setup.store, setup.config)
         self.ahead = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        self.chunk = FIRST_CHUNK
+        self.chunk = FIRST_CHUNK_IMAGES
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         try:
             for report in self.process(block):
                 yield report.to_table()
         except Exception as error:
-            # told rather than raised, so that the driver knows why these images are still undone
+            # reported rather than raised, so that the driver knows why these images are still undone
             about = {"stage": "extract", "error": type(error).__name__, "message": str(error), "errno": None}
             yield ShardReport("failed", positions=block["position"].to_pylist(), error=about).to_table()
 
     def process(self, block: pa.Table) -> Iterator[ShardReport]:
         """Reports of a block: shards as they are written, and progress about every second."""
         setup = self.setup
-        shard_seconds = setup.config.run.commit_seconds * SHARD_SHARE_OF_COMMIT
+        shard_seconds = setup.config.run.commit_seconds * SHARD_SHARE_OF_COMMIT_SECONDS
         tally = ReportTally(self.device)
         writer = self._new_writer()
         for decoded in self._decoded_ahead(block):
@@ -249,7 +256,7 @@ class FusedWorker:
 
     def _adapt_chunk(self, images: int, model_seconds: float) -> None:
         if images:
-            self.chunk = max(1, min(LARGEST_CHUNK, int(CHUNK_SECONDS * images / max(model_seconds, 1e-6))))
+            self.chunk = max(1, min(MOST_CHUNK_IMAGES, int(CHUNK_MODEL_SECONDS * images / max(model_seconds, 1e-6))))
 
 
 def decode_block(block: pa.Table, setup: WorkerSetup, patch_size: int) -> pa.Table:
@@ -260,7 +267,7 @@ def decode_block(block: pa.Table, setup: WorkerSetup, patch_size: int) -> pa.Tab
 class ModelWorker:
     """Second of the separate stages, one per GPU: pixels in, features out.
 
-    Called from MODEL_THREADS threads at once: one packs or unpacks a block while another has the model.
+    Called from THREADS_PER_MODEL_WORKER threads at once: one packs or unpacks a block while another has the model.
     """
 
     def __init__(self, setup: WorkerSetup) -> None:

@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from pipelines.errors import JobError
-from pipelines.extract.layout import FEWEST_IMAGES, WRITER_SHARE, ExtractionLayout
+from pipelines.errors import JobError, counted
+from pipelines.extract.layout import FEWEST_IMAGES_PER_BLOCK, WRITER_SHARE_OF_DECODING_CPUS, ExtractionLayout
 from pipelines.extract.stages import (
-    MODEL_THREADS,
+    THREADS_PER_MODEL_WORKER,
     FusedWorker,
     ModelWorker,
     WriteWorker,
@@ -30,7 +30,8 @@ from pipelines.store.schemas import descriptor_columns
 from pipelines.store.store import Store
 from pipelines.store.vectors import descriptor_map
 
-REPORTS_PER_SECOND = 50  # that the driver should see at most, whatever the number of workers
+# However many workers there are, the driver must keep up.
+MOST_REPORTS_TO_DRIVER_PER_SECOND = 50
 
 
 def stream_reports(
@@ -52,7 +53,7 @@ def stream_reports(
         layout.device,
         store.spec["model"]["weights"],
         threads=max(1, round(layout.cpus)),
-        progress_seconds=max(1.0, layout.workers / REPORTS_PER_SECOND),
+        progress_seconds=max(1.0, layout.workers / MOST_REPORTS_TO_DRIVER_PER_SECOND),
     )
     if config.store.pca is not None and not projection.exists(store.uri, config):
         _fit_projection(rows, layout, setup, store)
@@ -60,12 +61,12 @@ def stream_reports(
     if layout.separate:
         decode = partial(decode_block, setup=setup, patch_size=layout.facts.patch_size)
         dataset = map_with_tasks(dataset, decode, layout.decode_cpus)
-        threads = 1 if apart else MODEL_THREADS
+        threads = 1 if apart else THREADS_PER_MODEL_WORKER
         dataset = map_with_actors(
             dataset, ModelWorker, setup, layout.workers, layout.cpus, layout.gpus, threads=threads
         )
         # few writers keep up with a model; Ray starts more when blocks wait
-        writer_cpus = layout.decode_cpus * WRITER_SHARE
+        writer_cpus = layout.decode_cpus * WRITER_SHARE_OF_DECODING_CPUS
         dataset = map_with_actors(dataset, WriteWorker, setup, (1, 4 * layout.workers), writer_cpus)
     else:
         dataset = map_with_actors(dataset, FusedWorker, setup, layout.workers, layout.cpus)
@@ -80,7 +81,7 @@ def _fit_projection(rows: pa.Table, layout: ExtractionLayout, setup: WorkerSetup
 
     count = projection.images_to_fit(setup.config, len(rows))
     sample = rows.take(pa.array(np.linspace(0, len(rows) - 1, count).astype(np.int64)))
-    dataset = dataset_of(sample, max(1, min(FEWEST_IMAGES, count // layout.workers)), report_each=False)
+    dataset = dataset_of(sample, max(1, min(FEWEST_IMAGES_PER_BLOCK, count // layout.workers)), report_each=False)
     dataset = map_with_actors(dataset, SampleWorker, setup, layout.workers, layout.cpus, layout.gpus)
     parts = [unpack(block) for block in read_blocks(dataset)]
     config = setup.config
@@ -92,8 +93,8 @@ def _fit_projection(rows: pa.Table, layout: ExtractionLayout, setup: WorkerSetup
         vectors = np.concatenate(found) if found else np.zeros((0, 0), np.float32)
         if len(vectors) < dimensions:
             raise JobError(
-                f"store.pca={dimensions} needs at least as many patches, but the sample of {count} images gave "
-                f"{len(vectors)}: give a smaller store.pca, or more readable images."
+                f"store.pca={dimensions} needs at least as many patches, but the sample of {counted(count, 'image')} "
+                f"gave {len(vectors):,}: give a smaller store.pca, or more readable images."
             )
         fitted[column] = fit_pca(vectors, dimensions, seed=0)
     projection.write_projections(store.uri, config, fitted)

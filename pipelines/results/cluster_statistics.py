@@ -26,7 +26,8 @@ class Counting:
 class Statistics:
     """Statistics of k clusters; they add up over files of whole images.
 
-    sizes: (k,) int64. inertia: (k,) float64. votes: (k,) int64, images in which the cluster is salient (Amir et al. 2021, section 4.2); 0 where there is no saliency.
+    sizes: (k,) int64. inertia: (k,) float64. votes: (k,) int64, images in which the cluster is salient (Amir et al.
+    2021, section 4.2); 0 where there is no saliency.
     """
 
     sizes: np.ndarray

@@ -81,5 +81,5 @@ def test_an_unknown_device_is_answered_with_the_known_ones(tmp_path: Path, photo
 def test_a_sample_without_a_readable_image_says_why(tmp_path: Path, ray: None) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"no picture")
-    with pytest.raises(RequestError, match="None of 1 sampled images"):
+    with pytest.raises(RequestError, match="None of 1 sampled image "):
         estimate.run(settings(), input=str(tmp_path / "in"), store=str(tmp_path / "s"))

@@ -274,7 +274,7 @@ def test_what_the_storage_keeps_back_is_a_failure_until_the_next_run(
     ended = run(disturbed)
     assert ended.code == 0 and ended.result["extracted"] == IMAGES - 1
     assert ended.result["failures_by_reason"] == {"decode: ImageError": 1, "fetch: StorageError": 1}
-    assert "1 images could not be fetched or stored because the storage failed" in ended.error
+    assert "1 image could not be fetched or stored because the storage failed" in ended.error
     direct = Place(source, disturbed.store, s3)
     finish(direct)
     judge(local_copy(direct, s3, tmp_path / "store"), expected)

@@ -116,10 +116,10 @@ def test_slow_models_take_few_images_at_a_time(
     decode = worker._decode
     monkeypatch.setattr(worker, "_decode", lambda chunk: sizes.append(len(chunk)) or decode(chunk))
     reports_of(worker, rows)
-    assert sum(sizes) == 60 and sizes[0] == stages.FIRST_CHUNK and max(sizes) == stages.LARGEST_CHUNK
+    assert sum(sizes) == 60 and sizes[0] == stages.FIRST_CHUNK_IMAGES and max(sizes) == stages.MOST_CHUNK_IMAGES
     sizes.clear()
-    monkeypatch.setattr(stages, "CHUNK_SECONDS", 0.0)
-    worker.chunk = stages.FIRST_CHUNK
+    monkeypatch.setattr(stages, "CHUNK_MODEL_SECONDS", 0.0)
+    worker.chunk = stages.FIRST_CHUNK_IMAGES
     reports_of(worker, rows)
     assert sum(sizes) == 60 and set(sizes[2:]) == {1}
 
@@ -129,12 +129,12 @@ def test_files_are_held_a_few_at_a_time(photos: Callable[..., Path], monkeypatch
     rows = listed(photos(6))
     sizes = pa.array([40, 50, 20, 300, 90, 10], pa.int64())
     rows = rows.set_column(rows.schema.get_field_index("source_size"), "source_size", sizes)
-    monkeypatch.setattr(stages, "FETCHED_BYTES", 100)
+    monkeypatch.setattr(stages, "MOST_FETCHED_BYTES", 100)
     assert [len(few) for few in stages._by_bytes(rows)] == [2, 1, 1, 2]
     assert pa.concat_tables(list(stages._by_bytes(rows))).equals(rows)
     assert list(stages._by_bytes(rows.slice(0, 0))) == []
     inside = rows.set_column(rows.schema.get_field_index("row_group"), "row_group", pa.array([0] * 6, pa.int32()))
-    monkeypatch.setattr(stages, "FETCHED_BYTES", 4 * stages.BYTES_IN_PARQUET)
+    monkeypatch.setattr(stages, "MOST_FETCHED_BYTES", 4 * stages.ASSUMED_BYTES_OF_IMAGE_IN_PARQUET)
     assert [len(few) for few in stages._by_bytes(inside)] == [4, 2]
 
 
