@@ -37,6 +37,7 @@ from pipelines.running.layout import Layout, plan_workers
 from pipelines.running.progress import StatusLine
 from pipelines.running.ray_session import explain_ray_error, ray_session
 from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
+from pipelines.settings.differences import differences
 from pipelines.settings.loading import make_config
 from pipelines.settings.sections import ClusterSettings, Config
 from pipelines.store.store import Store
@@ -105,6 +106,8 @@ def run(
     model = tables.model() if tables else None
     asked = _settings(config.cluster, model, name) if update else config.cluster
     check_store(opened, asked)
+    if model is not None:
+        _refuse_another_kind(uri, name, model, asked)
     images = clustered_images(opened, asked)
     result = Result(new_run_id(), opened.uri, name, asked.of, images=len(images))
     if not len(images):
@@ -162,12 +165,8 @@ def _settings(asked: ClusterSettings, model: Model | None, name: str) -> Cluster
     if model is None:
         return asked
     stored = model.progress.settings
-    given = {key: value for key, value in asked.model_dump(mode="json").items() if key in asked.model_fields_set}
-    differing = [
-        f"cluster.{key}: trained with {stored[key]}, asked {value}"
-        for key, value in given.items()
-        if key in stored and stored[key] != value
-    ]
+    given = asked.model_dump(mode="json", include=asked.model_fields_set & stored.keys())
+    differing = differences(stored, given, "cluster.{key}: trained with {before}, asked {asked}", only=given)
     if differing:
         raise RequestError(
             f"The clusters {name} were trained with other settings ({'; '.join(differing)}), and an update keeps its "
@@ -177,16 +176,21 @@ def _settings(asked: ClusterSettings, model: Model | None, name: str) -> Cluster
     return ClusterSettings.model_validate({**fields, "cache_gb": asked.cache_gb})
 
 
+def _refuse_another_kind(uri: str, name: str, model: Model, asked: ClusterSettings) -> None:
+    """Raises RequestError for clusters of patches where images are to be clustered, or the other way round."""
+    if (before := model.progress.settings["of"]) != asked.of:
+        raise RequestError(
+            f"The clusters {name} are of {before}, asked was {asked.of}: give another NAME for these, or remove {uri}."
+        )
+
+
 def _same(job: _Job, model: Model) -> bool:
     """Whether a model is of the same settings and the same images."""
     return model.progress.settings == job.settings and model.progress.images == digest(job.images)
 
 
-def _why_anew(job: _Job, before: Model) -> str:
-    stored = before.progress.settings
-    differing = [
-        f"cluster.{key} was {stored.get(key)}" for key, value in job.settings.items() if stored.get(key) != value
-    ]
+def _why_again(job: _Job, before: Model) -> str:
+    differing = differences(before.progress.settings, job.settings, "cluster.{key} was {before}", only=job.settings)
     return f"since other settings were given ({', '.join(differing)})" if differing else "since the images have changed"
 
 
@@ -205,7 +209,7 @@ def _plan(job: _Job, tables: ClusterTables | None, model: Model | None) -> None:
         result.resumed_from = len(left.progress.objectives)
     result.k = job.asked.k
     if model is not None and not _same(job, model):
-        result.messages.append(f"The clusters {result.name} would be trained anew, {_why_anew(job, model)}.")
+        result.messages.append(f"The clusters {result.name} would be trained anew, {_why_again(job, model)}.")
 
 
 def _train(job: _Job, before: Model | None) -> None:
@@ -217,7 +221,7 @@ def _train(job: _Job, before: Model | None) -> None:
     if model is None or not _same(job, model):
         model = Model(Progress(result.run_id, job.settings, digest(job.images)), [])
     if before is not None and not _same(job, before):
-        result.messages.append(f"The clusters {result.name} were trained anew, {_why_anew(job, before)}.")
+        result.messages.append(f"The clusters {result.name} were trained anew, {_why_again(job, before)}.")
     result.resumed_from = len(model.progress.objectives)
     if result.resumed_from and not model.progress.trained:
         result.messages.append(f"Continued after iteration {result.resumed_from} of an earlier run.")

@@ -18,7 +18,7 @@ from pipelines import storage
 from pipelines.errors import JobError, RequestError
 from pipelines.settings.sections import ClusterSettings, Config
 from pipelines.store.parquet import open_parquet
-from pipelines.store.schemas import descriptor_columns, scale_column
+from pipelines.store.schemas import scale_column
 from pipelines.store.store import Store
 from pipelines.store.table import READS_AT_ONCE, Table
 from pipelines.store.vectors import decode
@@ -60,31 +60,15 @@ class Reading:
 
 def check_store(store: Store, asked: ClusterSettings) -> None:
     """Raises RequestError for a store that lacks what is to be clustered."""
-    spec = store.config
-    if not store.images.files():
-        raise RequestError(f"The store {store.uri} has no images yet: run `dinoray extract INPUT {store.uri}` first.")
+    store.requires("clustering", images=True)
     if asked.of == "embeddings":
-        if not spec.features.embedding:
-            raise RequestError(
-                f"The store {store.uri} has no embeddings (features.embedding=false): cluster patches, or extract into "
-                "another store with features.embedding=true."
-            )
+        store.requires("cluster.of=embeddings", embedding=True, instead="cluster patches")
         if asked.salient_only:
             raise RequestError("cluster.salient_only is about patches, and cluster.of is embeddings: give one of them.")
         return
-    if spec.store.patches == "none":
-        raise RequestError(
-            f"The store {store.uri} has no patches (store.patches=none): give --of embeddings to cluster images."
-        )
-    if asked.descriptor not in (columns := descriptor_columns(spec)):
-        raise RequestError(
-            f"cluster.descriptor is {asked.descriptor}, but the patches of {store.uri} have {', '.join(columns)}: give "
-            "one of these."
-        )
-    if asked.salient_only and not spec.features.saliency:
-        raise RequestError(
-            f"cluster.salient_only needs saliency, which the store {store.uri} lacks (features.saliency=false)."
-        )
+    descriptor = ("cluster.descriptor", asked.descriptor)
+    store.requires("clustering patches", patches=True, descriptor=descriptor, instead="give --of embeddings")
+    store.requires("cluster.salient_only", saliency=asked.salient_only)
 
 
 def clustered_images(store: Store, asked: ClusterSettings) -> pa.Table:

@@ -15,9 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.correspond.made_with import check_settings
+from pipelines.correspond.made_with import settings_of_matches
 from pipelines.correspond.pairs import Pairs, choose_pairs, embeddings_of, scores, unordered_keys
-from pipelines.errors import RequestError
 from pipelines.results.matches import VERSIONED, MatchTables, matches_uri
 from pipelines.running.commits import WaitingReports
 from pipelines.running.interrupts import interruptible
@@ -74,8 +73,15 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
     opened = Store.open(store, config)
     result = Result(run_id=new_run_id(), store=opened.uri, name=name)
     matches_uri(opened.uri, name)
-    check_store(opened, asked.descriptor)
-    check_settings(opened.uri, name, asked, options, record=False)
+    opened.requires(
+        "matching",
+        whole_grid=True,
+        saliency=True,
+        descriptor=("correspond.descriptor", asked.descriptor),
+        images=True,
+    )
+    made_with = settings_of_matches(opened.uri, name, asked, options)
+    made_with.check()
     images = _images(opened, with_embeddings=asked.pairs.startswith("knn:") or opened.config.features.embedding)
     chosen = choose_pairs(asked.pairs, images, options)
     result.images, result.pairs, result.source = len(images), len(chosen), chosen.source
@@ -88,7 +94,7 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
 
     report = RunReport("correspond", opened.uri, config, result.run_id, {"name": name, "pairs": asked.pairs})
     with recorded(report, result, started, fingerprint=opened.fingerprint):
-        check_settings(opened.uri, name, asked, options, record=True)
+        made_with.check(record=True)
         tables = MatchTables(opened.uri, name, options)
         result.repaired = {what: count for what, count in tables.repair(result.run_id).items() if count}
         pending, outdated = _plan(tables, chosen, images, result)
@@ -97,31 +103,6 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
         if len(pending):
             _match_pending(opened, tables, pending, images, config, result)
     return result
-
-
-def check_store(store: Store, descriptor: str) -> None:
-    """Raises RequestError for a store whose images cannot be matched."""
-    spec, columns = store.config, descriptor_columns(store.config)
-    if spec.store.patches != "all" or spec.store.every > 1:
-        kept = (
-            f"store.patches={spec.store.patches}" if spec.store.patches != "all" else f"store.every={spec.store.every}"
-        )
-        raise RequestError(
-            f"The store {store.uri} does not hold the whole grid of patches ({kept}), which matching needs: extract "
-            "into another store with store.patches=all and store.every=1."
-        )
-    if not spec.features.saliency:
-        raise RequestError(
-            f"The store {store.uri} has no saliency (features.saliency=false), which tells the foreground: extract "
-            "into another store with features.saliency=true."
-        )
-    if descriptor not in columns:
-        raise RequestError(
-            f"correspond.descriptor is {descriptor}, but the patches of {store.uri} have {', '.join(columns)}: give "
-            "one of these."
-        )
-    if not store.images.files():
-        raise RequestError(f"The store {store.uri} has no images yet: run `dinoray extract INPUT {store.uri}` first.")
 
 
 def _images(store: Store, *, with_embeddings: bool) -> pa.Table:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from dino_ops.cosegmentation import inliers
 from pipelines import storage
-from pipelines.cosegment.made_with import check_settings
+from pipelines.cosegment.made_with import settings_of_parts
 from pipelines.cosegment.masks import MOST_PARTS, SetImage
 from pipelines.cosegment.sets import ImageSets, choose_sets, set_version
 from pipelines.cosegment.tasks import PendingSet, plan_segmentation, stream_reports
@@ -37,7 +37,7 @@ from pipelines.running.tasks import as_task, finished_tasks
 from pipelines.settings.sections import Config, CosegmentSettings
 from pipelines.store.originals import locate
 from pipelines.store.patches import ImagePlace
-from pipelines.store.schemas import PARTS_IMAGES, descriptor_columns
+from pipelines.store.schemas import PARTS_IMAGES
 from pipelines.store.store import Store
 
 MOST_FAILED_SHOWN = 3
@@ -102,7 +102,8 @@ def run(
     if asked.crop_augmentations:
         spec = spec_with_weights(opened, config, "cosegment.crop_augmentations")
     spec = spec.model_copy(update={"cosegment": asked, "run": config.run})
-    check_settings(opened.uri, name, asked, options, record=False)
+    made_with = settings_of_parts(opened.uri, name, asked, options)
+    made_with.check()
     images = _images(opened, with_embeddings=asked.remove_outliers)
     chosen = choose_sets(asked.sets, opened.uri, images, options)
     result.source, result.sets, result.images = chosen.source, len(chosen), chosen.images
@@ -114,7 +115,7 @@ def run(
 
     report = RunReport("cosegment", opened.uri, config, result.run_id, {"name": name, "sets": asked.sets})
     with recorded(report, result, started, fingerprint=opened.fingerprint):
-        check_settings(opened.uri, name, asked, options, record=True)
+        made_with.check(record=True)
         tables = PartTables(opened.uri, name, options)
         result.repaired = {what: count for what, count in tables.repair(result.run_id).items() if count}
         pending, outdated = _plan(tables, chosen, images, asked, result)
@@ -133,33 +134,17 @@ def run(
 
 def _check_store(store: Store, config: Config) -> None:
     """Raises RequestError for a store whose images cannot be co-segmented, and for settings that do not go with it."""
-    spec, asked = store.config, config.cosegment
-    if spec.store.patches != "all" or spec.store.every > 1:
-        thinned = spec.store.patches != "all"
-        kept = f"store.patches={spec.store.patches}" if thinned else f"store.every={spec.store.every}"
-        raise RequestError(
-            f"The store {store.uri} does not hold the whole grid of patches ({kept}), which masks are made of: extract "
-            "into another store with store.patches=all and store.every=1."
-        )
-    if not spec.features.saliency:
-        raise RequestError(
-            f"The store {store.uri} has no saliency (features.saliency=false), which tells the foreground: extract "
-            "into another store with features.saliency=true."
-        )
-    if asked.descriptor not in (columns := descriptor_columns(spec)):
-        raise RequestError(
-            f"cosegment.descriptor is {asked.descriptor}, but the patches of {store.uri} have {', '.join(columns)}: "
-            "give one of these."
-        )
-    if asked.remove_outliers and not spec.features.embedding:
-        raise RequestError(
-            f"cosegment.remove_outliers compares embeddings, which the store {store.uri} lacks "
-            "(features.embedding=false)."
-        )
+    asked = config.cosegment
+    store.requires(
+        "co-segmentation",
+        whole_grid=True,
+        saliency=True,
+        descriptor=("cosegment.descriptor", asked.descriptor),
+        images=True,
+    )
+    store.requires("cosegment.remove_outliers", embedding=asked.remove_outliers)
     if asked.num_parts > MOST_PARTS:
         raise RequestError(f"cosegment.num_parts is {asked.num_parts}, but a mask can tell at most {MOST_PARTS} apart.")
-    if not store.images.files():
-        raise RequestError(f"The store {store.uri} has no images yet: run `dinoray extract INPUT {store.uri}` first.")
 
 
 def _images(store: Store, *, with_embeddings: bool) -> pa.Table:

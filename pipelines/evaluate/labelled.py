@@ -42,8 +42,8 @@ def open_pair(store: str, test: str | None, config: Config) -> tuple[Store, Stor
     opened = Store.open(store, config)
     other = Store.open(test, config) if test else None
     for one in (opened, other):
-        if one is not None and not one.config.features.embedding:
-            raise RequestError(f"The store {one.uri} has no embeddings (it was made with features.embedding=false).")
+        if one is not None:
+            one.requires("this evaluation", embedding=True)
     if other is not None and other.fingerprint != opened.fingerprint:
         raise RequestError(
             f"The stores {opened.uri} and {other.uri} were made with different specs, so their embeddings do not "

@@ -88,8 +88,8 @@ def run(config: Config, *, store: str, annotations: str) -> Result:
     started = time.monotonic()
     opened = Store.open(store, config)
     settings = config.evaluate
+    opened.requires("PCK", whole_grid=True, descriptor=("evaluate.descriptor", settings.descriptor))
     feature = _feature(opened, settings.descriptor)
-    _refuse_thinned(opened)
     annotated = read_annotations(annotations, settings.split, config.storage.options)
     images = _find_images(opened, annotated.images)
     _refuse_other_sizes(opened, annotated.pairs, images)
@@ -112,27 +112,9 @@ def run(config: Config, *, store: str, annotations: str) -> Result:
 
 
 def _feature(store: Store, column: str) -> FeatureSettings | ExtraFeature:
-    """The layer and facet of a descriptor column. Raises RequestError for one that the store does not have."""
+    """The layer and facet of a descriptor column."""
     features = store.config.features
-    of_column: dict[str, FeatureSettings | ExtraFeature] = {"descriptor": features} | {
-        extra.column: extra for extra in features.extra
-    }
-    if column not in of_column:
-        raise RequestError(
-            f"The store {store.uri} has no descriptor column {column!r}: it has {', '.join(of_column)} "
-            "(evaluate.descriptor)."
-        )
-    return of_column[column]
-
-
-def _refuse_thinned(store: Store) -> None:
-    stored = store.config.store
-    if stored.patches != "all" or stored.every > 1:
-        what = f"store.patches={stored.patches}" if stored.patches != "all" else f"store.every={stored.every}"
-        raise RequestError(
-            f"The store {store.uri} does not hold all patches ({what}), and PCK needs them: extract into another "
-            "store with store.patches=all and store.every=1."
-        )
+    return features if column == "descriptor" else next(extra for extra in features.extra if extra.column == column)
 
 
 def _find_images(store: Store, names: list[str]) -> dict[str, _ImageFacts]:

@@ -43,11 +43,8 @@ def run(config: Config, *, store: str, of: str = "embeddings") -> Result:
     if of not in VECTOR_COLUMNS_OF_IMAGES:
         raise RequestError(f"--of is {of!r}, but it should be {' or '.join(VECTOR_COLUMNS_OF_IMAGES)}.")
     opened = Store.open(store, config)
-    if not opened.config.features.embedding:
-        raise RequestError(f"The store {opened.uri} has no embeddings (it was made with features.embedding=false).")
+    opened.requires("retrieval", embedding=True, images=True)
     images = opened.images.read(["image_id", "label", "embedding"]).sort_by("image_id")
-    if not len(images):
-        raise RequestError(f"The store {opened.uri} has no images: extract some first.")
     labelled = images.filter(pc.is_valid(images["label"]))
     if not len(labelled):
         raise RequestError(

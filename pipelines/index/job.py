@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pipelines.errors import RequestError
 from pipelines.index.changes import Changes, everything, find_changes
 from pipelines.index.update import build, memory_budget, update, worn
-from pipelines.results.index_vectors import check_settings, held_settings
+from pipelines.results.index_vectors import check_store, held_settings
 from pipelines.results.indices import Manifest, index_uri, publish, read_manifest, remove_files
 from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
+from pipelines.settings.differences import differences
 from pipelines.settings.sections import Config, IndexSettings
 from pipelines.store.store import Store
 
@@ -55,13 +56,11 @@ def run(config: Config, *, store: str, name: str, dry_run: bool = False) -> Resu
     started = time.monotonic()
     asked = config.index
     opened = Store.open(store, config)
-    check_settings(opened, asked)
+    check_store(opened, asked)
     before = read_manifest(opened, name)
     if before is not None:
         _refuse_other_content(opened, name, before, asked)
     changes = find_changes(opened, name, before) if before else everything(opened)
-    if not changes.files:
-        raise RequestError(f"The store {opened.uri} has no images: `dinoray extract INPUT {opened.uri}` adds some.")
     result = Result(new_run_id(), opened.uri, name, asked.of, images_version=changes.version)
     result.changed = changes.changed
     result.added, result.removed = len(changes.fresh) - changes.changed, len(changes.gone) - changes.changed
@@ -106,13 +105,10 @@ def _published(
 
 
 def _refuse_other_content(store: Store, name: str, before: Manifest, asked: IndexSettings) -> None:
-    wanted = held_settings(asked)
-    said = [
-        f"index.{key} {value}, asked was {wanted[key]}" for key, value in before.holds.items() if wanted[key] != value
-    ]
-    if said:
+    differing = differences(before.holds, held_settings(asked), "index.{key} {before}, asked was {asked}")
+    if differing:
         raise RequestError(
-            f"The index {name} has {'; '.join(said)}: give its settings again, another NAME for these, or remove "
+            f"The index {name} has {'; '.join(differing)}: give its settings again, another NAME for these, or remove "
             f"{index_uri(store.uri, name)}."
         )
 

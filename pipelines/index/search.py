@@ -164,8 +164,7 @@ def _usable_index(store: Store, name: str, region: Box | None) -> Manifest:
     """The index's manifest. Raises RequestError when it cannot answer this."""
     manifest = read_manifest(store, name)
     if manifest is None:
-        if not sum(file.rows for file in store.images.files().values()):
-            raise RequestError(f"The store {store.uri} has no images: `dinoray extract INPUT {store.uri}` adds some.")
+        store.requires("a search", images=True)
         names = index_names(store)
         there = f"there are {', '.join(names)}" if names else "there is none yet"
         raise RequestError(

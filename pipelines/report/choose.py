@@ -106,7 +106,7 @@ def _sample(
     there = some_rows(store.images, ["image_id", "label"], settings.seed)
     labels = dict(zip(there["image_id"].to_pylist(), there["label"].to_pylist(), strict=True))
     if not labels:
-        raise RequestError(f"The store {store.uri} has no images: `dinoray extract INPUT {store.uri}` adds some.")
+        store.requires("a report", images=True)
     pairs: list[tuple[str, str]] = []
     for tables in matches:
         rows = some_rows(tables.pairs, ["image_a", "image_b"], settings.seed)

@@ -9,10 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.errors import RequestError
 from pipelines.settings.sections import ReportSettings
 from pipelines.store.rows import rows_of
-from pipelines.store.schemas import descriptor_columns, scale_column
+from pipelines.store.schemas import scale_column
 from pipelines.store.store import Store
 from pipelines.store.vectors import decode
 
@@ -58,8 +57,7 @@ def read_patches(store: Store, images: pa.Table, settings: ReportSettings) -> di
     column = settings.descriptor
     if store.config.store.patches == "none":
         return {}
-    if column not in (columns := descriptor_columns(store.config)):
-        raise RequestError(f"report.descriptor is {column}, but the store's patches have {', '.join(columns)}.")
+    store.requires("a report", descriptor=("report.descriptor", column))
     wanted = ["image_id", "row", "col", "y", "x", "saliency", column]
     if scale_column(column) in store.patches.schema.names:
         wanted.append(scale_column(column))

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from dino_ops.nearest import pool
 from pipelines import storage
-from pipelines.errors import JobError, RequestError
+from pipelines.errors import JobError
 from pipelines.settings.sections import IndexSettings
-from pipelines.store.schemas import descriptor_columns, scale_column
+from pipelines.store.schemas import scale_column
 from pipelines.store.store import Store
 from pipelines.store.vectors import decode
 
@@ -38,23 +38,15 @@ class VectorBatch:
     cells: pa.Table | None
 
 
-def check_settings(store: Store, asked: IndexSettings) -> None:
+def check_store(store: Store, asked: IndexSettings) -> None:
     """Raises RequestError when the store cannot have what is to be indexed."""
+    store.requires("an index", images=True)
     if asked.of == "embeddings":
-        if not store.config.features.embedding:
-            raise RequestError(
-                f"The store {store.uri} has no embeddings (features.embedding was false): "
-                "give --set index.of=pooled, or extract again with them."
-            )
+        store.requires("index.of=embeddings", embedding=True, instead="give --set index.of=pooled")
         return
-    if store.config.store.patches == "none":
-        raise RequestError(
-            f"The store {store.uri} has no patches (store.patches was none): give --set index.of=embeddings."
-        )
-    if asked.descriptor not in (columns := descriptor_columns(store.config)):
-        raise RequestError(
-            f"index.descriptor is {asked.descriptor}, but the store's patches have {', '.join(columns)}."
-        )
+    descriptor = ("index.descriptor", asked.descriptor)
+    instead = "give --set index.of=embeddings"
+    store.requires(f"index.of={asked.of}", patches=True, descriptor=descriptor, instead=instead)
 
 
 def held_settings(asked: IndexSettings) -> dict[str, Any]:

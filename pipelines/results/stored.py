@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.results.names import Kind, result_names, result_uri
+from pipelines.results.names import result_names, result_uri
 from pipelines.store.linked_tables import LinkedTables
 from pipelines.store.table import Table
 
@@ -36,7 +36,7 @@ class Findings:
 class StoredResult(ABC):
     """One result of a job, KIND/NAME in a store. tables: by name; empty for a result that consists of files."""
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[str]
     name: str
     tables: dict[str, Table]
 

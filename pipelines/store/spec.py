@@ -10,6 +10,7 @@ import hashlib
 import json
 from typing import Any
 
+from pipelines.settings.differences import differences
 from pipelines.settings.sections import Config
 from pipelines.store import weights
 
@@ -35,22 +36,18 @@ def fingerprint(spec: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """`section.key: stored X, asked Y` for every setting in which two specs differ.
+def spec_differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """`section.key: the store has X, asked was Y` for every setting in which two specs differ.
 
     A setting that the stored spec lacks is younger than the store, which was made as its default says.
     """
-    defaults = Config().model_dump(mode="json", include=set(SECTIONS))
-    lines = []
-    for section in sorted({*stored, *asked}):
-        old = defaults.get(section, {}) | stored.get(section, {})
-        new = defaults.get(section, {}) | asked.get(section, {})
-        lines += [
-            f"{section}.{key}: the store has {_show(old.get(key))}, asked was {_show(new.get(key))}"
-            for key in sorted({*old, *new})
-            if old.get(key) != new.get(key)
-        ]
-    return lines
+    defaults = _flat(Config().model_dump(mode="json", include=set(SECTIONS)))
+    phrase = "{key}: the store has {before}, asked was {asked}"
+    return differences(_flat(stored), {**defaults, **_flat(asked)}, phrase, defaults=defaults)
+
+
+def _flat(spec: dict[str, Any]) -> dict[str, str]:
+    return {f"{section}.{key}": _show(value) for section, values in spec.items() for key, value in values.items()}
 
 
 def _show(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import time
+from collections.abc import Iterator
 from functools import cached_property
 from importlib import metadata
 from typing import Any
@@ -20,8 +21,8 @@ from pipelines.storage.errors import explain_write_error
 from pipelines.store.commit import ORPHAN_GRACE_SECONDS, FileChange, apply_remaining, describe_file
 from pipelines.store.extraction import Plan, drop_images
 from pipelines.store.failures import STORAGE_ERROR
-from pipelines.store.schemas import FAILURES, IMAGES, SCHEMA_VERSION, patches_schema
-from pipelines.store.spec import differences, fingerprint, make_spec
+from pipelines.store.schemas import FAILURES, IMAGES, SCHEMA_VERSION, descriptor_columns, patches_schema
+from pipelines.store.spec import fingerprint, make_spec, spec_differences
 from pipelines.store.table import Table
 
 
@@ -57,7 +58,7 @@ class Store:
         if stored is None:
             _refuse_other_content(uri, config)
             return None
-        if differing := differences(stored["spec"], spec):
+        if differing := spec_differences(stored["spec"], spec):
             raise RequestError(
                 f"The store {uri} was made with another spec ({'; '.join(differing)}): "
                 "give the stored settings again, or another STORE for these."
@@ -113,6 +114,57 @@ class Store:
             return store
         except OSError as error:
             raise explain_write_error(error, uri) or storage.explain_failed_storage(error, uri) or error from None
+
+    def requires(
+        self,
+        what: str,
+        *,
+        images: bool = False,
+        patches: bool = False,
+        whole_grid: bool = False,
+        saliency: bool = False,
+        embedding: bool = False,
+        descriptor: tuple[str, str] | None = None,
+        instead: str = "",
+    ) -> None:
+        """Refuse what this store cannot be used for, in the same words for every job.
+
+        Args:
+            what: needs it, as a sentence calls it: "matching", "cluster.salient_only".
+            images: at least one. patches: some of every image. whole_grid: all of them. saliency: of patches.
+            embedding: of images.
+            descriptor: a setting and the column that it asks for, such as ("cluster.descriptor", "descriptor_key9").
+            instead: another way out than extracting again, such as "give --of embeddings".
+
+        Raises RequestError for the first thing that is lacking.
+        """
+        lacking = next(self._lacking(patches, whole_grid, saliency, embedding), None)
+        if lacking:
+            has_not, needs, setting = lacking
+            again = f"{instead + ', or ' if instead else ''}extract into another store with {setting}"
+            raise RequestError(f"The store {self.uri} {has_not}, but {what} needs {needs}: {again}.")
+        if descriptor and descriptor[1] not in (columns := descriptor_columns(self.config)):
+            raise RequestError(
+                f"{descriptor[0]} is {descriptor[1]}, but the store's patches have {', '.join(columns)}: give one of "
+                "these, or extract into another store with features.extra."
+            )
+        if images and not self.images.files():
+            raise RequestError(f"The store {self.uri} has no images yet: run `dinoray extract INPUT {self.uri}` first.")
+
+    def _lacking(
+        self, patches: bool, whole_grid: bool, saliency: bool, embedding: bool
+    ) -> Iterator[tuple[str, str, str]]:
+        """(what the store has not, how that is called, the setting with which it would)."""
+        stored, features = self.config.store, self.config.features
+        if patches and stored.patches == "none":
+            yield "has no patches (store.patches=none)", "patches", "store.patches=all"
+        if whole_grid and (stored.patches != "all" or stored.every > 1):
+            kept = f"store.patches={stored.patches}" if stored.patches != "all" else f"store.every={stored.every}"
+            yield f"does not hold the whole grid of patches ({kept})", "it", "store.patches=all and store.every=1"
+        if saliency and not features.saliency:
+            yield "has no saliency (features.saliency=false)", "saliency", "features.saliency=true"
+        if embedding and not features.embedding:
+            yield "has no embeddings (features.embedding=false)", "embeddings", "features.embedding=true"
 
     def refresh(self) -> None:
         for table in (self.images, self.patches, self.failures):

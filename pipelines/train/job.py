@@ -24,6 +24,7 @@ from pipelines.running.layout import Layout, device_of, plan_workers
 from pipelines.running.progress import ProgressLine
 from pipelines.running.ray_session import explain_ray_error, ray_session
 from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
+from pipelines.settings.differences import differences
 from pipelines.settings.sections import Config
 from pipelines.sources import list_images
 from pipelines.store.weights import checked
@@ -141,11 +142,9 @@ def _agree(training: TrainSetup, step: int, options: storage.Options) -> None:
     _, before = read_checkpoint(training.output, step, options)
     now = json.loads(json.dumps(training.agreement()))
     before = json.loads(json.dumps(before))
-    differing = [
-        "INPUT has other images" if key == IMAGES_DIGEST_KEY else f"{key} was {before.get(key)}, now {now.get(key)}"
-        for key in now
-        if before.get(key) != now.get(key)
-    ]
+    settings = now.keys() - {IMAGES_DIGEST_KEY}
+    differing = differences(before, now, "{key} was {before}, now {asked}", only=settings)
+    differing += ["INPUT has other images"] if before.get(IMAGES_DIGEST_KEY) != now[IMAGES_DIGEST_KEY] else []
     if differing:
         raise RequestError(
             f"{training.output} holds a training of something else ({'; '.join(differing)}): give the same settings to "

@@ -398,7 +398,7 @@ def test_wrong_requests_are_one_sentence(store: Store, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="has no images yet"):
         run(empty)
     with pytest.raises(
-        RequestError, match=r"cluster\.descriptor is descriptor_key9, but the patches .* have descriptor"
+        RequestError, match=r"cluster\.descriptor is descriptor_key9, but the store's patches have descriptor"
     ):
         run(store, "words", "cluster.descriptor=descriptor_key9")
     with pytest.raises(RequestError, match="NAME is 'a/b'"):
@@ -560,3 +560,11 @@ def test_a_training_that_is_killed_continues_from_its_last_iteration(tmp_path: P
 def iterations(checkpoint: Path) -> int:
     model = read_model(str(checkpoint), {})
     return 0 if model is None else len(model.progress.objectives)
+
+
+def test_another_kind_of_clustering_is_not_replaced(store: Store, here: None) -> None:
+    """H6: images clustered under the name of clusters of patches replaced them."""
+    run(store)
+    with pytest.raises(RequestError, match=r"clusters words are of patches, asked was embeddings: give another"):
+        run(store, "words", "cluster.of=embeddings")
+    assert run(store).status == "unchanged"

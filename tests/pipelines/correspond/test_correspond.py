@@ -87,7 +87,7 @@ def add(
 def by_hand(store: Store, name: str, pairs: list[str], *overrides: str) -> tuple[MatchTables, MatchReport]:
     """Files of pairs such as "ab", written as a worker does and not committed."""
     tables = MatchTables(store.uri, name, {})
-    correspond.check_settings(store.uri, name, settings().correspond, {}, record=True)
+    correspond.settings_of_matches(store.uri, name, settings().correspond, {}).check(record=True)
     config = store.config.model_copy(update={"correspond": settings(*overrides).correspond})
     setup = MatchSetup(store.uri, tables.uri, "r9", config, "cpu")
     images = store.images.read(["image_id", "shard", "grid_height", "grid_width", "run_id"]).to_pylist()
@@ -664,7 +664,7 @@ def test_bad_requests_are_one_sentence_each(tmp_path: Path) -> None:
     assert "does not exist" in sentence(store.uri, "m", str(tmp_path / "nowhere.csv"))
     for pairs in ("knn:0", "knn:x", "knn", "every"):
         assert f"correspond.pairs is {pairs}, but" in sentence(store.uri, "m", pairs)
-    assert "but the patches of" in sentence(store.uri, "m", "all", "correspond.descriptor=descriptor_key9")
+    assert "but the store's patches have" in sentence(store.uri, "m", "all", "correspond.descriptor=descriptor_key9")
     assert "have descriptor: give one" in sentence(store.uri, "m", "all", "correspond.descriptor=descriptor_key9")
     assert "NAME is '../m'" in sentence(store.uri, "../m", "all")
     assert "There is no store at" in sentence(tmp_path / "nowhere", "m", "all")
@@ -698,7 +698,7 @@ def test_stores_without_what_pairs_need(tmp_path: Path) -> None:
     add_images(empty, "r1", [source("a", 0), source("b", 1)])
     assert "none has a label" in sentence(empty.uri, "m", "all")
     table = images_table(["x", "x"])
-    with pytest.raises(correspond.RequestError, match="2 images of 2 have no embedding"):
+    with pytest.raises(RequestError, match="2 images of 2 have no embedding"):
         choose_pairs("knn:1", table, {})
     one = Store.create(str(tmp_path / "one"), settings())
     add_images(one, "r1", [source("a", 0)])

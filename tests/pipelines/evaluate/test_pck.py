@@ -253,13 +253,13 @@ def test_an_empty_store(tmp_path: Path, spair: Path) -> None:
 
 def test_a_column_that_is_not_there_names_those_that_are(store: Path, spair: Path) -> None:
     said = sentence(evaluate(store, spair, "evaluate.descriptor=descriptor_key7"))
-    assert "'descriptor_key7': it has descriptor, descriptor_key9" in said
+    assert "descriptor_key7, but the store's patches have descriptor, descriptor_key9" in said
 
 
 @pytest.mark.parametrize("thinned", ["store.every=2", "store.patches=salient", "store.patches=none"])
 def test_a_store_without_all_patches(tmp_path: Path, spair: Path, thinned: str) -> None:
     store = make_store(tmp_path / "thin", thinned)
-    assert f"does not hold all patches ({thinned})" in sentence(evaluate(store, spair))
+    assert f"does not hold the whole grid of patches ({thinned})" in sentence(evaluate(store, spair))
 
 
 def test_annotations_that_are_not_there(store: Path, spair: Path, tmp_path: Path) -> None:

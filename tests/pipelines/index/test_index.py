@@ -324,9 +324,9 @@ def test_other_settings_under_the_same_name_are_refused(make: Callable[..., Stor
 
 def test_an_empty_store_is_refused(make: Callable[..., Store]) -> None:
     store = make(images=0)
-    with pytest.raises(RequestError, match="has no images: `dinoray extract"):
+    with pytest.raises(RequestError, match="has no images yet: run `dinoray extract"):
         index.run(asked(), store=store.uri, name="main")
-    with pytest.raises(RequestError, match="has no images: `dinoray extract"):
+    with pytest.raises(RequestError, match="has no images yet: run `dinoray extract"):
         found(store, "001")
 
 
@@ -436,7 +436,7 @@ def test_an_empty_store_is_one_sentence(command: list[str], make: Callable[..., 
     store = make(images=0)
     shown = dinoray(command[0], store.uri, *command[1:])
     (line,) = shown.stderr.splitlines()
-    assert shown.exit_code == 2 and f"The store {store.uri} has no images: `dinoray extract INPUT" in line
+    assert shown.exit_code == 2 and f"The store {store.uri} has no images yet: run `dinoray extract INPUT" in line
 
 
 @pytest.mark.parametrize("name", ["../x", "", "a/b"])

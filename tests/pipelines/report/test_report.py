@@ -454,7 +454,7 @@ def test_a_wrong_request_is_one_sentence(full: Store, options: list[str], says: 
 
 def test_an_empty_store_says_how_to_fill_it(tmp_path: Path) -> None:
     store = Store.create(str(tmp_path / "store"), spec())
-    with pytest.raises(RequestError, match="has no images: `dinoray extract"):
+    with pytest.raises(RequestError, match="has no images yet: run `dinoray extract"):
         report.run(load_config(), store=store.uri)
 
 
