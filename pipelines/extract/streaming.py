@@ -110,7 +110,7 @@ class SampleWorker:
     def __call__(self, block: pa.Table) -> pa.Table:
         decoded = fetch_and_decode(block, self.setup, self.extractor.patch_size)
         features = extract_each(self.extractor, decoded, self.setup.run_id) if decoded.prepared else []
-        per_image = max(1, projection.SAMPLE_PATCHES // projection.SAMPLE_IMAGES)
+        per_image = max(1, projection.PATCHES_OF_ALL_SAMPLE_IMAGES // projection.SAMPLE_IMAGES)
         picked: dict[str, list[np.ndarray]] = {}
         for source, one in zip(decoded.sources, features, strict=True):
             for column in descriptor_columns(self.setup.config):

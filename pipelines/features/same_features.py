@@ -37,7 +37,7 @@ def spec_with_weights(store: Store, config: Config, what: str) -> Config:
                 f"of {asked.model.name} that come with this dinoray ({found[:15]}...): give its own with --set "
                 "model.weights=FILE, or extract into a new STORE."
             )
-    elif given in weights.NAMED:
+    elif given in weights.NAMED_WEIGHTS:
         raise RequestError(
             f"{what} needs the model, and the store was made with a weights file "
             f"({expected[:15]}...): give it again with --set model.weights=FILE, so that features compare."

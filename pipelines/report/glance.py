@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from pipelines.running.reports import read_reports
 from pipelines.settings.sections import Config
-from pipelines.store.rows import FILES_LOOKED_AT, ROWS_LOOKED_AT, row_count, some_rows
+from pipelines.store.rows import MOST_SAMPLED_FILES, MOST_SAMPLED_ROWS_PER_FILE, row_count, some_rows
 from pipelines.store.store import Store
 
 LATEST_RUNS_SHOWN = 12
@@ -83,7 +83,7 @@ def glance(store: Store, config: Config) -> Glance:
         found.widths, found.heights = (_spread(rows[name]) for name in ("width", "height"))
     failed = Counter[tuple[str, str]]()
     messages: dict[tuple[str, str], str] = {}
-    for path in sorted(store.failures.files())[:FILES_LOOKED_AT]:
+    for path in sorted(store.failures.files())[:MOST_SAMPLED_FILES]:
         columns = store.failures.read_file(path, ["stage", "error", "message"]).to_pydict()
         for stage, error, message in zip(columns["stage"], columns["error"], columns["message"], strict=True):
             failed[stage, error] += 1
@@ -95,7 +95,7 @@ def glance(store: Store, config: Config) -> Glance:
 
 def looked_at_all(found: Glance) -> bool:
     """Whether labels and sizes are those of all images, and not of a sample."""
-    return found.labels_from == found.images or found.images <= min(FILES_LOOKED_AT, ROWS_LOOKED_AT)
+    return found.labels_from == found.images or found.images <= min(MOST_SAMPLED_FILES, MOST_SAMPLED_ROWS_PER_FILE)
 
 
 def _spread(values: Any) -> tuple[int, int, int]:

@@ -12,7 +12,8 @@ from pipelines import storage
 from pipelines.store.parquet import DataFile
 from pipelines.store.table import CommitConflict, Table
 
-ORPHAN_GRACE_SECONDS = 2.0  # a running job's two commits lie milliseconds apart; see `repair`
+# A running job's two commits lie milliseconds apart; see `repair`.
+ORPHAN_GRACE_SECONDS = 2.0
 
 
 def describe_file(table: Table, path: str) -> DataFile:
@@ -67,7 +68,7 @@ def apply_remaining(table: Table, change: FileChange, run_id: str) -> None:
 
 
 def retry_on_conflict(attempt: Callable[[], Any]) -> Any:
-    """Run `attempt` until no other commit got in its way; it must look at the tables anew each time."""
+    """Run `attempt` until no other commit got in its way; it must look at the tables again each time."""
     while True:
         try:
             return attempt()

@@ -29,13 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run has to do."""
+    """What a run has to do.
 
-    pending: pa.Table  # listing rows with `position`, in key order
-    changed: set[str]  # pending images that have rows of an older version
+    pending: listing rows with `position`, in key order. changed: pending images that have rows of an older version.
+    gone: images of the store that are no longer in INPUT.
+    """
+
+    pending: pa.Table
+    changed: set[str]
     done: int
     failed_before: int
-    gone: list[str]  # in the store, no longer in INPUT
+    gone: list[str]
 
     @classmethod
     def of_empty_store(cls, listing: pa.Table, *, retry_failed: bool = False, limit: int | None = None) -> Plan:
@@ -47,11 +51,11 @@ class Plan:
 
 @dataclass
 class Outcome:
-    """What a commit came to."""
+    """What a commit came to. done_elsewhere: images that another run had committed first."""
 
     extracted: int = 0
     failed: int = 0
-    done_elsewhere: int = 0  # another run had committed the same images first
+    done_elsewhere: int = 0
 
 
 class Committer:
@@ -60,8 +64,10 @@ class Committer:
     def __init__(self, store: Store, run_id: str, changed: set[str]) -> None:
         self.store = store
         self.run_id = run_id
-        self._changed = changed  # images whose older rows these shards replace
-        self._seen = set(store.images.files())  # images files that the plan of this run took into account
+        # images whose older rows these shards replace
+        self._changed = changed
+        # images files that the plan of this run took into account
+        self._seen = set(store.images.files())
 
     def commit(self, reports: Iterable[ShardReport], versions: dict[str, tuple[int, str]]) -> Outcome:
         """Make shards and failures visible. `versions`: image_id -> (source_size, source_version) of what was read."""
@@ -236,21 +242,26 @@ def _change(rows: pa.Table, gone: set[str], renamed: dict[str, str | None]) -> p
 
 @dataclass
 class ShardReport:
-    """What a worker tells the driver: a shard is written, images failed, or just how far it is."""
+    """What a worker reports to the driver: a shard is written, images failed, or just how far it is.
 
-    kind: str  # shard | progress | failed
-    positions: list[int] = field(default_factory=list)  # of the images in the shard, in the run's pending table
+    kind: shard, progress or failed. positions: of the images in the shard, in the run's pending table. failures:
+    FAILURES columns and `position`. seconds: fetch, decode, model and write. done, failed: images since the last
+    report. error: why `positions` are still undone, as stage, error, message and errno.
+    """
+
+    kind: str
+    positions: list[int] = field(default_factory=list)
     image_ids: list[str] = field(default_factory=list)
     patches: DataFile | None = None
     images: DataFile | None = None
-    failures: list[dict[str, Any]] = field(default_factory=list)  # FAILURES columns plus `position`
-    seconds: dict[str, float] = field(default_factory=dict)  # fetch, decode, model, write
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
     bytes_written: int = 0
-    done: int = 0  # images extracted since the last report
-    failed: int = 0  # images failed since the last report
+    done: int = 0
+    failed: int = 0
     device: str = ""
-    error: dict[str, Any] | None = None  # why `positions` are still undone: stage, error, message, errno
+    error: dict[str, Any] | None = None
 
     def to_table(self) -> pa.Table:
         """As a one-row Ray block."""

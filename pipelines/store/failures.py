@@ -6,7 +6,8 @@ import datetime as dt
 from typing import Any
 
 MESSAGE_LENGTH = 1000
-STORAGE_ERROR = "StorageError"  # `error` where storage failed and not the image: the next run tries it again
+# Where the storage failed and not the image, the next run tries it again.
+STORAGE_ERROR = "StorageError"
 
 
 def failure_row(

@@ -1,4 +1,4 @@
-"""Tables of which one names the files of another, as merging their files needs to know them."""
+"""Tables, and the tables that name their files: what has to be known to merge the files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pipelines.store.parquet import DataFile, new_file_name, run_id_of
 from pipelines.store.table import Table
 
-SMALL_SHARE = 0.5  # of the size aimed at: larger files stay as they are
+# Larger files stay as they are.
+SMALL_FILE_SHARE_OF_TARGET = 0.5
 
 
 @dataclass(frozen=True)
 class LinkedTables:
     """A table of data and, where there is one, the leading table whose rows name the data's files in `shard`.
 
-    run_in_names: the data's file names say which training they are of, and keep saying it.
+    run_in_names: the data's file names say which training they come from, and keep saying it.
     """
 
     data: Table
@@ -27,7 +28,7 @@ class LinkedTables:
 
     def groups(self, target: int) -> list[list[DataFile]]:
         """Small files of the data, neighbours in key order, that together make a file of about `target` bytes."""
-        small = [file for file in self.data.files().values() if file.size < SMALL_SHARE * target]
+        small = [file for file in self.data.files().values() if file.size < SMALL_FILE_SHARE_OF_TARGET * target]
         found: list[list[DataFile]] = []
         # in key order, and of one training
         for file in sorted(small, key=lambda file: (self._training(file), file.min_id, file.max_id, file.path)):

@@ -23,10 +23,13 @@ _FILE_NAME = re.compile(r"part-(?P<run_id>.+)-[0-9a-f]{12}\.parquet")
 
 @dataclass(frozen=True)
 class DataFile:
-    """A Parquet file of a table, with the statistics that its log entry carries."""
+    """A Parquet file of a table, with the statistics that its log entry carries.
 
-    path: str  # relative to the table
-    size: int  # bytes
+    path: relative to the table. size: in bytes.
+    """
+
+    path: str
+    size: int
     rows: int
     min_id: str
     max_id: str
@@ -58,7 +61,8 @@ def write_parquet(
     """Write rows, in the order of their first column, as a file of the table at `table`, for its log to name later."""
     fs, path = filesystem(join(table, name), options)
     if is_local(table):
-        os.makedirs(path.rpartition("/")[0], exist_ok=True)  # the table may not have been created yet
+        # the table may not have been created yet
+        os.makedirs(path.rpartition("/")[0], exist_ok=True)
     with fs.open(path, "wb") as sink:
         pq.write_table(rows, sink, row_group_size=row_group_rows, **parquet_options(rows.schema))
     return DataFile(name, fs.size(path), len(rows), *key_range(rows[0]))
@@ -105,12 +109,14 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
         "use_dictionary": strings + small_integers,
         "use_byte_stream_split": [f"{f.name}.list.element" for f in lists if pa.types.is_float32(f.type.value_type)],
         "write_statistics": scalars,
-        "store_schema": False,  # plain Parquet: the Arrow schema inside would only repeat it
+        # the Arrow schema would only repeat Parquet's
+        "store_schema": False,
     }
 
 
 IMAGES_PER_ROW_GROUP = 64
-ROWS_PER_ROW_GROUP = 32_768  # bounds memory where a stride makes thousands of patches an image
+# Bounds the memory where a stride makes thousands of patches an image.
+ROWS_PER_ROW_GROUP = 32_768
 
 
 def run_id_of(path: str) -> str:
@@ -120,5 +126,5 @@ def run_id_of(path: str) -> str:
 
 
 def new_file_name(run_id: str) -> str:
-    """A name that nobody else uses, and that says which run wrote it."""
+    """A unique name, which says which run wrote the file."""
     return f"part-{run_id}-{uuid.uuid4().hex[:12]}.parquet"

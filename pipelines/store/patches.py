@@ -21,11 +21,11 @@ from pipelines.store.vectors import decode
 
 @dataclass(frozen=True)
 class ImagePlace:
-    """Where the patches of an image are."""
+    """Where the patches of an image are. shard: a file under patches/. grid: (rows, columns)."""
 
     image_id: str
-    shard: str  # file under patches/
-    grid: tuple[int, int]  # rows, columns
+    shard: str
+    grid: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,15 @@ class PatchMap:
 
 @dataclass
 class PatchMaps:
-    """Patches of several images, in few large arrays: that is what Ray shares between processes without copying."""
+    """Patches of several images, in few large arrays, which Ray shares between processes without copying.
 
-    descriptors: list[np.ndarray] = field(default_factory=list)  # a row group each: (patches, D)
-    others: list[np.ndarray] = field(default_factory=list)  # (3, patches) float32: saliency, y, x
-    places: dict[str, tuple[int, int, tuple[int, int]]] = field(default_factory=dict)  # id -> (group, first row, grid)
+    descriptors: (patches, D), one of each row group. others: (3, patches) float32, saliency, y and x of each row group.
+    places: image_id -> (row group, first row, grid).
+    """
+
+    descriptors: list[np.ndarray] = field(default_factory=list)
+    others: list[np.ndarray] = field(default_factory=list)
+    places: dict[str, tuple[int, int, tuple[int, int]]] = field(default_factory=dict)
     bytes_read: int = 0
 
     def of(self, image_id: str) -> PatchMap:
@@ -77,7 +81,8 @@ def read_patch_maps(
                 storage.reaching(uri),
                 fs.open(path, "rb", cache_type="none") as raw,
                 CountedFile(raw) as file,
-                pq.ParquetFile(file, pre_buffer=True) as parquet,  # few large requests instead of one for each column
+                # few large requests instead of one for each column
+                pq.ParquetFile(file, pre_buffer=True) as parquet,
             ):
                 _read_shard(maps, parquet, wanted, column, half)
                 maps.bytes_read += file.bytes_read
@@ -114,7 +119,8 @@ def _read_shard(
         for image_id, end in zip(stretches.values.to_pylist(), stretches.run_ends.to_pylist(), strict=True):
             grid = wanted[image_id].grid
             complete = np.array_equal(cells[0][first:end] * grid[1] + cells[1][first:end], np.arange(grid[0] * grid[1]))
-            if complete:  # an image that is not is reported as missing
+            # an image that is not complete is reported as missing
+            if complete:
                 maps.places[image_id] = (len(maps.descriptors) - 1, first, grid)
             first = end
 

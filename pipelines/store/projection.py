@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 SAMPLE_IMAGES = 512
-SAMPLE_PATCHES = 65_536  # over all sampled images
+PATCHES_OF_ALL_SAMPLE_IMAGES = 65_536
 
 _SCHEMA = pa.schema(
     [
         ("descriptor_column", pa.string()),
-        ("component", pa.int32()),  # -1: the mean
+        ("component", pa.int32()),
         ("explained_variance", pa.float64()),
         pa.field("vector", vector(pa.float64())),
     ]
@@ -76,7 +76,7 @@ def read_projections(store: str, config: Config) -> dict[str, PCA]:
 
 
 def write_projections(store: str, config: Config, projections: dict[str, PCA]) -> None:
-    """Write the PCA unless another run was first; everybody then uses what stands there."""
+    """Write the PCA unless another run was first; all runs then use what stands there."""
     rows: list[dict[str, Any]] = []
     for column, pca in projections.items():
         about: dict[str, Any] = {"descriptor_column": column}

@@ -31,7 +31,8 @@ def merge_files(
     """
     read = [table.read_file(file.path).cast(table.schema) for file in files]
     rows = pa.concat_tables(read)
-    rows = change(rows.take(pc.sort_indices(rows[table.key])))  # stable
+    # the sort is stable
+    rows = change(rows.take(pc.sort_indices(rows[table.key])))
     fs, path = storage.filesystem(storage.join(table.uri, name), table.options)
     with fs.open(path, "wb") as sink, pq.ParquetWriter(sink, table.schema, **parquet_options(table.schema)) as writer:
         for group in row_groups(rows, table.key):

@@ -13,14 +13,14 @@ from pipelines.errors import JobError
 from pipelines.store.parquet import group_may_hold, open_parquet
 from pipelines.store.table import Table
 
-FILES_LOOKED_AT = 64  # of a table, where any rows will do
-ROWS_LOOKED_AT = 4_096  # of each of them
+MOST_SAMPLED_FILES = 64
+MOST_SAMPLED_ROWS_PER_FILE = 4_096
 
 
 def rows_of(table: Table, keys: Iterable[str], columns: Sequence[str], files: Iterable[str] | None = None) -> pa.Table:
     """Rows whose key (the first column of the table, which its files are ordered by) is one of `keys`.
 
-    files: that hold all of them, where that is known; else those whose range of keys may.
+    files: those that hold all of them, where that is known; default: those whose range of keys allows for them.
 
     Raises JobError for a file that is gone.
     """
@@ -47,22 +47,19 @@ def rows_of(table: Table, keys: Iterable[str], columns: Sequence[str], files: It
 def some_rows(table: Table, columns: Sequence[str], seed: int) -> pa.Table:
     """Some columns of at most 64 x 4,096 rows, spread over the files: all rows of a table that has no more."""
     files = sorted(table.files())
-    files = [files[at * len(files) // FILES_LOOKED_AT] for at in range(FILES_LOOKED_AT)] if _many(files) else files
+    if len(files) > MOST_SAMPLED_FILES:
+        files = [files[at * len(files) // MOST_SAMPLED_FILES] for at in range(MOST_SAMPLED_FILES)]
     schema = pa.schema([table.schema.field(name) for name in columns])
     found = [schema.empty_table()]
     for number, name in enumerate(files):
         rows = table.read_file(name, list(columns)).cast(schema)
-        if len(rows) > ROWS_LOOKED_AT:
-            drawn = np.random.default_rng([seed, number]).choice(len(rows), ROWS_LOOKED_AT, replace=False)
+        if len(rows) > MOST_SAMPLED_ROWS_PER_FILE:
+            drawn = np.random.default_rng([seed, number]).choice(len(rows), MOST_SAMPLED_ROWS_PER_FILE, replace=False)
             rows = rows.take(pa.array(np.sort(drawn)))
         found.append(rows)
     return pa.concat_tables(found)
 
 
 def row_count(table: Table) -> int:
-    """As the log says it."""
+    """How many rows a table has, as its log says."""
     return sum(file.rows for file in table.files().values())
-
-
-def _many(files: Sequence[str]) -> bool:
-    return len(files) > FILES_LOOKED_AT

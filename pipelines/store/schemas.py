@@ -86,8 +86,8 @@ PAIRS_COLUMNS = (
     Column("mutual", pa.int32(), "mutual nearest neighbours found, in the foreground or not"),
     Column("kept", pa.int32(), "rows of the pair in `matches`; 0 is a result, not an error"),
     Column("shard", pa.string(), "file below `matches/` that holds those rows; null where there are none"),
-    Column("run_id_a", pa.string(), "extraction of image_a that was matched; a later one is matched anew"),
-    Column("run_id_b", pa.string(), "extraction of image_b that was matched; a later one is matched anew"),
+    Column("run_id_a", pa.string(), "extraction of image_a that was matched; a later one is matched again"),
+    Column("run_id_b", pa.string(), "extraction of image_b that was matched; a later one is matched again"),
 )
 
 MATCHES_COLUMNS = (
@@ -126,7 +126,7 @@ ASSIGNMENTS_COLUMNS = (
     Column("cluster_id", pa.int32(), "as in `centroids`"),
     Column("distance", pa.float32(), "to the centroid: 1 - cosine, or Euclidean"),
     Column("saliency", pa.float32(), "of the patch, as in `patches`; null where there is none"),
-    Column("run_id", pa.string(), "extraction that was assigned; a later one is assigned anew"),
+    Column("run_id", pa.string(), "extraction that was assigned; a later one is assigned again"),
 )
 
 PARTS_IMAGES_COLUMNS = (
@@ -147,8 +147,8 @@ PARTS_IMAGES_COLUMNS = (
     ),
     Column("note", pa.string(), "what was unusual, such as no salient cluster; null for nothing"),
     Column("shard", pa.string(), "file below `patches/` that holds its patches"),
-    Column("run_id", pa.string(), "extraction that was segmented; a later one is segmented anew"),
-    Column("set_version", pa.string(), "hash of the set's images and their extractions; others are segmented anew"),
+    Column("run_id", pa.string(), "extraction that was segmented; a later one is segmented again"),
+    Column("set_version", pa.string(), "hash of the set's images and their extractions; others are segmented again"),
 )
 
 PARTS_PATCHES_COLUMNS = (

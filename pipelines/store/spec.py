@@ -16,7 +16,7 @@ from pipelines.store import weights
 
 SECTIONS = ("model", "image", "features", "store")
 
-# Decided by the machine at hand, not by the spec: they move values by less than half precision keeps.
+# The machine decides these, not the spec: they change values by less than half precision keeps.
 _NOT_IDENTITY = {"model": {"device", "compile"}}
 
 
@@ -27,7 +27,8 @@ def make_spec(config: Config) -> dict[str, Any]:
         for key in keys:
             del settings[section][key]
     settings["model"]["weights"] = weights.identity(config)
-    settings["features"]["rope"] = "before"  # query and key facets are taken before rotary positions are applied
+    # query and key facets are taken before rotary positions are applied
+    settings["features"]["rope"] = "before"
     return settings
 
 

@@ -37,7 +37,8 @@ class Store:
         self.images = Table(storage.join(uri, "images"), IMAGES, config.storage.options)
 
     @cached_property
-    def patches(self) -> Table:  # opened when asked for: those who read embeddings never do
+    def patches(self) -> Table:
+        # opened on demand: jobs that read embeddings never need it
         return Table(storage.join(self.uri, "patches"), patches_schema(self.config), self.config.storage.options)
 
     @cached_property
@@ -110,7 +111,8 @@ class Store:
         try:
             store = cls(uri, config, stored)
             if make_all:
-                store.refresh()  # so that other tools find every table, be it empty
+                # other tools are to find every table, even an empty one
+                store.refresh()
             return store
         except OSError as error:
             raise explain_write_error(error, uri) or storage.explain_failed_storage(error, uri) or error from None
@@ -174,9 +176,9 @@ class Store:
         """Undo what a killed run left between its commits; the images table decides what is true.
 
         Patch files that no image names are removed; files that images name but the log lost are added again while
-        they exist, and else those images are done anew; failures of images that are done are removed.
-        Safe beside a running job: its files are given time to be named, and both sides look again at what the other
-        did after their own commit, so that whoever comes last puts right what crossed.
+        they exist, or else those images are extracted again; failures of images that are done are removed.
+        Safe while a job is running: its files are given time to be named, and after its own commit each side looks at
+        what the other did, so that the last one puts right what crossed.
         """
         for table in (self.images, self.patches, self.failures):
             table.complete_properties()

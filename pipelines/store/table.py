@@ -1,7 +1,7 @@
 """A Delta table whose files are written by workers and committed by the driver, compare-and-set.
 
 delta-rs does the log; this file adds what a store needs around it: file-level adds and removes in one commit that
-fails when somebody else committed first, and reading only the files whose key range matters.
+fails when another run committed first, and reading only the files whose key range matters.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from pipelines.storage.filesystems import Options, delta_options, is_local
 from pipelines.store.parquet import DataFile, open_parquet, write_parquet
 
 READS_AT_ONCE = 16
-TRIES = 4  # of what remote storage left half done; delta-rs repeats refused requests itself
-CONTENT_VERSION = "content_version"  # in the log, of commits that leave all rows as they were
-FIRST_PAUSE_SECONDS = 0.2  # doubled from try to try
+# delta-rs repeats refused requests itself, but not what remote storage left half done.
+REMOTE_STORAGE_TRIES = 4
+FIRST_PAUSE_SECONDS = 0.2
+# Commits that leave all rows as they were carry it in the log.
+CONTENT_VERSION_KEY = "content_version"
 
 _T = TypeVar("_T")
 
@@ -44,11 +46,12 @@ class Table:
     def __init__(self, uri: str, schema: pa.Schema, options: Options | None = None) -> None:
         self.uri = normalise(uri)
         self.schema = schema
-        self.key = schema.names[0]  # files are in its order, and their log entries carry its range
+        # files are in the order of the key, and their log entries carry its range
+        self.key = schema.names[0]
         self.options = options or {}
         self._storage_options = delta_options(self.uri, options)
         self._delta = self._open_or_create()
-        self._content_version: tuple[int, int] | None = None  # (version, its content version)
+        self._version_and_its_content_version: tuple[int, int] | None = None
 
     def _open_or_create(self) -> DeltaTable:
         """Raises JobError for a log that cannot be read, OSError where the table cannot be written."""
@@ -85,7 +88,8 @@ class Table:
         """Give a table of an older dinoray the properties of a new one."""
         known = self._delta.metadata().configuration
         if any(known.get(name) != value for name, value in self._properties.items()):
-            with contextlib.suppress(CommitFailedError, DeltaError):  # another run was first: it did the same, or will
+            # another run that was first did the same, or will
+            with contextlib.suppress(CommitFailedError, DeltaError):
                 self._delta.alter.set_table_properties(self._properties)
             self.refresh()
 
@@ -99,14 +103,15 @@ class Table:
 
     @property
     def content_version(self) -> int:
-        """The version since which no commit changed rows: `compact` only moves them, a vacuum leaves them alone."""
-        if self._content_version is None or self._content_version[0] != self.version:
-            self._content_version = (self.version, self._find_content_version())
-        return self._content_version[1]
+        """The version since which no commit changed rows: `compact` only moves them."""
+        known = self._version_and_its_content_version
+        if known is None or known[0] != self.version:
+            known = self._version_and_its_content_version = (self.version, self._find_content_version())
+        return known[1]
 
     @property
     def content_identity(self) -> str:
-        """Another one whenever the rows are others, also when the table was removed and made again."""
+        """Changes whenever the rows change, also when the table was removed and made again."""
         return f"{self._delta.metadata().id}:{self.content_version}"
 
     def present_files(self) -> dict[str, int]:
@@ -132,7 +137,7 @@ class Table:
     def _find_content_version(self) -> int:
         for version in range(self.version, 0, -1):
             entries = self._log_entries(version)
-            carried = [entry["commitInfo"].get(CONTENT_VERSION) for entry in entries if "commitInfo" in entry]
+            carried = [entry["commitInfo"].get(CONTENT_VERSION_KEY) for entry in entries if "commitInfo" in entry]
             if any(carried):
                 return int(carried[0])
             files = [entry.get("add") or entry.get("remove") for entry in entries]
@@ -146,16 +151,16 @@ class Table:
 
     def _read_log(self, read: Callable[[], _T]) -> _T:
         """Read from the log; from remote storage again when an answer broke off, which delta-rs does not repeat."""
-        for attempt in range(TRIES):
+        for attempt in range(REMOTE_STORAGE_TRIES):
             try:
                 return read()
             except (FileNotFoundError, PermissionError):
                 raise
             except OSError:
-                if is_local(self.uri) or attempt == TRIES - 1:
+                if is_local(self.uri) or attempt == REMOTE_STORAGE_TRIES - 1:
                     raise
                 time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
-        raise AssertionError("TRIES is at least 1")
+        raise AssertionError("REMOTE_STORAGE_TRIES is at least 1")
 
     def files(self) -> dict[str, DataFile]:
         """The files of the current version, by path. Their names and key ranges, nothing is read from them."""
@@ -179,7 +184,7 @@ class Table:
 
         Raises:
             CommitConflict: another commit landed after that version. The table is refreshed.
-            OSError, DeltaError: the storage failed; the commit did not land, or nobody can say.
+            OSError, DeltaError: the storage failed; the commit did not land, or that cannot be known.
         """
         now_ms = time.time_ns() // 1_000_000
         actions: list[Any] = [self._add_action(file, now_ms, not rearranges) for file in add]
@@ -187,9 +192,9 @@ class Table:
         if not actions:
             return
         commit_id = uuid.uuid4().hex
-        for attempt in range(TRIES):
+        for attempt in range(REMOTE_STORAGE_TRIES):
             before = self.version
-            carried = {CONTENT_VERSION: str(self.content_version)} if rearranges else {}
+            carried = {CONTENT_VERSION_KEY: str(self.content_version)} if rearranges else {}
             try:
                 self._delta.create_write_transaction(
                     actions,
@@ -210,7 +215,7 @@ class Table:
                     return
                 if self.version > before:
                     raise CommitConflict(str(error)) from None
-                if attempt == TRIES - 1:
+                if attempt == REMOTE_STORAGE_TRIES - 1:
                     raise
             # that version is still free: should the lost request arrive late, it or the next one lands, never both
             time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
@@ -251,7 +256,8 @@ class Table:
     def has_file(self, name: str) -> bool:
         fs, path = filesystem(self._place(name), self.options)
         try:
-            fs.info(path)  # `exists` of some drivers says no whenever the storage fails
+            # `exists` of some drivers says no whenever the storage fails
+            fs.info(path)
         except FileNotFoundError:
             return False
         return True

@@ -12,8 +12,9 @@ from pipelines.store.schemas import scale_column, vector
 if TYPE_CHECKING:
     from dino_ops.extractor import ImageFeatures
 
-HALF_MAX = 65_504.0  # the largest float16
-BYTES_PER_VALUE = {"float16": 1.91, "float32": 3.81, "int8": 0.89}  # measured, zstd
+LARGEST_FLOAT16 = 65_504.0
+# Measured, with zstd.
+BYTES_PER_VALUE = {"float16": 1.91, "float32": 3.81, "int8": 0.89}
 
 
 def descriptor_map(features: ImageFeatures, column: str) -> np.ndarray:
@@ -30,7 +31,11 @@ def encode(vectors: np.ndarray, dtype: str) -> list[pa.Array]:
         return [_lists(vectors, pa.float32())]
     if dtype == "float16":
         # clipped, since a rare huge activation must not become infinite
-        return [_lists(np.clip(vectors, -HALF_MAX, HALF_MAX).astype(np.float16).astype(np.float32), pa.float32())]
+        return [
+            _lists(
+                np.clip(vectors, -LARGEST_FLOAT16, LARGEST_FLOAT16).astype(np.float16).astype(np.float32), pa.float32()
+            )
+        ]
     scale = np.abs(vectors).max(axis=1, initial=0.0) / 127.0
     steps = np.rint(vectors / np.where(scale > 0, scale, 1.0)[:, None]).astype(np.int8)
     return [_lists(steps, pa.int8()), pa.array(scale, pa.float32())]

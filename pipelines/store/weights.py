@@ -16,7 +16,7 @@ from pipelines.settings.sections import Config
 from pipelines.storage.filesystems import version_of
 
 RANDOM_SEED = 0
-NAMED = ("pretrained", "random")  # model.weights that are no file
+NAMED_WEIGHTS = ("pretrained", "random")
 
 
 def identity(config: Config) -> str:
@@ -29,7 +29,7 @@ def identity(config: Config) -> str:
     """
     if config.model.weights == "random":
         return f"random:{RANDOM_SEED}"
-    if config.model.weights in NAMED and not is_packaged(config):
+    if config.model.weights in NAMED_WEIGHTS and not is_packaged(config):
         return config.model.weights
     return f"sha256:{storage.sha256(local_file(config))}"
 
@@ -63,7 +63,7 @@ def checked(config: Config, expected: str) -> str:
     Raises JobError when this machine sees another file than the driver did.
     """
     packaged = is_packaged(config)
-    if config.model.weights in NAMED and not packaged:
+    if config.model.weights in NAMED_WEIGHTS and not packaged:
         return config.model.weights
     path = local_file(config)
     if (found := f"sha256:{storage.sha256(path)}") != expected:
@@ -90,5 +90,6 @@ def _local_copy(uri: str, config: Config) -> str:
         os.makedirs(folder, exist_ok=True)
         partial = f"{target}.{os.getpid()}.partial"
         fs.get_file(path, partial)
-        os.replace(partial, target)  # whole or absent, also when two workers download at once
+        # whole or absent, also when two workers download at once
+        os.replace(partial, target)
     return target

@@ -84,7 +84,7 @@ def make_setup(config: Config, output: str, images: pa.Table, run_id: str) -> Tr
 def _start(config: Config) -> Config:
     """The settings with model.weights as every worker understands it: `random` unless it was given, files absolute."""
     given = config.model.weights if "weights" in config.model.model_fields_set else "random"
-    start = given if given in weights.NAMED else storage.normalise(given)
+    start = given if given in weights.NAMED_WEIGHTS else storage.normalise(given)
     return config.model_copy(update={"model": config.model.model_copy(update={"weights": start})})
 
 

@@ -25,7 +25,7 @@ from pipelines.running.progress import StatusLine
 from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.store.commit import FileChange, apply_remaining, commit_in_order
-from pipelines.store.linked_tables import SMALL_SHARE, LinkedTables
+from pipelines.store.linked_tables import SMALL_FILE_SHARE_OF_TARGET, LinkedTables
 from pipelines.store.parquet import DataFile, new_file_name
 from pipelines.store.rewriting import merge_files, rewrite
 from pipelines.store.store import Store
@@ -145,7 +145,7 @@ def _renamed(
 
     Otherwise one file would grow with every run until it held everything.
     """
-    small = [file for file in naming if file.size < SMALL_SHARE * target]
+    small = [file for file in naming if file.size < SMALL_FILE_SHARE_OF_TARGET * target]
     if small:
         yield merge_files(leading, small, new_file_name(run_id), lambda rows: _rename(rows, renamed))
     for file in naming:

@@ -177,7 +177,7 @@ def test_only_files_of_the_images_shown_are_read(tmp_path: Path, monkeypatch: py
 
 
 def test_rows_of_a_large_table_are_a_sample(full: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few_rows, "ROWS_LOOKED_AT", 3)
+    monkeypatch.setattr(few_rows, "MOST_SAMPLED_ROWS_PER_FILE", 3)
     rows = few_rows.some_rows(full.images, ["image_id"], seed=0)["image_id"].to_pylist()
     assert len(rows) == 3 and rows == few_rows.some_rows(full.images, ["image_id"], seed=0)["image_id"].to_pylist()
 
