@@ -9,10 +9,13 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from pipelines.errors import counted
+
+ELSEWHERE = "done by another run at the same time"
+
 
 def printable(text: str) -> str:
-    """A stranger's text, such as a file's name, as a terminal may show it: on one line, and what would move the
-    cursor, colour, ring or turn the direction of writing is spelt out."""
+    """A stranger's text, such as a file's name, safe for a terminal: on one line, its control characters spelt out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -22,7 +25,7 @@ def printer_of(command: str) -> Callable[[Any], None]:
 
 
 def print_counts(result: Any) -> None:
-    """Every count and text of a result, a line each."""
+    """Print every count and text of a result, a line each."""
     for name, value in result.as_dict().items():
         if name not in ("messages", "seconds", "exit_code") and isinstance(value, str | int | float) and value != "":
             shown = f"{value:,}" if isinstance(value, int | float) else printable(value)
@@ -40,38 +43,44 @@ def print_settings(config: Any) -> None:
 
 def print_extract(result: Any) -> None:
     if result.status == "dry_run":
-        print(f"\n{result.listed:,} images listed: {result.pending:,} to extract ({result.changed:,} of them changed),")
+        listed = counted(result.listed, "image")
+        print(f"\n{listed} listed: {result.pending:,} to extract ({result.changed:,} of them changed),")
         print(f"{result.already_done:,} done, {result.failed_before:,} recorded as failures. Nothing was written.")
         return
-    lines = [f"{result.listed:,} images in INPUT, {result.already_done:,} were done"]
-    lines += [
-        f"{result.extracted:,} extracted"
-        + (f" at {result.images_per_second:,.1f} a second" if result.extracted else "")
-    ]
-    if result.pruned:
-        lines.append(f"{result.pruned:,} removed")
-    if result.done_elsewhere:
-        lines.append(f"{result.done_elsewhere:,} done by another run at the same time")
-    print(", ".join(lines) + ".")
+    lines = [f"{counted(result.listed, 'image')} in INPUT, {_were_done(result)}", f"{result.extracted:,} extracted"]
+    if result.extracted:
+        lines[-1] += f" at {result.images_per_second:,.1f} a second"
+    print(_sentence(lines, {"removed": result.pruned, ELSEWHERE: result.done_elsewhere}))
     if result.failed:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(result.failures_by_reason.items()))
         print(f"{result.failed:,} could not be extracted ({reasons}): see {result.store}/failures.")
     if result.failed_before:
-        print(f"{result.failed_before:,} failed before and were not tried again (--retry-failed tries them).")
+        was, them = ("was", "it") if result.failed_before == 1 else ("were", "them")
+        print(f"{result.failed_before:,} failed before and {was} not tried again (--retry-failed tries {them}).")
     print(f"Tables: {result.store}/images  {result.store}/patches  {result.store}/failures")
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.total_seconds:.1f} s)")
 
 
+def _sentence(counts: list[str], others: dict[str, int]) -> str:
+    """Counts in a sentence; of the others, only those that are not 0."""
+    return ", ".join([*counts, *(f"{count:,} {what}" for what, count in others.items() if count)]) + "."
+
+
+def _were_done(result: Any) -> str:
+    return f"{result.already_done:,} {'was' if result.already_done == 1 else 'were'} done"
+
+
 def print_estimate(result: Any) -> None:
-    print(f"{result.listed:,} images in INPUT, {result.images:,} of them not in {result.store}")
+    print(f"{counted(result.listed, 'image')} in INPUT, {result.images:,} of them not in {result.store}")
     if not result.images:
         return
     read = f"{decimal(result.source_bytes)} to read, " if result.source_bytes is not None else ""
     tables = ", ".join(f"{name} {decimal(size)}" for name, size in result.bytes.items())
     each = decimal(round(result.bytes_per_image))
     print(f"{read}{decimal(sum(result.bytes.values()))} to store ({tables}; {each} an image)")
-    print(f"{result.patches:,} patches; {result.gflop_per_image:,.2f} GFLOP an image, {result.tflop:,.1f} TFLOP in all")
-    measured = f"measured on {result.sample} images"
+    patches = counted(result.patches, "patch", "patches")
+    print(f"{patches}; {result.gflop_per_image:,.2f} GFLOP an image, {result.tflop:,.1f} TFLOP in all")
+    measured = f"measured on {counted(result.sample, 'image')}"
     start = f"{result.start_seconds:,.0f} s of it to start"
     rate = f"{result.images_per_second:,.1f} images/s"
     print(f"here ({result.device}): {rate}, {_hours(result.hours)}, {start} ({measured})")
@@ -79,9 +88,8 @@ def print_estimate(result: Any) -> None:
         rate = f"about {result.named_images_per_second:,.0f} images/s (the {result.named_limited_by} limits)"
         print(f"{result.named_device}: {rate}, {_hours(result.named_hours)}")
     if result.cost is not None:
-        print(
-            f"cost at {result.price_per_hour:g} an hour: {result.cost:,.2f}; {result.cost_per_million:,.2f} a million"
-        )
+        cost = f"{result.cost:,.2f}; {result.cost_per_million:,.2f} a million"
+        print(f"cost at {result.price_per_hour:g} an hour: {cost}")
 
 
 def _hours(hours: float) -> str:
@@ -90,30 +98,35 @@ def _hours(hours: float) -> str:
 
 def print_cluster(result: Any) -> None:
     uri = f"{result.store}/clusters/{result.name}"
+    vectors, clusters = _vectors(result.vectors, result.of), counted(result.k, "cluster")
     if result.status == "dry_run":
         if result.what == "update":
-            print(f"\n{result.added:,} images to assign, {result.removed:,} to take out. Nothing was written.")
+            print(f"\n{counted(result.added, 'image')} to assign, {result.removed:,} to take out. Nothing was written.")
             return
         again = f", continuing after iteration {result.resumed_from}" if result.resumed_from else ""
-        print(f"\n{result.vectors:,} {result.of} of {result.images:,} images to {result.k:,} clusters{again}.")
+        print(f"\n{vectors} of {counted(result.images, 'image')} to {clusters}{again}.")
         print("Nothing was written.")
         return
     if result.status == "unchanged":
         print(f"The clusters {result.name} are up to date: nothing to do.")
     elif result.what == "update":
         drift = f"; mean distance {result.drift:.3f} times that of the training" if result.drift else ""
-        print(f"{result.added:,} images assigned, {result.removed:,} taken out{drift}.")
+        print(f"{counted(result.added, 'image')} assigned, {result.removed:,} taken out{drift}.")
     elif result.status == "done":
-        print(
-            f"{result.iterations} iterations over {result.trained_on:,} {result.of}: objective {result.objective:.6g}."
-        )
+        trained_on = _vectors(result.trained_on, result.of)
+        print(f"{counted(result.iterations, 'iteration')} over {trained_on}: objective {result.objective:.6g}.")
     empty = f", {result.empty:,} empty" if result.empty else ""
-    print(f"{result.vectors:,} {result.of} in {result.k:,} clusters, the largest has {result.largest:,}{empty}.")
+    print(f"{vectors} in {clusters}, the largest has {result.largest:,}{empty}.")
     print(f"Tables: {uri}/centroids  {uri}/assignments ({result.total_seconds:.1f} s)")
 
 
+def _vectors(count: int, of: str) -> str:
+    """How many patches or embeddings."""
+    return counted(count, "patch", "patches") if of == "patches" else counted(count, of.removesuffix("s"))
+
+
 def print_train(result: Any) -> None:
-    of = f"{result.images:,} images, {result.epochs} epochs, {result.steps:,} steps"
+    of = f"{counted(result.images, 'image')}, {counted(result.epochs, 'epoch')}, {counted(result.steps, 'step')}"
     if result.status == "dry_run":
         again = f", continuing after step {result.resumed_from:,}" if result.resumed_from else ""
         print(f"\n{result.model} on {of}{again}. Nothing was written.")
@@ -123,55 +136,52 @@ def print_train(result: Any) -> None:
     else:
         rate = f" at {result.images_per_second:,.1f} images/s" if result.images_per_second else ""
         loss = f"; loss {result.loss:.3f}" if result.loss is not None else ""
-        print(f"{of}: {result.steps_done:,} steps done{rate} ({result.device}, {result.workers} workers){loss}.")
+        workers = counted(result.workers, "worker")
+        print(f"{of}: {counted(result.steps_done, 'step')} done{rate} ({result.device}, {workers}){loss}.")
     if result.knn_accuracy is not None:
         print(f"k-NN accuracy {result.knn_accuracy:.1%}.")
     if result.unreadable:
-        print(f"{result.unreadable:,} images could not be read: {result.store}/unreadable.jsonl")
+        print(f"{counted(result.unreadable, 'image')} could not be read: {result.store}/unreadable.jsonl")
     if result.steps_done >= result.steps:
         print(f"Weights: {result.weights}  card: {result.store}/README.md  log: {result.store}/log")
         print(f"Use: {result.use}")
 
 
 def print_cosegment(result: Any) -> None:
-    counts = f"{result.images:,} images in {result.sets:,} sets ({result.source}): {result.already_done:,} were done"
+    images = f"{counted(result.images, 'image')} in {counted(result.sets, 'set')} ({result.source})"
+    counts = f"{images}: {_were_done(result)}"
     if result.status == "dry_run":
         print(
-            f"\n{counts}, {result.pending:,} to segment in {result.pending_sets:,} sets, {result.outdated:,} outdated. "
-            "Nothing was written."
+            f"\n{counts}, {result.pending:,} to segment in {counted(result.pending_sets, 'set')}, "
+            f"{result.outdated:,} outdated. Nothing was written."
         )
         return
     lines = [counts, f"{result.segmented:,} segmented"]
     if result.segmented:
         lines[-1] += f" at {result.images_per_second:,.1f} a second"
-    if result.without_foreground:
-        lines.append(f"{result.without_foreground:,} of them have no part")
-    if result.noted:
-        lines.append(f"{result.noted:,} have a note")
-    if result.outdated:
-        lines.append(f"{result.outdated:,} removed whose set changed")
-    if result.done_elsewhere:
-        lines.append(f"{result.done_elsewhere:,} done by another run at the same time")
-    print(", ".join(lines) + ".")
+    others = {"of them without a part": result.without_foreground, "with a note": result.noted}
+    others |= {"removed because of a changed set": result.outdated, ELSEWHERE: result.done_elsewhere}
+    print(_sentence(lines, others))
     if result.exported:
-        print(f"{result.exported:,} files of masks and overlays written.")
+        print(f"{counted(result.exported, 'file')} of masks and overlays written.")
     print(f"Tables: {result.store}/parts/{result.name}/images  {result.store}/parts/{result.name}/patches")
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.total_seconds:.1f} s)")
 
 
 def print_index(result: Any) -> None:
-    what = f"{result.added:,} images added, {result.changed:,} changed, {result.removed:,} removed"
+    added, rest = counted(result.added, "image"), f"{result.changed:,} changed, {result.removed:,} removed"
     if result.status == "dry_run":
-        print(f"\n{what.replace('images added', 'images to add')}. Nothing was written.")
+        print(f"\n{added} to add, {rest}. Nothing was written.")
         return
     if result.status == "unchanged":
         print(f"The index {result.name} is up to date: nothing to do.")
     else:
-        again = f", built anew since {result.rebuilt}" if result.rebuilt else ""
-        print(f"{what}{again} ({result.total_seconds:.1f} s).")
+        again = f", built again from scratch since {result.rebuilt}" if result.rebuilt else ""
+        print(f"{added} added, {rest}{again} ({result.total_seconds:.1f} s).")
     print(f"Kind {result.kind}: {result.why}.")
-    dead = f", {result.dead:,} removed ones still take space" if result.dead else ""
-    print(f"{result.count:,} vectors of {result.images:,} images, {result.memory_bytes / 1e6:,.1f} MB{dead}.")
+    dead = f", space of {counted(result.dead, 'removed vector')} included" if result.dead else ""
+    vectors = f"{counted(result.count, 'vector')} of {counted(result.images, 'image')}"
+    print(f"{vectors}, {result.memory_bytes / 1e6:,.1f} MB{dead}.")
     print(f"Index: {result.store}/index/{result.name}")
 
 
@@ -192,28 +202,25 @@ def print_search(result: Any) -> None:
 
 
 def print_correspond(result: Any) -> None:
-    counts = f"{result.pairs:,} pairs of {result.images:,} images ({result.source}): {result.already_done:,} were done"
+    pairs = f"{counted(result.pairs, 'pair')} of {counted(result.images, 'image')} ({result.source})"
+    counts = f"{pairs}: {_were_done(result)}"
     if result.status == "dry_run":
         print(f"\n{counts}, {result.pending:,} to match, {result.outdated:,} outdated. Nothing was written.")
         return
     lines = [counts, f"{result.matched:,} matched"]
     if result.matched:
-        lines[-1] += f" at {result.pairs_per_second:,.1f} a second, {result.matches:,} matches"
-    if result.without_matches:
-        lines.append(f"{result.without_matches:,} pairs have none (kept = 0)")
-    if result.outdated:
-        lines.append(f"{result.outdated:,} removed whose images changed")
-    if result.done_elsewhere:
-        lines.append(f"{result.done_elsewhere:,} done by another run at the same time")
-    print(", ".join(lines) + ".")
+        lines[-1] += f" at {result.pairs_per_second:,.1f} a second, {counted(result.matches, 'match', 'matches')}"
+    others = {"of the pairs without any (kept = 0)": result.without_matches}
+    others |= {"removed because of changed images": result.outdated, ELSEWHERE: result.done_elsewhere}
+    print(_sentence(lines, others))
     print(f"Tables: {result.store}/matches/{result.name}/pairs  {result.store}/matches/{result.name}/matches")
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.status}, {result.total_seconds:.1f} s)")
 
 
 def print_evaluate_pck(result: Any) -> None:
     compared = f"{result.facet} of layer {result.layer}, {'binned' if result.binned else 'plain'}"
-    print(f"{result.pairs:,} pairs of {result.images:,} images ({result.layout}), {compared}.")
-    print("By pair: mean over pairs of the fraction of their points that are right. By point: fraction of all points.")
+    print(f"{counted(result.pairs, 'pair')} of {counted(result.images, 'image')} ({result.layout}), {compared}.")
+    print("By pair: the fraction of a pair's points that are right, as a mean over pairs. By point: of all points.")
     width = max(len(score["category"]) for score in result.scores)
     alphas = "".join(f"{f'@{alpha:g}':>8}" for alpha in result.alphas)
     for threshold, meaning in result.thresholds.items():
@@ -232,31 +239,27 @@ def print_evaluate_retrieval(result: Any) -> None:
         print(f"recall@{k:<4} {value:.4f}")
     print(f"mAP         {result.mean_average_precision:.4f}")
     left_out = f"{result.unlabelled:,} without label left out, {result.alone:,} alone with their label"
-    print(f"{result.queries:,} queries among {result.images:,} images, {result.labels:,} labels ({left_out}).")
-    print("recall@k: fraction of queries with one of their label among the k nearest by cosine of the embeddings.")
+    queries = f"{counted(result.queries, 'query', 'queries')} among {counted(result.images, 'image')}"
+    print(f"{queries}, {counted(result.labels, 'label')} ({left_out}).")
+    print("recall@k: the fraction of queries that have an image of the same label among their k nearest by cosine.")
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.total_seconds:.1f} s)")
 
 
 def _print_classification(result: Any) -> None:
     for what, value in result.accuracy.items():
         print(f"{f'k = {what}' if result.task == 'knn' else what:<9} {value:.4f}")
-    how = (
-        "" if result.test else ", each by the others" if result.task == "knn" else ", each by four fifths of the others"
-    )
+    others = "the others" if result.task == "knn" else "four fifths of the others"
+    how = "" if result.test else f", each by {others}"
     left_out = f"{result.unlabelled:,} without label left out"
     if result.unknown:
-        left_out += f", {result.unknown:,} of a label that nobody to learn from has count as wrong"
-    print(f"top-1 accuracy of {result.tested:,} images, learnt from {result.learnt_from:,}{how} ({left_out}).")
-    print(f"{result.labels:,} labels; always the commonest one: {result.chance:.4f}.")
+        left_out += f", {result.unknown:,} of a label that nobody to learn from has, counted as wrong"
+    tested = f"{counted(result.tested, 'image')}, learnt from {result.learnt_from:,}{how}"
+    print(f"top-1 accuracy of {tested} ({left_out}).")
+    print(f"{counted(result.labels, 'label')}; answering with the commonest one always: {result.chance:.4f}.")
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.total_seconds:.1f} s)")
 
 
-def print_evaluate_knn(result: Any) -> None:
-    _print_classification(result)
-
-
-def print_evaluate_linear(result: Any) -> None:
-    _print_classification(result)
+print_evaluate_knn = print_evaluate_linear = _print_classification
 
 
 def print_evaluate_segmentation(result: Any) -> None:
@@ -269,7 +272,7 @@ def print_evaluate_segmentation(result: Any) -> None:
     for measure in measures:
         print(f"{measure}: {result.conventions[measure]}.")
     if result.resized:
-        print(f"{result.resized:,} annotated masks had another size than their image and were brought to it.")
+        print(f"{counted(result.resized, 'annotated mask')} of another size resized to that of the image.")
     print(f"Report: {result.store}/runs/{result.run_id}.json ({result.total_seconds:.1f} s)")
 
 
@@ -289,14 +292,14 @@ def print_evaluate_parts(result: Any) -> None:
 
 
 def print_report(result: Any) -> None:
-    shown = f"{result.images:,} images ({result.how})"
+    shown = f"{counted(result.images, 'image')} ({result.how})"
     if result.status == "dry_run":
         print(f"\nwould show {shown} in {result.output}. Nothing was written.")
         return
     gone = f", {result.without_photo:,} without their photo" if result.without_photo else ""
     print(f"{shown}{gone}: {', '.join(result.sections)} ({result.total_seconds:.1f} s).")
     if result.plots:
-        print(f"{len(result.plots):,} plots: {result.plots[0].rsplit('/', 1)[0]}")
+        print(f"{counted(len(result.plots), 'plot')}: {result.plots[0].rsplit('/', 1)[0]}")
     print(f"Report: {result.output} ({decimal(result.bytes)}); open it in a browser.")
 
 
@@ -304,27 +307,26 @@ def print_verify(result: Any) -> None:
     for problem in result.problems:
         print(printable(problem))
     if result.problems:
-        count = len(result.problems)
-        print(f"{count} problem{'s' if count > 1 else ''} in {result.store}.", file=sys.stderr)
+        print(f"{counted(len(result.problems), 'problem')} in {result.store}.", file=sys.stderr)
         return
-    print(
-        f"{result.store} is sound: {result.images:,} images, {result.patches:,} patches, {result.failures:,} failures"
-    )
-    beside = f"{result.unreferenced_files} files of older snapshots or unfinished writes (harmless)"
-    print(f"in {result.files} files{f', {beside}' if result.unreferenced_files else ''}.")
+    patches, failures = counted(result.patches, "patch", "patches"), counted(result.failures, "failure")
+    print(f"{result.store} is sound: {counted(result.images, 'image')}, {patches}, {failures}")
+    unused = f", and {counted(result.unreferenced_files, 'file')} of older snapshots or unfinished writes (harmless)"
+    print(f"in {counted(result.files, 'file')}{unused if result.unreferenced_files else ''}.")
 
 
 def print_compact(result: Any) -> None:
     if result.status == "dry_run":
         print(
-            f"\n{result.merged:,} of {result.files_before:,} files would become {result.written:,}; "
-            f"{result.vacuumed:,} files that no kept snapshot names would be removed. Nothing was written."
+            f"\n{result.merged:,} of {counted(result.files_before, 'file')} would become {result.written:,}; "
+            f"{counted(result.vacuumed, 'file')} that no kept snapshot names would be removed. Nothing was written."
         )
         return
-    print(f"{result.merged:,} files merged into {result.written:,}: {result.files_before:,} -> {result.files_after:,}.")
+    files = f"{result.files_before:,} -> {result.files_after:,}"
+    print(f"{counted(result.merged, 'file')} merged into {result.written:,}: {files}.")
     if result.conflicts:
-        print(f"{result.conflicts:,} groups were changed by another run meanwhile: left for the next time.")
-    print(f"{result.vacuumed:,} files removed that no kept snapshot names ({result.total_seconds:.1f} s).")
+        print(f"{counted(result.conflicts, 'group')} left for the next time: changed by another run meanwhile.")
+    print(f"Removed {counted(result.vacuumed, 'file')} that no kept snapshot names ({result.total_seconds:.1f} s).")
 
 
 def print_run(result: Any) -> None:
@@ -347,18 +349,17 @@ def print_stats(result: Any) -> None:
     console = Console()
     table = Table("table", "rows", "files", "MB", title=result.store, title_justify="left")
     for name in ("images", "patches", "failures"):
-        megabytes = f"{result.bytes[name] / 1e6:,.1f}"
-        table.add_row(name, f"{getattr(result, name):,}", f"{result.files[name]:,}", megabytes)
+        table.add_row(name, f"{getattr(result, name):,}", f"{result.files[name]:,}", f"{result.bytes[name] / 1e6:,.1f}")
     for kind, of_kind in result.results.items():
         for name, found in of_kind.items():
             files, size = (f"{found['files']:,}", f"{found['bytes'] / 1e6:,.1f}") if "files" in found else ("", "")
             table.add_row(f"{kind}/{name}", result.described[f"{kind}/{name}"], files, size)
     console.print(table)
-    model = result.spec["model"]
-    features = result.spec["features"]
+    model, features = result.spec["model"], result.spec["features"]
     console.print(
         f"{model['name']} ({model['weights'][:19]}), {features['facet']} of layer {features['layer']}, "
-        f"{result.spec['store']['dtype']}; {result.labels} labels; {result.bytes_per_image or 0:,.0f} bytes an image",
+        f"{result.spec['store']['dtype']}; {counted(result.labels, 'label')}; "
+        f"{result.bytes_per_image or 0:,.0f} bytes an image",
         highlight=False,
     )
     for reason, count in result.failures_by_reason.items():
@@ -382,16 +383,17 @@ def _print_trends(console: Any, result: Any) -> None:
         change = trend["change"].get(key)
         if change is None:
             return format(value, form)
-        points = key == "failed_fraction"  # a part of what is usually 0 would say nothing
+        # a fraction of what is usually 0 would say nothing
+        points = key == "failed_fraction"
         return f"{format(value, form)} ({change * 100:+.1f} points)" if points else f"{value:{form}} ({change:+.0%})"
 
     columns = {"per_second": ",.1f", "failed_fraction": ".1%", "bytes_per_image": ",.0f", "seconds": ",.1f"}
     headings = ("run", "job", "device", "work", "a second", "failed", "bytes/image", "seconds", "compared with")
     table = Table(*headings, title="trends (change)", title_justify="left")
     for trend in result.trends[-8:]:
-        work = "" if trend["work"] is None else f"{trend['work']:,.0f} {trend['of']}"
+        work = "" if trend["work"] is None else counted(round(trend["work"]), trend["of"].removesuffix("s"))
         values = [shown(trend, key, form) for key, form in columns.items()]
-        peers = f"{trend['peers']} runs" if trend["peers"] else ""
+        peers = counted(trend["peers"], "run") if trend["peers"] else ""
         table.add_row(trend["run_id"], trend["job"], trend["device"], work, *values, peers)
     console.print(table)
     for sentence in result.moved:

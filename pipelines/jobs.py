@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-INPUT = "INPUT"  # lies outside of the store, so that only a listing tells what it holds
-RESULTS = "results"  # everything that jobs left in the store
+# INPUT lies outside the store, so that only a listing says what it holds.
+INPUT = "INPUT"
+RESULTS_OF_ALL_JOBS = "results"
 EXTRACTION = ("images", "patches")
 
 
@@ -47,9 +48,9 @@ class Job:
 
     help: what the command says of itself. module, function: what does it, mostly `run(config, *, store, ...)`.
 
-    reads: the tables that its result depends on, or INPUT, or RESULTS. files: arguments, or settings of its section
-    of the same name, whose value may name a file that the result depends on, or `cluster:NAME`. section: of the
-    settings, which decides what it makes besides the arguments.
+    reads: the tables that its result depends on, or INPUT, or RESULTS_OF_ALL_JOBS. files: arguments, or settings of its
+    section with the same name, whose value may name a file that the result depends on, or `cluster:NAME`. section: the
+    section of the settings that decides, besides the arguments, what it makes.
 
     makes: the folder in which it leaves results by NAME. output: the argument that names the file it writes.
 
@@ -87,7 +88,7 @@ class Job:
 
     @property
     def always_runs(self) -> bool:
-        """What it looks at shows in no table's version, so only running it tells whether there is something to do."""
+        """No table's version shows whether there is something to do, so it has to run."""
         return not self.reads or INPUT in self.reads
 
     @property
@@ -145,8 +146,8 @@ _ALL = (
             _STORE,
             _option("sample", "Images that are extracted to find out.", kind=int, default=128, least=1),
             _option("device", "Also estimate for h200 h100 a100 l40s rtx4090 a10g l4 v100 t4."),
-            _option("cpus", "CPUs beside --device, for decoding.", kind=int, default=16, least=1),
-            _option("price", "An hour of the device, any currency.", kind=float, least=0),
+            _option("cpus", "CPUs that decode for --device.", kind=int, default=16, least=1),
+            _option("price", "Price of an hour of the device, any currency.", kind=float, least=0),
         ),
         reads=(INPUT,),
         unit="images",
@@ -164,7 +165,7 @@ _ALL = (
             _option("k", "Clusters; wins over cluster.k.", kind=int, least=1, setting="cluster.k"),
             _flag("elbow", "Choose k, at most cluster.k; see cluster.elbow (here 0.975 when it is not set)."),
             _option("of", "What is clustered; wins over cluster.of.", "patches|embeddings", setting="cluster.of"),
-            _flag("update", "Keep the centroids there are; assign images that are new or changed."),
+            _flag("update", "Keep the centroids; assign images that are new or changed."),
         ),
         reads=EXTRACTION,
         section="cluster",
@@ -339,7 +340,7 @@ _ALL = (
             _option("query", "Which images: SELECT image_id FROM images WHERE ... (DuckDB).", "SQL"),
             _option("png", "Also write the plots as PNG files.", "DIR"),
         ),
-        reads=(*EXTRACTION, "failures", RESULTS),
+        reads=(*EXTRACTION, "failures", RESULTS_OF_ALL_JOBS),
         files=("images",),
         section="report",
         output="output",

@@ -76,7 +76,7 @@ def run(pipeline: Pipeline, *, dry_run: bool = False, tell: Callable[[str], None
                 outcome.why = why_to_run(job, result.store)
                 if not outcome.why:
                     outcome.status = "unchanged"
-                    tell(f"{job.title}: up to date")
+                    tell(f"{job.title}: unchanged")
                     continue
                 if dry_run:
                     _plan(job, outcome, result.store)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.errors import DinorayError, JobError, RequestError
-from pipelines.jobs import RESULTS
+from pipelines.jobs import RESULTS_OF_ALL_JOBS
 from pipelines.results.all_kinds import KINDS, all_results, find_result
 from pipelines.settings.pipeline_file import JobRequest
 from pipelines.sources.id_files import is_id_file
@@ -84,7 +84,7 @@ def _reads(job: JobRequest, store: Store) -> dict[str, str]:
     """The content of everything that a job depends on, by name; what is not there is left out."""
     found: dict[str, str] = {}
     for name in job.job.reads:
-        if name == RESULTS:
+        if name == RESULTS_OF_ALL_JOBS:
             found |= {result.path: _version(result) for result in all_results(store)}
         elif name in KINDS:
             found |= {result.path: _version(result) for result in KINDS[name].find(store)}

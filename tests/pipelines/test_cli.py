@@ -241,7 +241,7 @@ def test_more_failures_than_allowed_end_with_3(photos: Callable[..., Path], tmp_
     assert "1 of 2 images failed" in result.stderr and "run.max_failed_fraction" in result.stderr
     again = dinoray("extract", source, store, *as_options())
     assert again.exit_code == 0, "failures that are recorded are not counted again"
-    assert "1 failed before and were not tried again" in again.stdout
+    assert "1 failed before and was not tried again" in again.stdout
 
 
 @contextlib.contextmanager

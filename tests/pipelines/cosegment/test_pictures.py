@@ -326,9 +326,7 @@ def test_the_command_says_what_it_would_do(tmp_path: Path) -> None:
     add_scenes(store, 1, {"set/0.png": scene(0)})
     asked = ["cosegment", store.uri, "things", *as_options(), "--dry-run"]
     shown = CliRunner().invoke(app, [*asked, "--sets", "directory"])
-    assert (
-        shown.exit_code == 0 and "1 images in 1 sets (directory): 0 were done, 1 to segment in 1 sets" in shown.output
-    )
+    assert shown.exit_code == 0 and "1 image in 1 set (directory): 0 were done, 1 to segment in 1 set" in shown.output
     assert CliRunner().invoke(app, [*asked, "--sets", "folders"]).exit_code == 2
     done = CliRunner().invoke(app, [*asked[:-1], "--sets", "directory", "--json"])
     assert done.exit_code == 0 and '"segmented": 1' in done.stdout

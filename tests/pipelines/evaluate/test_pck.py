@@ -194,7 +194,7 @@ def test_every_way_of_storing(tmp_path: Path, spair: Path, dtype: str) -> None:
 def test_table_json_and_report_say_the_same(store: Path, spair: Path) -> None:
     shown = evaluate(store, spair)
     assert shown.exit_code == 0, shown.output
-    assert "1 pairs of 2 images (spair-71k), key of layer 11, binned" in shown.stdout
+    assert "1 pair of 2 images (spair-71k), key of layer 11, binned" in shown.stdout
     assert "PCK by box: alpha x longer side of the target's annotated bounding box" in shown.stdout
     for alpha in ("@0.05", "@0.1", "@0.15"):
         assert alpha in shown.stdout
