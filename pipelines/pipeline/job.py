@@ -91,9 +91,8 @@ def run(pipeline: Pipeline, *, dry_run: bool = False, tell: Callable[[str], None
     except KeyboardInterrupt:
         result.status, result.exit_code = "interrupted", 130
         result.messages.append("Interrupted: what is committed stays, and the same command continues.")
-    result.seconds["total"] = time.monotonic() - started
+    result.ended("dry_run" if dry_run else result.status, started)
     if dry_run:
-        result.status = "dry_run"
         return result
     if result.status == "running":
         idle = all(outcome.status == "unchanged" for outcome in result.jobs)
