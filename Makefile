@@ -44,8 +44,9 @@ format: install  ## Put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: install  ## Write docs/tables.md and docs/settings.md out of the code
-	$(BIN)/python docs/generate.py
+docs: install  ## Write docs/tables.md, docs/settings.md and dinoray/__init__.pyi out of the code
+	$(BIN)/python -m docs.generate
+	$(BIN)/ruff format --quiet dinoray/__init__.pyi
 
 bench: install  ## Speed, memory and size as ratios; appends to benchmarks/results.md
 	$(BIN)/python -m benchmarks.extract

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from benchmarks.photos import describe_sources, photo_folder
 from benchmarks.results import Row, report
+from pipelines import extract
 from pipelines.extract import estimate
-from pipelines.extract import job as extract
 from pipelines.settings.loading import load_config
 from pipelines.store.store import Store
 

@@ -1,4 +1,4 @@
-"""Writes docs/tables.md and docs/settings.md out of the code, so that they cannot contradict it.
+"""Writes docs/tables.md, docs/settings.md and dinoray/__init__.pyi out of the code, so that they cannot contradict it.
 
 make docs
 """
@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from dino_ops.training_presets import PRESETS
+from docs import python_stubs
 from pipelines.settings.loading import load_config
 from pipelines.settings.sections import Config, ExtraFeature, Section
 from pipelines.store.schemas import TABLES, Column, TableDescription
@@ -30,6 +31,8 @@ def main() -> None:
     for name, page in (("tables.md", tables_page()), ("settings.md", settings_page())):
         (DOCS / name).write_text(page, encoding="utf-8")
         print(f"docs/{name}")
+    python_stubs.FILE.write_text(python_stubs.stubs(), encoding="utf-8")
+    print("dinoray/__init__.pyi")
 
 
 def tables_page() -> str:

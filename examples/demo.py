@@ -15,9 +15,7 @@ import duckdb
 import skimage.data
 import sklearn.datasets
 
-from dino_ops.errors import ModelError
-from pipelines.extract import job as extract
-from pipelines.settings.loading import load_config
+import dinoray
 
 HERE = Path("demo")
 PHOTOS = {
@@ -55,19 +53,23 @@ def main() -> None:
     photos, store = collect_photos(HERE / "photos"), str(HERE / "store")
     if (HERE / "store").exists():
         shutil.rmtree(HERE / "store")  # the demo starts from nothing each time; a real store only ever grows
-    asked: list[str] = []
+    asked: dict[str, str] = {}
     try:
-        result = extract.run(load_config(), input=str(photos), store=store)
-    except ModelError as error:
+        result = dinoray.extract(str(photos), store)
+    except dinoray.ModelError as error:
         print(f"The model hub cannot be reached ({error}).")
         print(
             "Going on with dinoray_tiny: a small ViT-Ti/16 trained by `dinoray train` on 9,469 photos of ten kinds, "
             "good for trying things out and for testing, not for real work.\n"
         )
-        asked = ["model.name=dinoray_tiny"]
-        result = extract.run(load_config(overrides=asked), input=str(photos), store=store)
+        asked = {"model.name": "dinoray_tiny"}
+        result = dinoray.extract(str(photos), store, settings=asked)
 
-    print(" ".join([f"$ dinoray extract {photos} {store}", *(f"--set {one}" for one in asked)]))
+    print(
+        " ".join(
+            [f"$ dinoray extract {photos} {store}", *(f"--set {setting}={value}" for setting, value in asked.items())]
+        )
+    )
     seconds = result.seconds["total"]
     print(f"{result.extracted} photographs, {result.failed} failures, {seconds:.0f} s ({result.device})")
     print(f"\n{store}/images    one row per photograph: sizes, label, embedding")

@@ -116,12 +116,10 @@ def run(
     job = _Job(opened, asked, config, images, uri, result)
     if dry_run:
         _plan(job, tables, model)
-        result.status = "dry_run"
-        return result
+        return result.ended("dry_run", started)
     if tables and model and not update and _same(job, model) and tables.centroids_agree():
         _describe(result, model, tables.stored_statistics())
-        result.status = "unchanged"
-        return result
+        return result.ended("unchanged", started)
 
     report = RunReport("cluster", opened.uri, config, result.run_id, {"name": name, "update": update})
     with recorded(report, result, started, fingerprint=opened.fingerprint):

@@ -89,8 +89,7 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
     if dry_run:
         tables = MatchTables.open_existing(opened.uri, name, options)
         _plan(tables, chosen, images, result)
-        result.status = "dry_run"
-        return result
+        return result.ended("dry_run", started)
 
     report = RunReport("correspond", opened.uri, config, result.run_id, {"name": name, "pairs": asked.pairs})
     with recorded(report, result, started, fingerprint=opened.fingerprint):

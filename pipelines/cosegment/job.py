@@ -110,8 +110,7 @@ def run(
     result.messages += chosen.messages
     if dry_run:
         _plan(PartTables.open_existing(opened.uri, name, options), chosen, images, asked, result)
-        result.status = "dry_run"
-        return result
+        return result.ended("dry_run", started)
 
     report = RunReport("cosegment", opened.uri, config, result.run_id, {"name": name, "sets": asked.sets})
     with recorded(report, result, started, fingerprint=opened.fingerprint):

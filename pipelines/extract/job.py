@@ -108,8 +108,7 @@ def run(
         opened = Store.open_existing(result.store, config)
         plan = (opened.plan if opened else Plan.of_empty_store)(listing.table, retry_failed=retry_failed, limit=limit)
         _count_plan(result, plan)
-        result.status = "dry_run"
-        return result
+        return result.ended("dry_run", started)
 
     facts = None
     opened = Store.open_existing(result.store, config)

@@ -70,12 +70,10 @@ def run(config: Config, *, store: str, name: str, dry_run: bool = False) -> Resu
     elif before and before.kind == "hnsw":
         result.rebuilt = worn(before, changes.gone)
     if dry_run:
-        result.status = "dry_run"
-        return result
+        return result.ended("dry_run", started)
     if before and not changes and not result.rebuilt and before.images_version == result.images_version:
         _describe(result, before)
-        result.status, result.seconds["total"] = "unchanged", time.monotonic() - started
-        return result
+        return result.ended("unchanged", started)
 
     report = RunReport("index", opened.uri, config, result.run_id, {"name": name})
     with recorded(report, result, started, fingerprint=opened.fingerprint):

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipelines import storage
@@ -21,7 +22,8 @@ from pipelines.pipeline.state import remember, state_before, why_to_run
 from pipelines.running import json_log
 from pipelines.running.ray_session import ray_session
 from pipelines.running.reports import JobResult, RunReport, new_run_id
-from pipelines.settings.pipeline_file import JobRequest, Pipeline
+from pipelines.settings.calls import given_settings
+from pipelines.settings.pipeline_file import JobRequest, Pipeline, read_pipeline
 from pipelines.settings.sections import Config
 from pipelines.store.store import read_description
 
@@ -90,9 +92,8 @@ def run(pipeline: Pipeline, *, dry_run: bool = False, tell: Callable[[str], None
     except KeyboardInterrupt:
         result.status, result.exit_code = "interrupted", 130
         result.messages.append("Interrupted: what is committed stays, and the same command continues.")
-    result.seconds["total"] = time.monotonic() - started
+    result.ended("dry_run" if dry_run else result.status, started)
     if dry_run:
-        result.status = "dry_run"
         return result
     if result.status == "running":
         idle = all(outcome.status == "unchanged" for outcome in result.jobs)
@@ -101,6 +102,17 @@ def run(pipeline: Pipeline, *, dry_run: bool = False, tell: Callable[[str], None
         report = RunReport("run", result.store, config, result.run_id, {"jobs": [job.title for job in pipeline.jobs]})
         report.finish(result.status, result=result.as_dict())
     return result
+
+
+def run_file(
+    pipeline: str | Path,
+    *,
+    dry_run: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    config: str | Path | Iterable[str | Path] = (),
+) -> Result:
+    """The jobs of a pipeline file over one store, each only where there is something to do; as `dinoray run`."""
+    return run(read_pipeline(Path(pipeline), given_settings(settings, config)), dry_run=dry_run)
 
 
 def _run_job(job: JobRequest, outcome: JobOutcome, result: Result) -> bool:

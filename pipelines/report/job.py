@@ -65,8 +65,7 @@ def run(
     choice = choose(opened, config.report, sample, named, query, parts, matches)
     result = Result(new_run_id(), opened.uri, target, len(choice.rows), choice.how, messages=choice.messages)
     if dry_run:
-        result.status = "dry_run"
-        return result
+        return result.ended("dry_run", started)
     with recorded(None, result, started):
         contents = read_contents(opened, config, choice, results)
         result.without_photo = contents.without_photo

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import Any, Self
 
 from deltalake.exceptions import DeltaError
 
@@ -83,6 +83,12 @@ class JobResult:
     exit_code: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+
+    def ended(self, status: str, started: float) -> Self:
+        """The result of a run that ended before it did anything. started: time.monotonic() when it began."""
+        self.status = status
+        self.seconds["total"] = time.monotonic() - started
+        return self
 
     @property
     def total_seconds(self) -> float:

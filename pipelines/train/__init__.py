@@ -1,1 +1,2 @@
-"""train: self-distillation on one's own images, through Ray Train."""
+from pipelines.train.job import Result as Result
+from pipelines.train.job import run as run

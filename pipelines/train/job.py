@@ -93,12 +93,10 @@ def run(config: Config, *, input: str, output: str, dry_run: bool = False) -> Re
     elif training.weights != "random":
         _weights_fit(training)
     if dry_run:
-        result.status = "dry_run"
-        return result
+        return result.ended("dry_run", started)
     # the card is written last
     if result.steps_done >= training.steps and _exists(result.weights, options) and _exists(card_uri(uri), options):
-        result.status = "unchanged"
-        return result
+        return result.ended("unchanged", started)
 
     report = RunReport("train", uri, config, result.run_id, {"input": input})
     with recorded(report, result, started, agreement=training.agreement()):

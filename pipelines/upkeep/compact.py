@@ -70,8 +70,7 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
             result.written += len(groups)
             result.vacuumed += len(_remove_unused(pair.data, retention_hours, dry_run=True))
         result.files_after = result.files_before - result.merged + result.written
-        result.status = "dry_run"
-        return result
+        return result.ended("dry_run", started)
 
     report = RunReport("compact", opened.uri, config, result.run_id, {})
     with recorded(report, result, started, fingerprint=opened.fingerprint), interruptible(), StatusLine() as line:

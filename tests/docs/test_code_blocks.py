@@ -38,7 +38,9 @@ def title(block: Block) -> str:
 
 
 def test_there_is_nothing_else_than_what_is_tested_here() -> None:
-    assert {block.language for block in BLOCKS} <= {"python", "yaml", "bash", "sh", "shell"}
+    assert {block.language for block in BLOCKS} <= {"python", "yaml", "bash", "sh", "shell", "diff"}
+    (diff,) = [block for block in BLOCKS if block.language == "diff"]
+    assert diff.page == "docs/how-it-is-built.md", "tests/pipelines/test_adding_a_job.py applies it"
     assert len(PYTHON) > 10 and len(COMMANDS) > 40
 
 

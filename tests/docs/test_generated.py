@@ -1,11 +1,14 @@
-"""docs/tables.md and docs/settings.md are what `make docs` makes of the code, and the tables' schemas stay plain."""
+"""What `make docs` makes of the code is up to date, and the tables' schemas stay plain."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from docs import python_stubs
 from docs.generate import settings_page, tables_page
 from pipelines.settings.loading import load_config
 from pipelines.settings.sections import Config
@@ -19,6 +22,16 @@ TABLES = {table.place: table for table in schemas.TABLES}
 def test_generated_pages_are_up_to_date(name: str, make: object) -> None:
     assert callable(make)
     assert (DOCS / name).read_text(encoding="utf-8") == make(), f"run `make docs`, which writes docs/{name}"
+
+
+def test_the_signatures_for_type_checkers_are_up_to_date() -> None:
+    formatted = subprocess.run(
+        [sys.executable, "-m", "ruff", "format", "--stdin-filename", "dinoray/__init__.pyi", "-"],
+        input=python_stubs.stubs(), capture_output=True, text=True, check=True, cwd=DOCS.parent,
+    ).stdout  # fmt: skip
+    assert python_stubs.FILE.read_text(encoding="utf-8") == formatted, (
+        "run `make docs`, which writes dinoray/__init__.pyi"
+    )
 
 
 def test_the_settings_page_has_every_setting_once() -> None:

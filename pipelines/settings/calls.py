@@ -1,0 +1,86 @@
+"""Jobs as Python functions: what a command is given on the command line, as arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import RequestError
+from pipelines.jobs import Argument, Job
+from pipelines.settings.loading import load_settings, make_config, merge_settings
+
+
+def function_of(job: Job) -> Callable[..., Any]:
+    """A job as a function: its positions on the command line come first, everything else is given by keyword.
+
+        function_of(JOBS["cluster"])("features", "words", settings={"cluster.k": 100})
+
+    settings: nested ({"cluster": {"k": 100}}) or dotted ({"cluster.k": 100}) names. config: YAML files, as -c takes
+    them. dry_run: plan only, for jobs that have a plan.
+
+    The function returns the job's result, whose fields are those of --json, and raises the errors of pipelines.errors.
+    """
+    signature = signature_of(job)
+
+    def call(*args: Any, **named: Any) -> Any:
+        given = signature.bind(*args, **named)
+        given.apply_defaults()
+        arguments = dict(given.arguments)
+        settings = given_settings(arguments.pop("settings"), arguments.pop("config"))
+        merge_settings(settings, nested(_as_settings(job, arguments)))
+        result = job.run(make_config(settings), **arguments)
+        if result.status == "interrupted":
+            raise KeyboardInterrupt
+        return result
+
+    call.__name__ = call.__qualname__ = job.command.replace(" ", "_")
+    call.__doc__ = job.help
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return call
+
+
+def signature_of(job: Job) -> inspect.Signature:
+    """The signature of a job's function."""
+    first = [one for one in job.all_arguments if one.position]
+    named = [one for one in job.all_arguments if not one.position]
+    position, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = [_parameter(one, position) for one in first] + [_parameter(one, keyword) for one in named]
+    if job.plans:
+        parameters.append(inspect.Parameter("dry_run", keyword, default=False))
+    for name, default in (("settings", None), ("config", ())):
+        parameters.append(inspect.Parameter(name, keyword, default=default))
+    return inspect.Signature(parameters)
+
+
+def _parameter(argument: Argument, kind: Any) -> inspect.Parameter:
+    needed = argument.position or argument.needed
+    return inspect.Parameter(argument.name, kind, default=inspect.Parameter.empty if needed else argument.default)
+
+
+def _as_settings(job: Job, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take out the arguments that stand for settings: {setting: value} of those that were given."""
+    taken = {one.setting: arguments.pop(one.name) for one in job.all_arguments if one.setting}
+    return {setting: value for setting, value in taken.items() if value is not None}
+
+
+def given_settings(settings: Mapping[str, Any] | None, files: str | Path | Iterable[str | Path] = ()) -> dict[str, Any]:
+    """Settings of YAML files and, on top of them, those of a mapping, as nested plain data."""
+    merged = load_settings([files] if isinstance(files, str | Path) else files)
+    merge_settings(merged, nested(settings or {}))
+    return merged
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with dotted names as sections. Raises RequestError for names that are no text."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if not isinstance(name, str):
+            raise RequestError(f"settings has the name {name!r}, but a name is text, such as features.stride.")
+        *sections, key = name.split(".")
+        one: dict[str, Any] = {key: value}
+        for section in reversed(sections):
+            one = {section: one}
+        merge_settings(found, one)
+    return found
