@@ -37,11 +37,13 @@ from pipelines.store.parquet import open_parquet
 
 WRITES_AT_ONCE = 16
 ROWS_AT_ONCE = 64
-LONGEST_PART = 200  # bytes of a file or folder's name; file systems allow 255
-LONGEST_SIDE = 1024  # pixels of an overlay
+# File systems allow 255.
+LONGEST_FILE_NAME_BYTES = 200
+LONGEST_OVERLAY_SIDE_PIXELS = 1024
 OPACITY = 0.5
 OUTLINE = (255, 255, 255)
-COLOURS = [  # of parts, told apart by people who do not see all colours too (Okabe and Ito); then again
+# People who do not see all colours can distinguish these (Okabe and Ito). Further parts begin again with the first.
+PART_COLOURS = [
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
 ]  # fmt: skip
 
@@ -50,19 +52,22 @@ _UNSAFE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
 
 @dataclass(frozen=True)
 class Export:
-    """What is written where. tables: parts/NAME. masks, overlays: folders or URIs, None for none."""
+    """What is written where.
+
+    tables: parts/NAME. masks, overlays: folders or URIs, None for none. by_set: in a folder for each set.
+    """
 
     tables: str
     masks: str | None
     overlays: str | None
-    by_set: bool  # a folder for each set
+    by_set: bool
     options: dict[str, Any]
 
 
 def file_names(image_ids: Sequence[str]) -> dict[str, str]:
-    """A path below a folder for each image, without its ending, that nothing in an image_id can lead out of it.
+    """A path for each image, without its ending; no image_id leads out of the folder that the paths are below.
 
-    Images that differ in their ending only keep it.
+    Images that differ only in their ending keep it.
     """
     stems = {image_id: _safe(_stem(image_id)) for image_id in image_ids}
     taken = Counter(stems.values())
@@ -77,9 +82,9 @@ def file_names(image_ids: Sequence[str]) -> dict[str, str]:
 
 
 def export_file(export: Export, file: str, names: dict[str, str], uris: dict[str, str]) -> int:
-    """Write the masks and overlays of one file of parts/NAME/images; the number of files written.
+    """Write the masks and overlays of one file of parts/NAME/images. Returns the number of files written.
 
-    names: of the images of the file, as file_names made them. uris: where their pictures are, for overlays.
+    names: those of the images of the file, as file_names made them. uris: where their pictures are, for overlays.
 
     Raises JobError where they cannot be written.
     """
@@ -112,13 +117,13 @@ def _contents(
 
 
 def draw_overlay(picture: bytes | None, parts: np.ndarray, foreground: np.ndarray) -> bytes:
-    """A PNG of a picture with its parts in colours and the outline of its foreground, at most LONGEST_SIDE large.
+    """A PNG of a picture, its parts in colours and its foreground outlined, reduced to LONGEST_OVERLAY_SIDE_PIXELS.
 
-    picture: the bytes of its file; one that cannot be had is drawn as grey. parts: (H, W) part_id + 1.
+    picture: the bytes of its file; None, or one that cannot be decoded, is drawn as grey. parts: (H, W) part_id + 1.
     foreground: (H, W), 0 outside.
     """
     height, width = parts.shape
-    scale = min(1.0, LONGEST_SIDE / max(height, width))
+    scale = min(1.0, LONGEST_OVERLAY_SIDE_PIXELS / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     rgb = np.full((size[1], size[0], 3), 127, np.float32)
     if picture:
@@ -131,7 +136,7 @@ def draw_overlay(picture: bytes | None, parts: np.ndarray, foreground: np.ndarra
     small_parts, inside = (
         np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in (parts, foreground)
     )
-    palette = np.array(COLOURS, np.float32)
+    palette = np.array(PART_COLOURS, np.float32)
     coloured = palette[(small_parts.astype(np.int64) - 1) % len(palette)]
     drawn = np.where((small_parts > 0)[..., None], (1 - OPACITY) * rgb + OPACITY * coloured, rgb)
     drawn[_outline(inside > 0)] = OUTLINE
@@ -167,7 +172,9 @@ def _stem(image_id: str) -> str:
 def _safe(name: str) -> str:
     """A relative path that stays below its folder; one that had to be changed is marked with a hash of what it was."""
     parts = [_UNSAFE.sub("_", part).strip(" ") for part in name.split("/")]
-    parts = [part.encode()[:LONGEST_PART].decode(errors="ignore") for part in parts if part not in ("", ".", "..")]
+    parts = [
+        part.encode()[:LONGEST_FILE_NAME_BYTES].decode(errors="ignore") for part in parts if part not in ("", ".", "..")
+    ]
     safe = "/".join(parts) or "image"
     return safe if safe == name else _marked(safe, name)
 

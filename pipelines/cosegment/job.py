@@ -19,11 +19,11 @@ import pyarrow.compute as pc
 from dino_ops.cosegmentation import inliers
 from pipelines import storage
 from pipelines.cosegment.made_with import settings_of_parts
-from pipelines.cosegment.masks import MOST_PARTS, SetImage
+from pipelines.cosegment.masks import MOST_PARTS_IN_A_MASK, SetImage
 from pipelines.cosegment.sets import ImageSets, choose_sets, set_version
 from pipelines.cosegment.tasks import PendingSet, plan_segmentation, stream_reports
 from pipelines.cosegment.worker import SegmentSetup
-from pipelines.errors import JobError, RequestError
+from pipelines.errors import JobError, RequestError, counted
 from pipelines.features.same_features import spec_with_weights
 from pipelines.results.parts import VERSIONED, PartTables, SegmentReport, parts_uri
 from pipelines.running.commits import WaitingReports
@@ -45,24 +45,31 @@ MOST_FAILED_SHOWN = 3
 
 @dataclass
 class Result(JobResult):
-    """What a run of cosegment did, or would do. An image counts once for each set that it is in."""
+    """What a run of cosegment did, or would do. An image counts once for each set that it is in.
+
+    source: label, directory, cluster:NAME or file. sets: those asked for. images: in the sets. segmented: images, by
+    this run; of them, without_foreground have nothing in mask_png, and noted have a note in their row. outdated: rows
+    removed because the members of their set, or an extraction, changed. done_elsewhere: images that another run
+    committed at the same time. failed_sets: set_id -> why. exported: files that --masks and --overlays wrote.
+    images_per_second: from the start of Ray to the last image. bytes_read: of patches.
+    """
 
     name: str
-    source: str = ""  # label | directory | cluster:NAME | file
-    sets: int = 0  # asked for
-    images: int = 0  # in them
+    source: str = ""
+    sets: int = 0
+    images: int = 0
     already_done: int = 0
     pending: int = 0
     pending_sets: int = 0
-    segmented: int = 0  # images, by this run
-    without_foreground: int = 0  # of those: nothing in mask_png
-    noted: int = 0  # of those: the row has a note
-    outdated: int = 0  # rows removed because the members of their set, or an extraction, changed
-    done_elsewhere: int = 0  # another run committed them at the same time
-    failed_sets: dict[str, str] = field(default_factory=dict)  # set_id -> why
-    exported: int = 0  # files that --masks and --overlays wrote
-    images_per_second: float = 0.0  # from the start of Ray to the last image
-    bytes_read: int = 0  # of patches
+    segmented: int = 0
+    without_foreground: int = 0
+    noted: int = 0
+    outdated: int = 0
+    done_elsewhere: int = 0
+    failed_sets: dict[str, str] = field(default_factory=dict)
+    exported: int = 0
+    images_per_second: float = 0.0
+    bytes_read: int = 0
     bytes_written: int = 0
     repaired: dict[str, int] = field(default_factory=dict)
 
@@ -80,8 +87,8 @@ def run(
     """Co-segment sets of images of `store`; a second call does only sets that are new or whose images changed.
 
     Args:
-        name: of the result, parts/NAME in the store.
-        sets: in place of cosegment.sets.
+        name: NAME of the result, parts/NAME in the store.
+        sets: used in place of cosegment.sets.
         masks: also write all masks of NAME as PNG files below this folder or URI.
         overlays: also draw them over their pictures, below this folder or URI.
         dry_run: choose sets and plan only; nothing is written.
@@ -142,8 +149,10 @@ def _check_store(store: Store, config: Config) -> None:
         images=True,
     )
     store.requires("cosegment.remove_outliers", embedding=asked.remove_outliers)
-    if asked.num_parts > MOST_PARTS:
-        raise RequestError(f"cosegment.num_parts is {asked.num_parts}, but a mask can tell at most {MOST_PARTS} apart.")
+    if asked.num_parts > MOST_PARTS_IN_A_MASK:
+        raise RequestError(
+            f"cosegment.num_parts is {asked.num_parts}, but a mask can tell at most {MOST_PARTS_IN_A_MASK} apart."
+        )
 
 
 def _images(store: Store, *, with_embeddings: bool) -> pa.Table:
@@ -157,7 +166,7 @@ def _images(store: Store, *, with_embeddings: bool) -> pa.Table:
 def _plan(
     tables: PartTables | None, chosen: ImageSets, images: pa.Table, asked: CosegmentSettings, result: Result
 ) -> tuple[list[PendingSet], pa.Table]:
-    """Sets of which images are left, and rows in the table that are of the past."""
+    """Sets that have images left to segment, and rows of the table that are outdated."""
     versions = {set_id: set_version(images, members) for set_id, members in chosen.members.items()}
     done, outdated = _rows_there(tables, versions, images, whole=chosen.whole)
     pending = []
@@ -176,9 +185,9 @@ def _plan(
 def _rows_there(
     tables: PartTables | None, versions: dict[str, str], images: pa.Table, *, whole: bool
 ) -> tuple[dict[str, np.ndarray], pa.Table]:
-    """(images done of each set, by position; rows of the past, VERSIONED).
+    """(images done of each set, by position; outdated rows, VERSIONED).
 
-    A set that is not asked for is of the past too when the sets are `whole`, and else when an image of it is.
+    A set that is not asked for is outdated too when the sets are `whole`, and otherwise when one of its images is.
     """
     if tables is None:
         return {}, pa.schema([PARTS_IMAGES.field(name) for name in VERSIONED]).empty_table()
@@ -232,7 +241,8 @@ def _segment_pending(
                 progress.advance(len(report.keys), 0)
                 commits.take(report)
         finally:
-            commits.commit()  # an interruption keeps what is finished
+            # an interruption keeps what is finished
+            commits.commit()
             result.images_per_second = round(progress.done / max(time.monotonic() - began, 1e-9), 2)
 
 
@@ -272,14 +282,15 @@ class SetImages:
 
     def __init__(self, images: pa.Table, pending: list[PendingSet], config: Config) -> None:
         self._images = images.select([name for name in images.column_names if name != "embedding"])
-        self._sources: pa.Table | None = None  # where the bytes of each image are, rows of nulls where not known
+        # where the bytes of each image are; rows of nulls where that is not known
+        self._sources: pa.Table | None = None
         if pending and (config.cosegment.refine or config.cosegment.crop_augmentations):
             needed = np.unique(np.concatenate([one.members for one in pending]))
             found = locate(images["uri"].take(pa.array(needed)).to_pylist(), config.storage.options).combine_chunks()
             self._sources = found.take(pc.index_in(images["uri"], value_set=found["uri"]))
 
     def at(self, positions: np.ndarray, outliers: np.ndarray) -> list[SetImage]:
-        """Images at some positions; outliers: positions of those that are."""
+        """Images at some positions. outliers: positions of those that are unlike the others of their set."""
         rows = self._images.take(pa.array(positions)).to_pylist()
         sources: list[dict[str, Any]] = [{"uri": None}] * len(rows)
         if self._sources is not None:
@@ -291,7 +302,8 @@ class SetImages:
 def _describe(row: dict[str, Any], source: dict[str, Any], inlier: bool) -> SetImage:
     """row: of images. source: as `locate` found it."""
     if source["uri"] and source["container"] is None:
-        source["source_size"] = row["source_size"]  # another size is another picture
+        # a picture of another size is another picture
+        source["source_size"] = row["source_size"]
     elif source["uri"] and source["source_version"] != row["source_version"]:
         source["error"] = f"{source['container']} has changed since it was extracted"
     return SetImage(
@@ -351,6 +363,6 @@ def _about_failed(result: Result) -> str:
     shown = [f"{set_id}: {why}" for set_id, why in list(result.failed_sets.items())[:MOST_FAILED_SHOWN]]
     more = f"; and {len(result.failed_sets) - MOST_FAILED_SHOWN:,} more" if len(result.failed_sets) > len(shown) else ""
     return (
-        f"{len(result.failed_sets):,} of {result.sets:,} sets could not be fitted ({'; '.join(shown)}{more}); the "
-        "others are done."
+        f"{len(result.failed_sets):,} of {counted(result.sets, 'set')} could not be fitted ({'; '.join(shown)}{more}); "
+        "the others are done."
     )

@@ -18,20 +18,22 @@ from dino_ops.parts import BACKGROUND, PartModel, nearest_parts, parts_of_patche
 from pipelines.settings.sections import CosegmentSettings
 from pipelines.store.patches import ImagePlace
 
-MOST_PARTS = 255  # that a mask of one byte a pixel can tell apart
+# A mask has one byte a pixel, of which 0 is the background.
+MOST_PARTS_IN_A_MASK = 255
 
 
 @dataclass(frozen=True)
 class SetImage:
     """An image of a set: where its patches are, its sizes in pixels, and where its bytes are if they are needed.
 
-    inlier: whether it is like the others; see cosegment.remove_outliers. source: as `pipelines.sources.fetch` takes
-    it, None when the bytes are not needed or no longer to be had.
+    run_id: of its extraction. width, height: of the original. inlier: whether it is like the others; see
+    cosegment.remove_outliers. source: as `pipelines.sources.fetch` takes it, None when the bytes are not needed or no
+    longer available.
     """
 
     place: ImagePlace
-    run_id: str  # of its extraction
-    width: int  # of the original
+    run_id: str
+    width: int
     height: int
     model_width: int
     model_height: int
@@ -45,7 +47,7 @@ class SetImage:
 
 @dataclass(frozen=True)
 class SetModel:
-    """What a set of images was fitted to. parts: None where the one part is the foreground."""
+    """The model fitted to a set of images. parts: None where the one part is the foreground."""
 
     foreground: ForegroundModel
     parts: PartModel | None

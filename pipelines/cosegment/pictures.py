@@ -20,17 +20,18 @@ from pipelines.settings.sections import Config
 from pipelines.sources import LISTING_SCHEMA, fetch
 from pipelines.store.projection import read_projections
 
-PICTURES_AT_ONCE = 16  # whose bytes are held
+PICTURES_HELD_AT_ONCE = 16
 
-Picture = tuple[np.ndarray | None, str]  # (H, W, 3) uint8, or None and why
+Picture = tuple[np.ndarray | None, str]
+"""((H, W, 3) uint8, an empty text), or (None, why there is none)"""
 
 
 def read_pictures(
     images: Sequence[SetImage], spec: ImageSpec, options: storage.Options, attempts: int
 ) -> Iterator[Picture]:
     """The picture of each image, resized and cropped as the model saw it, or why there is none, in order."""
-    for first in range(0, len(images), PICTURES_AT_ONCE):
-        chunk = images[first : first + PICTURES_AT_ONCE]
+    for first in range(0, len(images), PICTURES_HELD_AT_ONCE):
+        chunk = images[first : first + PICTURES_HELD_AT_ONCE]
         rows = pa.Table.from_pylist([one.source for one in chunk if one.source], schema=LISTING_SCHEMA)
         fetched = iter(fetch(rows, storage_options=options, attempts=attempts))
         for image in chunk:

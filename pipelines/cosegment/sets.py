@@ -15,26 +15,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
-from pipelines.errors import RequestError
+from pipelines.errors import RequestError, counted
 from pipelines.results.clusters import ClusterTables
 from pipelines.sources.id_files import IdFile, is_id_file, names_shown, read_id_file
 
 FORMS = "label, directory, cluster:NAME, or a .csv, .jsonl or .parquet file with columns image_id and set_id"
 FILE = IdFile("sets", "cosegment.sets", FORMS, {"image_id": "an image_id", "set_id": "a set_id"})
-CLUSTER = "cluster:"
-TOP = "."  # the set_id of images that lie in no folder
+CLUSTERING_PREFIX = "cluster:"
+SET_ID_OF_NO_FOLDER = "."
 
 
 @dataclass(frozen=True)
 class ImageSets:
     """Sets of images. Only a file can have an image in several of them.
 
-    members: of each set, by its id, positions in the table of images, ascending. whole: every set there can be is
-    among them, so that others are of the past.
+    members: set_id -> positions of its images in the table of images, ascending. source: label, directory, cluster:NAME
+    or file. whole: every possible set is among them, so that other sets are outdated.
     """
 
     members: dict[str, np.ndarray]
-    source: str  # label | directory | cluster:NAME | file
+    source: str
     messages: list[str] = field(default_factory=list)
 
     @property
@@ -52,7 +52,7 @@ class ImageSets:
 
 def source_of(asked: str) -> str:
     """label, directory, cluster:NAME, or file. Raises RequestError for what is none of them."""
-    if asked in ("label", "directory") or (asked.startswith(CLUSTER) and len(asked) > len(CLUSTER)):
+    if asked in ("label", "directory") or (asked.startswith(CLUSTERING_PREFIX) and len(asked) > len(CLUSTERING_PREFIX)):
         return asked
     if is_id_file(asked):
         return "file"
@@ -64,7 +64,7 @@ def choose_sets(asked: str, store: str, images: pa.Table, options: storage.Optio
 
     images: image_id, label, run_id, in key order.
 
-    Raises RequestError for anything that is none of the forms, for unknown images, and where there are no sets.
+    Raises RequestError for anything else, for unknown images, and where there are no sets.
     """
     source = source_of(asked)
     if source == "label":
@@ -73,26 +73,26 @@ def choose_sets(asked: str, store: str, images: pa.Table, options: storage.Optio
         return sets_by_directory(images["image_id"])
     if source == "file":
         return sets_of_file(asked, images["image_id"], options)
-    return sets_by_cluster(asked.removeprefix(CLUSTER), store, images, options)
+    return sets_by_cluster(asked.removeprefix(CLUSTERING_PREFIX), store, images, options)
 
 
 def sets_by_label(labels: pa.ChunkedArray) -> ImageSets:
     """A set for each label. Raises RequestError where no image has one."""
     if labels.null_count == len(labels):
         raise RequestError(
-            f"There are no sets: of {_images(len(labels))} none has a label; give --sets directory, cluster:NAME or a "
-            "file with image_id and set_id."
+            f"There are no sets: of {counted(len(labels), 'image')} none has a label; give --sets directory, "
+            "cluster:NAME or a file with image_id and set_id."
         )
     messages = []
     if labels.null_count:
-        one = labels.null_count == 1
-        messages.append(f"{_images(labels.null_count)} without a label {'is' if one else 'are'} in no set.")
+        without = f"{counted(labels.null_count, 'image')} without a label"
+        messages.append(f"{without} {'is' if labels.null_count == 1 else 'are'} in no set.")
     return ImageSets(_groups(labels), "label", messages)
 
 
 def sets_by_directory(image_ids: pa.ChunkedArray) -> ImageSets:
-    """A set for each folder that image_ids name; images in no folder are the set `.`."""
-    folders = [posixpath.dirname(image_id) or TOP for image_id in image_ids.to_pylist()]
+    """A set for each folder that image_ids name; images in no folder make the set `.`."""
+    folders = [posixpath.dirname(image_id) or SET_ID_OF_NO_FOLDER for image_id in image_ids.to_pylist()]
     return ImageSets(_groups(pa.chunked_array([pa.array(folders, pa.string())])), "directory")
 
 
@@ -125,11 +125,12 @@ def sets_by_cluster(name: str, store: str, images: pa.Table, options: storage.Op
         )
     messages = []
     if clusters.null_count:
+        are, them = ("is", "it") if clusters.null_count == 1 else ("are", "them")
         messages.append(
-            f"{_images(clusters.null_count)} not in the clusters {name}, or extracted again since, are in no set: "
-            f"`dinoray cluster {store} {name} --update` assigns them."
+            f"{counted(clusters.null_count, 'image')} not in the clusters {name}, or extracted again since, {are} in "
+            f"no set: `dinoray cluster {store} {name} --update` assigns {them}."
         )
-    return ImageSets(_groups(clusters), f"{CLUSTER}{name}", messages)
+    return ImageSets(_groups(clusters), f"{CLUSTERING_PREFIX}{name}", messages)
 
 
 def sets_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options) -> ImageSets:
@@ -142,7 +143,7 @@ def sets_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options)
     if not len(ids):
         raise RequestError(f"The sets file {uri} lists no images.")
     if empty := pc.sum(pc.equal(set_ids, "")).as_py():
-        raise RequestError(f"The sets file {uri} has {empty:,} empty values where a set_id should be.")
+        raise RequestError(f"The sets file {uri} has {counted(empty, 'empty value')} where a set_id should be.")
     at = pc.index_in(ids, value_set=image_ids.combine_chunks())
     if at.null_count:
         unknown = sorted(pc.unique(ids.filter(pc.is_null(at))).to_pylist())
@@ -151,7 +152,8 @@ def sets_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options)
     members = {set_id: np.unique(positions[rows]) for set_id, rows in _groups(set_ids).items()}
     found = ImageSets(members, "file")
     if repeated := len(positions) - found.images:
-        found.messages.append(f"{repeated:,} rows that {uri} lists again were passed over.")
+        were = "was" if repeated == 1 else "were"
+        found.messages.append(f"{counted(repeated, 'row')} that {uri} lists again {were} passed over.")
     return found
 
 
@@ -175,7 +177,3 @@ def _groups(values: pa.ChunkedArray) -> dict[str, np.ndarray]:
     starts = np.searchsorted(codes[order], np.arange(len(encoded.dictionary) + 1))
     groups = {name: order[starts[code] : starts[code + 1]] for code, name in enumerate(encoded.dictionary.to_pylist())}
     return dict(sorted(groups.items()))
-
-
-def _images(count: int) -> str:
-    return f"{count:,} image{'' if count == 1 else 's'}"

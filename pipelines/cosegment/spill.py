@@ -12,12 +12,12 @@ import numpy as np
 
 
 class SpilledArrays(Sequence[np.ndarray]):
-    """A sequence of arrays that holds at most `budget` bytes in memory; what is more lies in a folder of its own.
+    """A sequence of arrays that holds at most `budget` bytes in memory; the rest lies in a folder of its own.
 
         with SpilledArrays(budget=2**30) as arrays:
             arrays.append(array)
 
-    An array that lies on disk is read again each time it is asked for.
+    An array on disk is read again each time it is used.
     """
 
     def __init__(self, budget: float) -> None:
@@ -38,7 +38,7 @@ class SpilledArrays(Sequence[np.ndarray]):
 
     @property
     def bytes_held(self) -> int:
-        """In memory."""
+        """Bytes in memory."""
         return self._bytes
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Laying out sets on a Ray cluster: small ones several to a task, large ones fitted by one task and shared out."""
+"""Laying out sets on a Ray cluster: several small ones to a task; a large one is fitted by one task and shared out."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from pipelines.running.layout import Layout, plan_workers
 from pipelines.running.tasks import as_task, finished_tasks
 from pipelines.settings.sections import Config, CosegmentSettings
 
-TASKS_A_WORKER = 3  # at least, where there are images enough, so that workers finish together
-BATCH_REFINED, BATCH_PLAIN = (4, 16), (64, 512)  # images of a task, least and most: refining one takes a second
-SETS_A_TASK = 8  # at most: fitting one takes a second or more
-MEMORY_SHARE = 0.25  # of what Ray has, for the descriptors and pictures that all tasks hold
-LEAST_MEMORY, MOST_MEMORY = 64 * 2**20, 4 * 2**30  # of a task, bytes
+# Several each, where there are enough images, so that workers finish together.
+LEAST_TASKS_PER_WORKER = 3
+# Each is (least, most). Refining an image takes a second.
+IMAGES_PER_REFINING_TASK, IMAGES_PER_PLAIN_TASK = (4, 16), (64, 512)
+# Fitting a set takes a second or more.
+MOST_SETS_PER_TASK = 8
+# All tasks together hold descriptors and pictures in it.
+TASKS_SHARE_OF_RAY_MEMORY = 0.25
+LEAST_TASK_MEMORY_BYTES, MOST_TASK_MEMORY_BYTES = 64 * 2**20, 4 * 2**30
 CROPPING_TASK_GPUS = 0.25
 
 
 @dataclass(frozen=True)
 class PendingSet:
-    """A set of which images are left.
+    """A set that has images left to segment.
 
     members, left, outliers: positions in the table of images, ascending.
     """
@@ -38,7 +42,7 @@ class PendingSet:
     outliers: np.ndarray
 
     @property
-    def begun(self) -> bool:
+    def partly_done(self) -> bool:
         return len(self.left) < len(self.members)
 
 
@@ -51,18 +55,18 @@ def fit_sample(members: np.ndarray, most: int, seed: int) -> np.ndarray:
 
 
 def batch_size(asked: CosegmentSettings, pending: int, workers: int) -> int:
-    """Images of a task."""
-    least, most = BATCH_REFINED if asked.refine else BATCH_PLAIN
-    return int(np.clip(pending // (workers * TASKS_A_WORKER), least, most))
+    """How many images a task segments."""
+    least, most = IMAGES_PER_REFINING_TASK if asked.refine else IMAGES_PER_PLAIN_TASK
+    return int(np.clip(pending // (workers * LEAST_TASKS_PER_WORKER), least, most))
 
 
 def is_shared(one: PendingSet, batch: int, fit_images: int) -> bool:
     """Whether a set is fitted by a task of its own and then segmented by several."""
-    return one.begun or len(one.left) > batch or len(one.members) > fit_images
+    return one.partly_done or len(one.left) > batch or len(one.members) > fit_images
 
 
 def cut_sets(sets: Sequence[PendingSet], batch: int, fit_images: int) -> Iterator[list[PendingSet]]:
-    """What each task begins with: one shared set, those first; or small sets together, as many as fill a batch."""
+    """What each task begins with: shared sets come first, one a task; then small sets, as many as fill a batch."""
     small = []
     for one in sets:
         if is_shared(one, batch, fit_images):
@@ -72,7 +76,7 @@ def cut_sets(sets: Sequence[PendingSet], batch: int, fit_images: int) -> Iterato
     group: list[PendingSet] = []
     held = 0
     for one in small:
-        if group and (held + len(one.left) > batch or len(group) == SETS_A_TASK):
+        if group and (held + len(one.left) > batch or len(group) == MOST_SETS_PER_TASK):
             yield group
             group, held = [], 0
         group.append(one)
@@ -84,7 +88,7 @@ def cut_sets(sets: Sequence[PendingSet], batch: int, fit_images: int) -> Iterato
 def plan_segmentation(resources: Mapping[str, float], config: Config) -> Layout:
     """The tasks that run at once. Only crops need the model, and with it a GPU where there is one.
 
-    config: of the run. Raises RequestError when what was asked is not there.
+    config: of the run. Raises RequestError when the cluster does not have what was asked for.
     """
     crops = config.cosegment.crop_augmentations > 0
     return plan_workers(
@@ -109,8 +113,8 @@ def stream_reports(
 
     asked = setup.asked
     workers = layout.workers
-    memory = resources.get("memory", LEAST_MEMORY) * MEMORY_SHARE / workers
-    setup = replace(setup, memory=float(np.clip(memory, LEAST_MEMORY, MOST_MEMORY)))
+    memory = resources.get("memory", LEAST_TASK_MEMORY_BYTES) * TASKS_SHARE_OF_RAY_MEMORY / workers
+    setup = replace(setup, memory=float(np.clip(memory, LEAST_TASK_MEMORY_BYTES, MOST_TASK_MEMORY_BYTES)))
     batch = batch_size(asked, sum(len(one.left) for one in sets), workers)
     whole, fit = as_task(segment_sets, layout), as_task(fit_set, layout)
     part = as_task(segment_batch, layout, gpu=False)
@@ -122,13 +126,13 @@ def stream_reports(
         return SetWork(one.set_id, one.version, describe(chosen, one.outliers), describe(images, one.outliers))
 
     begin = cut_sets(sets, batch, asked.fit_images)
-    shared: deque[tuple[PendingSet, np.ndarray, Any]] = deque()  # batches of sets that are fitted
+    batches_of_fitted_sets: deque[tuple[PendingSet, np.ndarray, Any]] = deque()
     fitting: dict[Any, PendingSet] = {}
 
     def submit() -> Any:
         """The next task, or None when there is none to begin yet."""
-        if shared:
-            one, images, model = shared.popleft()
+        if batches_of_fitted_sets:
+            one, images, model = batches_of_fitted_sets.popleft()
             return part.remote(setup, work(one, images, fit_on=False), model)
         group = next(begin, None)
         if group is None:
@@ -146,7 +150,7 @@ def stream_reports(
         yield _of_fit(one, found)
         if found.model is not None:
             model = ray.put(found)
-            shared.extend((one, images, model) for images in _batches(one.left, batch))
+            batches_of_fitted_sets.extend((one, images, model) for images in _batches(one.left, batch))
 
 
 def _of_fit(one: PendingSet, fitted: FittedSet) -> SegmentReport:

@@ -29,21 +29,28 @@ from pipelines.store.parquet import ROWS_PER_ROW_GROUP, new_file_name, write_par
 from pipelines.store.patches import PatchMap, read_patch_maps
 from pipelines.store.schemas import PARTS_IMAGES, PARTS_PATCHES
 
-BLOCK_PATCHES = 50_000  # read at once: 75 MB of a small model's descriptors
-UNPAINTED = 127  # grey, in place of a picture that cannot be had: parts are smoothed without its edges
+# 75 MB of a small model's descriptors.
+PATCHES_READ_AT_ONCE = 50_000
+# Parts of an image whose picture cannot be read are smoothed without its edges.
+GREY_OF_MISSING_PICTURE = 127
 
 
 @dataclass(frozen=True)
 class SegmentSetup:
-    """All that a worker needs to know; small, since it travels with every task."""
+    """All that a worker needs to know; small, since it travels with every task.
+
+    tables: parts/NAME. config: of the store, with the section cosegment of this run. weights: their identity in the
+    store's spec. device: of the model, which crops need. memory: bytes of descriptors and pictures that a task may
+    hold.
+    """
 
     store: str
-    tables: str  # parts/NAME
+    tables: str
     run_id: str
-    config: Config  # of the store, with the section cosegment of this run
-    weights: str  # their identity in the store's spec; crops need the model
-    device: str  # of the model
-    memory: float  # bytes of descriptors and pictures that a task may hold
+    config: Config
+    weights: str
+    device: str
+    memory: float
 
     @property
     def asked(self) -> CosegmentSettings:
@@ -57,10 +64,13 @@ class SegmentSetup:
 
 @dataclass(frozen=True)
 class SetWork:
-    """A set, or a part of one: what it is fitted on, and which of its images are to be segmented."""
+    """A set, or a part of one: what it is fitted on, and which of its images are to be segmented.
+
+    version: the set_version of its members.
+    """
 
     set_id: str
-    version: str  # set_version
+    version: str
     fit_on: list[SetImage]
     images: list[SetImage]
 
@@ -97,7 +107,8 @@ def segment_sets(setup: SegmentSetup, works: Sequence[SetWork]) -> SegmentReport
         with SpilledArrays(setup.memory) as descriptors:
             try:
                 model = _fit(setup, work.fit_on, descriptors, spent)
-            except ValueError as error:  # such as descriptors that are not finite
+            except ValueError as error:
+                # such as descriptors that are not finite
                 failed[work.set_id] = str(error)
                 continue
             at = {image.image_id: number for number, image in enumerate(work.fit_on)}
@@ -107,7 +118,7 @@ def segment_sets(setup: SegmentSetup, works: Sequence[SetWork]) -> SegmentReport
 
 
 def fit_set(setup: SegmentSetup, work: SetWork) -> FittedSet:
-    """Fit a set that is segmented by several tasks; what an earlier run fitted for the same members is taken again."""
+    """Fit a set that is segmented by several tasks; what an earlier run fitted for the same members is used again."""
     spent = Spent()
     uri = storage.join(setup.tables, "models", f"{work.version}.npz")
     options = setup.config.storage.options
@@ -119,7 +130,8 @@ def fit_set(setup: SegmentSetup, work: SetWork) -> FittedSet:
             except ValueError as error:
                 return FittedSet(None, str(error), spent)
         storage.write_once(uri, model_bytes(model), options)
-        model = read_model(uri, options)  # of two runs at once the first decides
+        # of two runs at once the first decides
+        model = read_model(uri, options)
     return FittedSet(model, "", spent)
 
 
@@ -138,7 +150,7 @@ def read_maps(setup: SegmentSetup, images: Sequence[SetImage], spent: Spent) -> 
     first = 0
     while first < len(images):
         end, patches = first, 0
-        while end < len(images) and (end == first or patches < BLOCK_PATCHES):
+        while end < len(images) and (end == first or patches < PATCHES_READ_AT_ONCE):
             patches += images[end].place.grid[0] * images[end].place.grid[1]
             end += 1
         with spent.on("read"):
@@ -153,7 +165,7 @@ def read_maps(setup: SegmentSetup, images: Sequence[SetImage], spent: Spent) -> 
 
 
 def _fit(setup: SegmentSetup, images: Sequence[SetImage], descriptors: SpilledArrays, spent: Spent) -> SetModel:
-    """Fit a set; `descriptors` then holds the maps of its images, in order, and behind them those of crops.
+    """Fit a set; `descriptors` then holds the maps of its images, in order, and after them those of crops.
 
     Raises ValueError for descriptors that cannot be clustered.
     """
@@ -214,17 +226,17 @@ def _add_pictures(
     descriptors: SpilledArrays,
     pixels: SpilledArrays,
 ) -> None:
-    """Add the pictures of images to `pixels`, and behind them those of crops, whose maps join `descriptors`.
+    """Add the pictures of images to `pixels`, and after them those of crops, whose maps join `descriptors`.
 
-    An image whose picture cannot be had has no crops.
+    An image whose picture cannot be read has no crops.
     """
     cropper = None
     if setup.asked.crop_augmentations:
         cropper = Cropper(setup.store, setup.config, setup.weights, setup.device, setup.run_id)
     with SpilledArrays(setup.memory) as of_crops:
         for image, (picture, _) in zip(images, pictures, strict=True):
-            unpainted = np.full((image.model_height, image.model_width, 3), UNPAINTED, np.uint8)
-            pixels.append(unpainted if picture is None else picture)
+            grey = np.full((image.model_height, image.model_width, 3), GREY_OF_MISSING_PICTURE, np.uint8)
+            pixels.append(grey if picture is None else picture)
             if cropper and picture is not None:
                 for descriptor, crop in cropper.crops(image.image_id, picture):
                     descriptors.append(descriptor.astype(np.float16) if setup.half else descriptor)
@@ -262,7 +274,7 @@ class _Rows:
         self._setup = setup
         self._name = new_file_name(setup.run_id)
         self._images: list[dict[str, Any]] = []
-        self._patches: list[pa.Table] = []  # of each row of images
+        self._patches_of_each_image: list[pa.Table] = []
 
     def add(self, work: SetWork, image: SetImage, found: Segmented, notes: list[str]) -> None:
         self._images.append(
@@ -286,7 +298,7 @@ class _Rows:
             "col": col,
             "part_id": found.patch_parts.reshape(-1),
         }
-        self._patches.append(pa.table(columns).cast(PARTS_PATCHES))
+        self._patches_of_each_image.append(pa.table(columns).cast(PARTS_PATCHES))
 
     def write(self, spent: Spent, failed: dict[str, str]) -> SegmentReport:
         """A file of each table, in the order of their keys; none when there are no rows."""
@@ -298,7 +310,7 @@ class _Rows:
                 range(len(self._images)), key=lambda at: (self._images[at]["image_id"], self._images[at]["set_id"])
             )
             images = pa.Table.from_pylist([self._images[at] for at in order], schema=PARTS_IMAGES)
-            patches = pa.concat_tables([self._patches[at] for at in order])
+            patches = pa.concat_tables([self._patches_of_each_image[at] for at in order])
             report.patches = write_parquet(
                 storage.join(tables, "patches"), self._name, patches, options, ROWS_PER_ROW_GROUP
             )

@@ -44,8 +44,8 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets of more than four images are shared out."""
-    monkeypatch.setattr(cosegment_tasks, "BATCH_PLAIN", (4, 4))
-    monkeypatch.setattr(cosegment_tasks, "BATCH_REFINED", (4, 4))
+    monkeypatch.setattr(cosegment_tasks, "IMAGES_PER_PLAIN_TASK", (4, 4))
+    monkeypatch.setattr(cosegment_tasks, "IMAGES_PER_REFINING_TASK", (4, 4))
 
 
 def new_store(folder: Path, *overrides: str) -> Store:
@@ -207,7 +207,7 @@ def test_sets_of_a_file(store: Store, tmp_path: Path, ending: str, scenes: dict[
         pq.write_table(pa.table(columns), file)
     result = run(store, sets=str(file))
     assert (result.source, result.sets, result.images, result.segmented) == ("file", 2, 4, 4)
-    assert result.messages == [f"1 rows that {file} lists again were passed over."]
+    assert result.messages == [f"1 row that {file} lists again was passed over."]
     found = rows(store)
     assert found.keys() == {
         *(("1", one) for one in ("cat/00.jpg", "cat/01.jpg", "dog/00.jpg")),
@@ -229,7 +229,7 @@ def test_sets_of_a_file(store: Store, tmp_path: Path, ending: str, scenes: dict[
         (None, r"does not exist"),
         ("image_id,set_id\n", r"lists no images"),
         ("image_id,group\ncat/00.jpg,1\n", r"no column set_id \(it has image_id, group\)"),
-        ("image_id,set_id\ncat/00.jpg,\n", r"1 empty values where a set_id should be"),
+        ("image_id,set_id\ncat/00.jpg,\n", r"1 empty value where a set_id should be"),
         ("image_id,set_id\na,1\nb,1\nc,1\nd,2\ne,2\n", r"does not have: a, b, c and 2 more"),
         ("image_id,set_id\na\n", r"cannot be read"),
         ("image_id,set_id,set_id\na,1,1\n", r"several columns set_id"),
@@ -310,7 +310,7 @@ def test_a_large_set_is_fitted_on_a_sample_and_shared_out(tmp_path: Path, monkey
         check_parts(parts, scenes[key[1]].kinds)
         assert found[key]["note"] is None
     assert len(list(Path(store.uri, "parts", "animals", "models").iterdir())) == 2
-    monkeypatch.setattr(cosegment_tasks, "BATCH_PLAIN", (100, 100))  # all at once, and yet fitted on few
+    monkeypatch.setattr(cosegment_tasks, "IMAGES_PER_PLAIN_TASK", (100, 100))  # all at once, and yet fitted on few
     run(store, "few", "cosegment.fit_images=5")
     for key, row in rows(store, "few").items():
         np.testing.assert_array_equal(mask(row), mask(found[key]))
@@ -443,9 +443,9 @@ def test_a_set_that_cannot_be_fitted_does_not_stop_the_others(tmp_path: Path) ->
 
 def test_memory_that_holds_no_image_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     run(store)
-    monkeypatch.setattr(cosegment_tasks, "LEAST_MEMORY", 0)
-    monkeypatch.setattr(cosegment_tasks, "MEMORY_SHARE", 0)
-    monkeypatch.setattr("pipelines.cosegment.worker.BLOCK_PATCHES", 1)
+    monkeypatch.setattr(cosegment_tasks, "LEAST_TASK_MEMORY_BYTES", 0)
+    monkeypatch.setattr(cosegment_tasks, "TASKS_SHARE_OF_RAY_MEMORY", 0)
+    monkeypatch.setattr("pipelines.cosegment.worker.PATCHES_READ_AT_ONCE", 1)
     run(store, "spilled")
     in_memory = rows(store)
     for key, row in rows(store, "spilled").items():
