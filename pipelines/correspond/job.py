@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from pipelines.correspond.made_with import settings_of_matches
 from pipelines.correspond.pairs import Pairs, choose_pairs, embeddings_of, scores, unordered_keys
-from pipelines.results.matches import VERSIONED, MatchTables, matches_uri
+from pipelines.results.matches import PAIR_VERSION_COLUMNS, MatchTables, matches_uri
 from pipelines.running.commits import WaitingReports
 from pipelines.running.interrupts import interruptible
 from pipelines.running.metrics import JobMetrics
@@ -34,22 +34,28 @@ if TYPE_CHECKING:
 
 @dataclass
 class Result(JobResult):
-    """What a run of correspond did, or would do."""
+    """What a run of correspond did, or would do.
+
+    source: knn, all or file. images: in the store. pairs: those asked for. matched, matches: pairs and rows, by this
+    run. without_matches: matched pairs with kept = 0. outdated: pairs removed because an image was extracted again or
+    is gone. done_elsewhere: pairs that another run committed at the same time. pairs_per_second: from the start of Ray
+    to the last pair; steady_pairs_per_second: once workers are warm. bytes_read: of patches.
+    """
 
     name: str
-    source: str = ""  # knn | all | file
-    images: int = 0  # in the store
-    pairs: int = 0  # asked for
+    source: str = ""
+    images: int = 0
+    pairs: int = 0
     already_done: int = 0
     pending: int = 0
-    matched: int = 0  # pairs, by this run
-    matches: int = 0  # rows, by this run
-    without_matches: int = 0  # of the matched pairs: kept = 0
-    outdated: int = 0  # pairs removed because an image was extracted again or is gone
-    done_elsewhere: int = 0  # another run committed them at the same time
-    pairs_per_second: float = 0.0  # from the start of Ray to the last pair
-    steady_pairs_per_second: float = 0.0  # once workers are warm
-    bytes_read: int = 0  # of patches
+    matched: int = 0
+    matches: int = 0
+    without_matches: int = 0
+    outdated: int = 0
+    done_elsewhere: int = 0
+    pairs_per_second: float = 0.0
+    steady_pairs_per_second: float = 0.0
+    bytes_read: int = 0
     bytes_written: int = 0
     repaired: dict[str, int] = field(default_factory=dict)
 
@@ -58,8 +64,8 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
     """Match pairs of images of `store`; a second call does only pairs that are new or whose images changed.
 
     Args:
-        name: of the result, matches/NAME in the store.
-        pairs: in place of correspond.pairs: `knn:K`, `all` or a file.
+        name: NAME of the result, matches/NAME in the store.
+        pairs: used in place of correspond.pairs: `knn:K`, `all` or a file.
         dry_run: choose pairs and plan only; nothing is written.
 
     Raises:
@@ -113,9 +119,12 @@ def _images(store: Store, *, with_embeddings: bool) -> pa.Table:
 
 def _plan(tables: MatchTables | None, chosen: Pairs, images: pa.Table, result: Result) -> tuple[Pairs, pa.Table]:
     """Pairs that are left, and pairs in the table whose images were extracted again since, or are gone."""
-    kept, outdated = np.ones(len(chosen), bool), pa.schema([PAIRS.field(name) for name in VERSIONED]).empty_table()
+    kept, outdated = (
+        np.ones(len(chosen), bool),
+        pa.schema([PAIRS.field(name) for name in PAIR_VERSION_COLUMNS]).empty_table(),
+    )
     if tables is not None:
-        rows = tables.pairs.read(VERSIONED)
+        rows = tables.pairs.read(PAIR_VERSION_COLUMNS)
         a, current_a = _current(rows["image_a"], rows["run_id_a"], images)
         b, current_b = _current(rows["image_b"], rows["run_id_b"], images)
         current = current_a & current_b
@@ -129,7 +138,7 @@ def _plan(tables: MatchTables | None, chosen: Pairs, images: pa.Table, result: R
 
 
 def _current(ids: pa.ChunkedArray, runs: pa.ChunkedArray, images: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of ids in images (0 for unknown ones), and which still are of the same extraction."""
+    """Positions of ids in images (0 for unknown ones), and whether each still has the same extraction."""
     at = pc.index_in(ids, value_set=images["image_id"])
     same = pc.fill_null(pc.equal(images["run_id"].take(at), runs), False)
     return np.asarray(pc.fill_null(at, 0), np.int64), np.asarray(same, bool)
@@ -139,7 +148,8 @@ def _match_pending(
     store: Store, tables: MatchTables, pending: Pairs, images: pa.Table, config: Config, result: Result
 ) -> None:
     """Match and commit every pending pair."""
-    from pipelines.correspond.tiles import plan_matching, stream_matches  # Ray and torch are needed from here on
+    # Ray and torch are needed from here on
+    from pipelines.correspond.tiles import plan_matching, stream_matches
     from pipelines.correspond.worker import MatchSetup
     from pipelines.store.vectors import BYTES_PER_VALUE
 
@@ -159,7 +169,8 @@ def _match_pending(
                 progress.advance(len(report.kept), 0)
                 commits.take(report)
         finally:
-            commits.commit()  # an interruption keeps what is finished
+            # an interruption keeps what is finished
+            commits.commit()
             result.steady_pairs_per_second = round(progress.steady_images_per_second, 2)
             result.pairs_per_second = round(progress.done / max(time.monotonic() - began, 1e-9), 2)
 

@@ -8,7 +8,8 @@ from pipelines import storage
 from pipelines.results.made_with import MadeWith
 from pipelines.settings.sections import CorrespondSettings
 
-WHICH_AND_IN_WHAT_ORDER = {"pairs", "tile_images"}  # they decide what is matched, and not how
+# They decide what is matched, and not how.
+WHICH_AND_IN_WHAT_ORDER = {"pairs", "tile_images"}
 
 
 def settings_of_matches(store: str, name: str, asked: CorrespondSettings, options: storage.Options) -> MadeWith:

@@ -13,26 +13,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
-from pipelines.errors import RequestError
+from pipelines.errors import RequestError, counted
 from pipelines.sources.id_files import IdFile, names_shown, read_id_file
 
 FORMS = "knn:K (such as knn:10), all, or a .csv, .jsonl or .parquet file with columns image_a and image_b"
 FILE = IdFile("pairs", "correspond.pairs", FORMS, dict.fromkeys(("image_a", "image_b"), "an image_id"))
-SIMILARITIES = 32_000_000  # held at once while neighbours are looked for
-SCORED = 65_536  # pairs whose embeddings are compared at once
-MOST_PAIRS = 20_000_000  # that `all` may make: the driver holds them in memory, some 100 bytes each
+SIMILARITIES_HELD_AT_ONCE = 32_000_000
+PAIRS_SCORED_AT_ONCE = 65_536
+# The driver holds them in memory, some 100 bytes each.
+MOST_PAIRS_OF_ALL = 20_000_000
 
 
 @dataclass(frozen=True)
 class Pairs:
     """Different images, no pair twice in either order.
 
-    a, b: (n,) int64 positions in the table of images; a < b unless a file has it the other way.
+    a, b: (n,) int64 positions in the table of images; a < b unless a file has it the other way. source: knn,
+    all or file.
     """
 
     a: np.ndarray
     b: np.ndarray
-    source: str  # knn | all | file
+    source: str
     messages: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -52,7 +54,7 @@ def choose_pairs(asked: str, images: pa.Table, options: storage.Options) -> Pair
     images: image_id, in key order; label for `all`, embedding for `knn:K`.
 
     Raises RequestError for anything that is none of the three forms, for pairs of unknown images, for more than
-    MOST_PAIRS of `all`, and for no pairs.
+    MOST_PAIRS_OF_ALL of `all`, and where there are no pairs.
     """
     if asked == "all":
         pairs = pairs_within_labels(images["label"])
@@ -72,28 +74,29 @@ def choose_pairs(asked: str, images: pa.Table, options: storage.Options) -> Pair
 def pairs_within_labels(labels: pa.ChunkedArray) -> Pairs:
     """All pairs of images that have the same label; images without one are in none.
 
-    Raises RequestError, before they are made, for more than MOST_PAIRS.
+    Raises RequestError, before they are made, for more than MOST_PAIRS_OF_ALL.
     """
     codes = pc.fill_null(labels.combine_chunks().dictionary_encode().indices, -1).to_numpy(zero_copy_only=False)
     by_label = np.argsort(codes, kind="stable")
     starts = np.flatnonzero(np.diff(codes[by_label], prepend=-2))
     groups = [group for group in np.split(by_label, starts[1:]) if len(group) and codes[group[0]] >= 0]
-    if (count := sum(len(group) * (len(group) - 1) // 2 for group in groups)) > MOST_PAIRS:
+    if (count := sum(len(group) * (len(group) - 1) // 2 for group in groups)) > MOST_PAIRS_OF_ALL:
         largest = max(groups, key=len)
         raise RequestError(
             f"correspond.pairs is all, which makes {count:,} pairs ({labels[int(largest[0])].as_py()!r} alone labels "
-            f"{_images(len(largest))}), more than the {MOST_PAIRS:,} that one run takes: give knn:K or a file of pairs."
+            f"{counted(len(largest), 'image')}), more than the {MOST_PAIRS_OF_ALL:,} that one run takes: give knn:K or "
+            "a file of pairs."
         )
     parts = [group[np.stack(np.triu_indices(len(group), 1))] for group in groups]
     a, b = np.concatenate([np.zeros((2, 0), np.int64), *parts], axis=1)
     messages = []
     if without := int((codes < 0).sum()):
-        messages.append(f"{_images(without)} without a label {'is' if without == 1 else 'are'} in no pair.")
+        messages.append(f"{counted(without, 'image')} without a label {'is' if without == 1 else 'are'} in no pair.")
     return Pairs(a, b, "all", messages)
 
 
 def nearest_pairs(embeddings: np.ndarray, k: int) -> Pairs:
-    """Every image with its k nearest others by cosine similarity; a pair is made once, whoever is near to whom.
+    """Every image with its k nearest others by cosine similarity; two images that are near each other make one pair.
 
     embeddings: (n, D). Exact: all similarities are computed, in blocks.
     """
@@ -103,7 +106,7 @@ def nearest_pairs(embeddings: np.ndarray, k: int) -> Pairs:
     if k < 1:
         return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), "knn")
     found = []
-    rows = max(1, SIMILARITIES // count)
+    rows = max(1, SIMILARITIES_HELD_AT_ONCE // count)
     for first in range(0, count, rows):
         similarity = unit[first : first + rows] @ unit.T
         here = np.arange(len(similarity))
@@ -130,7 +133,7 @@ def pairs_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options
     if unknown:
         raise RequestError(
             f"The pairs file {uri} names images that the store does not have: {names_shown(unknown)}. Extract them, or "
-            "take their rows out."
+            "remove their rows."
         )
     a, b = (place.to_numpy().astype(np.int64) for place in places)
     different = a != b
@@ -138,11 +141,9 @@ def pairs_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options
     kept = np.sort(firsts[different[firsts]])
     messages = []
     if same := int((~different).sum()):
-        messages.append(f"{same:,} pair{'' if same == 1 else 's'} of an image with itself in {uri} passed over.")
+        messages.append(f"{counted(same, 'pair')} of an image with itself in {uri} passed over.")
     if repeated := int(different.sum()) - len(kept):
-        messages.append(
-            f"{repeated:,} pair{'' if repeated == 1 else 's'} that {uri} lists again, in either order, passed over."
-        )
+        messages.append(f"{counted(repeated, 'pair')} that {uri} lists again, in either order, passed over.")
     return Pairs(a[kept], b[kept], "file", messages)
 
 
@@ -150,8 +151,10 @@ def scores(pairs: Pairs, embeddings: np.ndarray) -> np.ndarray:
     """Cosine similarity of the embeddings of each pair: (n,) float32."""
     unit = _unit(embeddings)
     parts = [
-        np.einsum("nd,nd->n", unit[pairs.a[at : at + SCORED]], unit[pairs.b[at : at + SCORED]])
-        for at in range(0, len(pairs), SCORED)
+        np.einsum(
+            "nd,nd->n", unit[pairs.a[at : at + PAIRS_SCORED_AT_ONCE]], unit[pairs.b[at : at + PAIRS_SCORED_AT_ONCE]]
+        )
+        for at in range(0, len(pairs), PAIRS_SCORED_AT_ONCE)
     ]
     return np.concatenate([np.zeros(0, np.float32), *parts])
 
@@ -160,9 +163,10 @@ def embeddings_of(images: pa.Table, asked: str) -> np.ndarray:
     """The embeddings (n, D) float32 of images. Raises RequestError when some have none."""
     column = images["embedding"]
     if column.null_count:
+        have = "has" if column.null_count == 1 else "have"
         raise RequestError(
-            f"correspond.pairs is {asked}, but {_images(column.null_count)} of {len(column)} have no embedding "
-            "(features.embedding was false): give all or a file of pairs."
+            f"correspond.pairs is {asked}, but {counted(column.null_count, 'image')} of {len(column):,} {have} no "
+            "embedding (features.embedding was false): give all or a file of pairs."
         )
     values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
     return np.concatenate([np.zeros(0, np.float32), *values]).reshape(len(column), -1)
@@ -174,7 +178,7 @@ def unordered_keys(a: np.ndarray, b: np.ndarray, images: int) -> np.ndarray:
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors of unit length; one that is not finite becomes zeros, or it would be everybody's neighbour."""
+    """Vectors of unit length; one that is not finite becomes zeros, or it would be every image's neighbour."""
     finite = np.where(np.isfinite(vectors).all(axis=1, keepdims=True), vectors, 0)
     return finite / np.maximum(np.linalg.norm(finite, axis=1, keepdims=True), 1e-12)
 
@@ -183,11 +187,9 @@ def _no_pairs(asked: str, images: pa.Table) -> str:
     if asked == "all":
         without = images["label"].null_count
         found = "none has a label" if without == len(images) else "no two share a label"
-        return f"There are no pairs to match: of {_images(len(images))} {found}; give knn:K or a file of pairs."
+        return (
+            f"There are no pairs to match: of {counted(len(images), 'image')} {found}; give knn:K or a file of pairs."
+        )
     if asked.startswith("knn:"):
-        return f"There are no pairs to match: the store has {_images(len(images))}; extract more."
+        return f"There are no pairs to match: the store has {counted(len(images), 'image')}; extract more."
     return f"There are no pairs to match: the pairs file {asked} lists no two different images."
-
-
-def _images(count: int) -> str:
-    return f"{count:,} image{'' if count == 1 else 's'}"

@@ -29,15 +29,21 @@ from pipelines.settings.sections import Config
 from pipelines.store.parquet import IMAGES_PER_ROW_GROUP, ROWS_PER_ROW_GROUP
 from pipelines.store.patches import ImagePlace
 
-BLOCK_BYTES = 256 * 2**20
-OBJECT_STORE_SHARE = 8  # a block takes at most this part of it: beside the band, some are at work or being read
-BAND_SHARE = 0.5  # of the object store
-OBJECT_STORE_BYTES = 2 * 2**30  # where Ray does not say
-PATCH_PRODUCTS_A_SECOND = 30e6  # of one CPU, binned: patches of one image times those of the other
-SELECTION_SECONDS = 0.02  # of a pair, besides
-TASK_SECONDS = (3.0, 8.0)  # least: worth a worker's start and a file; most: commits are due, kills cost little
-TASKS_A_WORKER = 2  # at least, where there is enough to do, so that workers finish together
-GPUS_PER_TASK = 0.25  # the selection runs on the CPU meanwhile
+MOST_BLOCK_BYTES = 256 * 2**20
+# Besides the blocks of the band, some are at work or being read.
+MOST_BLOCK_SHARE_OF_OBJECT_STORE = 1 / 8
+BAND_SHARE_OF_OBJECT_STORE = 0.5
+ASSUMED_OBJECT_STORE_BYTES = 2 * 2**30
+# Patches of one image times those of the other, binned.
+PATCH_PRODUCTS_PER_CPU_SECOND = 30e6
+SELECTION_SECONDS_PER_PAIR = 0.02
+# Shorter ones are not worth a worker's start and a file; after longer ones commits come late, and kills cost much.
+LEAST_TASK_SECONDS, MOST_TASK_SECONDS = 3.0, 8.0
+# Several each, where there is enough to do, so that workers finish together.
+LEAST_TASKS_PER_WORKER = 2
+# A GPU is idle while a task selects on the CPU.
+GPUS_PER_TASK = 0.25
+SALIENCY_Y_X_BYTES = 3 * 4
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def make_tiles(pairs: Pairs, blocks: np.ndarray, band_blocks: int) -> list[Tile]
 
 
 def plan_matching(resources: Mapping[str, float], config: Config) -> Layout:
-    """The tasks that run at once. Raises RequestError when what was asked is not there."""
+    """The tasks that run at once. Raises RequestError when the cluster does not have what was asked for."""
     return plan_workers(resources, config, usual_cpus=1.0, usual_gpus=GPUS_PER_TASK, whole_cpus=True)
 
 
@@ -120,7 +126,7 @@ def stream_matches(
 ) -> Iterator[MatchReport]:
     """Match pairs on Ray and yield what its workers wrote, in the order in which they finish.
 
-    images: image_id, shard, grid_height, grid_width, run_id. values: of a descriptor, about.
+    images: image_id, shard, grid_height, grid_width, run_id. values: about how many a descriptor has.
 
     Raises JobError for what stops a worker.
     """
@@ -128,17 +134,19 @@ def stream_matches(
     columns = {name: images[name].to_pylist() for name in ("image_id", "shard", "run_id")}
     grids = np.stack([images[name].to_numpy() for name in ("grid_height", "grid_width")], axis=1).astype(np.int64)
     cells = grids.prod(axis=1)
-    cell_bytes = values * (2 if setup.half else 4) + 12  # saliency, y and x
+    cell_bytes = values * (2 if setup.half else 4) + SALIENCY_Y_X_BYTES
     object_store = _smallest_object_store()
-    most_cells = min(BLOCK_BYTES, object_store / OBJECT_STORE_SHARE) / cell_bytes
+    most_cells = min(MOST_BLOCK_BYTES, object_store * MOST_BLOCK_SHARE_OF_OBJECT_STORE) / cell_bytes
     blocks = cut_blocks(columns["shard"], cells, most_cells, setup.config.correspond.tile_images)
     largest_block = np.bincount(blocks, cells).max() * cell_bytes
-    band_blocks = max(1, int(object_store * BAND_SHARE / largest_block))
-    seconds = cells[pairs.a] * cells[pairs.b] / PATCH_PRODUCTS_A_SECOND + SELECTION_SECONDS
+    band_blocks = max(1, int(object_store * BAND_SHARE_OF_OBJECT_STORE / largest_block))
+    seconds = cells[pairs.a] * cells[pairs.b] / PATCH_PRODUCTS_PER_CPU_SECOND + SELECTION_SECONDS_PER_PAIR
 
     workers = layout.workers
-    task_seconds = float(np.clip(seconds.sum() / (workers * TASKS_A_WORKER), *TASK_SECONDS))
-    task_seconds = min(task_seconds, run.commit_seconds / 2)  # what a kill loses is not committed yet, nor finished
+    share = seconds.sum() / (workers * LEAST_TASKS_PER_WORKER)
+    # a kill loses tasks that are not finished, and those that are not committed yet
+    most_seconds = min(MOST_TASK_SECONDS, run.commit_seconds / 2)
+    task_seconds = float(min(max(share, LEAST_TASK_SECONDS), most_seconds))
     load, match = as_task(load_images, layout, gpu=False), as_task(match_pairs, layout)
 
     def read(chosen: np.ndarray, block: int) -> Any:
@@ -166,8 +174,8 @@ def stream_matches(
                             passing[block] = passing.get(block) or read(tile.pairs, block)
                         elif block not in loaded:
                             loaded[block] = read(in_band, block)
-                    at_hand = loaded | passing
-                    yield match.remote(setup, [pair_row(at) for at in chunk], *(at_hand[block] for block in needed))
+                    read_blocks = loaded | passing
+                    yield match.remote(setup, [pair_row(at) for at in chunk], *(read_blocks[block] for block in needed))
 
     upcoming = tasks()
     for _, report in finished_tasks(lambda: next(upcoming, None), workers, "the matching"):
@@ -175,11 +183,12 @@ def stream_matches(
 
 
 def _smallest_object_store() -> float:
-    """Bytes of shared memory of the node that has least: blocks are copied to every node that works with them."""
+    """Bytes of shared memory of the node that has the least: blocks are copied to every node that works with them."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return min([node.get("object_store_memory", OBJECT_STORE_BYTES) for node in nodes], default=OBJECT_STORE_BYTES)
+    known = [node.get("object_store_memory", ASSUMED_OBJECT_STORE_BYTES) for node in nodes]
+    return min(known, default=ASSUMED_OBJECT_STORE_BYTES)
 
 
 def _images_in(pairs: Pairs, chosen: np.ndarray, blocks: np.ndarray, block: int) -> np.ndarray:

@@ -19,13 +19,16 @@ from pipelines.store.schemas import MATCHES, PAIRS
 
 @dataclass(frozen=True)
 class MatchSetup:
-    """All that a worker needs to know; small, since it travels with every task."""
+    """All that a worker needs to know; small, since it travels with every task.
+
+    tables: matches/NAME. device: cpu or cuda.
+    """
 
     store: str
-    tables: str  # matches/NAME
+    tables: str
     run_id: str
     config: Config
-    device: str  # cpu | cuda
+    device: str
 
     @property
     def half(self) -> bool:
@@ -47,9 +50,9 @@ class PairRow:
 
 @dataclass(frozen=True)
 class LoadedImages:
-    """A block of images in Ray's object store."""
+    """A block of images in Ray's object store. name: of this reading, so that it is counted once."""
 
-    name: str  # of this reading, so that it is counted once
+    name: str
     maps: PatchMaps
     seconds: float
 

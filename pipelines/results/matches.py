@@ -28,7 +28,7 @@ from pipelines.store.table import CommitConflict, Table
 PairKey = tuple[str, str]
 """Two image_ids, ascending."""
 
-VERSIONED = ["image_a", "image_b", "run_id_a", "run_id_b"]  # a pair and the extraction of both images
+PAIR_VERSION_COLUMNS = ["image_a", "image_b", "run_id_a", "run_id_b"]
 
 
 def pair_key(image_a: str, image_b: str) -> PairKey:
@@ -87,7 +87,7 @@ class MatchTables(ResultTables):
         found = [shard for shard in sorted(lost) if self.matches.has_file(shard)]
         apply_remaining(self.matches, FileChange(add=[describe_file(self.matches, shard) for shard in found]), run_id)
         gone = pa.array(sorted(lost.difference(found)), pa.string())
-        rows = self.pairs.read([*VERSIONED, "shard"])
+        rows = self.pairs.read([*PAIR_VERSION_COLUMNS, "shard"])
         dropped = self.drop(rows.filter(pc.is_in(rows["shard"], value_set=gone)), run_id)
         self._seen = set(self.pairs.files())
         return {"orphans_removed": len(orphans), "shards_restored": len(found), "pairs_lost": dropped}
@@ -98,7 +98,7 @@ class MatchTables(ResultTables):
     def drop(self, rows: pa.Table, run_id: str) -> int:
         """Remove pairs and their matches, in one commit a table. Returns the number of pairs removed.
 
-        rows: VERSIONED columns of pairs; the same pair of another extraction, which another run may have added
+        rows: PAIR_VERSION_COLUMNS of pairs; the same pair of another extraction, which another run may have added
         meanwhile, stays.
         """
         unwanted = set(_versioned(rows))
@@ -106,7 +106,7 @@ class MatchTables(ResultTables):
             pairs, matches, dropped = FileChange(), FileChange(), 0
             files = self.matches.files()
             for path, file in self.pairs.files().items():
-                held = self.pairs.read_file(path, [*VERSIONED, "shard"])
+                held = self.pairs.read_file(path, [*PAIR_VERSION_COLUMNS, "shard"])
                 gone = {pair_key(*row[:2]) for row in unwanted.intersection(_versioned(held))}
                 if not gone:
                     continue
@@ -182,7 +182,7 @@ class MatchTables(ResultTables):
 
 
 def _versioned(rows: pa.Table) -> Iterator[tuple[str, ...]]:
-    return zip(*(rows[name].to_pylist() for name in VERSIONED), strict=True)
+    return zip(*(rows[name].to_pylist() for name in PAIR_VERSION_COLUMNS), strict=True)
 
 
 def is_in(rows: pa.Table, keys: set[PairKey]) -> pa.Array:

@@ -145,7 +145,7 @@ def test_all_pairs_within_labels() -> None:
 
 @pytest.mark.parametrize(("count", "k"), [(50, 3), (50, 1), (5, 10), (2, 1)])
 def test_nearest_pairs(count: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.correspond.pairs.SIMILARITIES", 3 * count)  # several blocks
+    monkeypatch.setattr("pipelines.correspond.pairs.SIMILARITIES_HELD_AT_ONCE", 3 * count)  # several blocks
     vectors = (
         np.random.default_rng(1).standard_normal((count, 16)).astype(np.float32) * np.arange(1, count + 1)[:, None]
     )
@@ -208,7 +208,7 @@ def test_labels_with_too_many_pairs_are_refused_before_they_are_made(monkeypatch
     labels: list[str | None] = ["cat"] * 300_000 + ["dog", "dog", None]
     with pytest.raises(RequestError, match=r"makes 44,999,850,001 pairs \('cat' alone labels 300,000 images\)"):
         choose_pairs("all", images_table(labels), {})
-    monkeypatch.setattr("pipelines.correspond.pairs.MOST_PAIRS", 4)
+    monkeypatch.setattr("pipelines.correspond.pairs.MOST_PAIRS_OF_ALL", 4)
     assert len(choose_pairs("all", images_table(["a", "a", "a", "b", "b", "c"]), {})) == 4
 
 
@@ -360,7 +360,7 @@ def test_what_is_read_for_pairs_all_over_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, band_share: float, times: int, readings: int
 ) -> None:
     """Every block has pairs with every other: read once where they fit into memory, else (blocks + 1) / 2 times."""
-    monkeypatch.setattr("pipelines.correspond.tiles.BAND_SHARE", band_share)
+    monkeypatch.setattr("pipelines.correspond.tiles.BAND_SHARE_OF_OBJECT_STORE", band_share)
     monkeypatch.setattr("pipelines.extract.shards.IMAGES_PER_ROW_GROUP", 3)
     monkeypatch.setattr("pipelines.correspond.tiles.IMAGES_PER_ROW_GROUP", 3)
     store = Store.create(str(tmp_path / "store"), settings())
