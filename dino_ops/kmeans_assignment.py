@@ -5,9 +5,8 @@ Spherical means by direction: vectors count as if they had length 1, centroids h
 Euclidean and the inertia its square. Of equally near centroids the one with the lowest id is taken.
 
 The result does not depend on how rows are cut into blocks or spread over workers. Products are float32, whose last
-bits change with the shape of a block; where the best two centroids are closer than float32 can tell (the a priori bound
-of Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1), the row is decided again in float64. There,
-centroids within RELATIVE_TIE of each other count as equally near, which absorbs what the order of float64 sums leaves.
+bits change with the shape of a block; where the best two centroids are closer than float32 can tell, the row is
+decided again in float64 (see `competing_centroids`).
 
 Vectors and centroids are tensors on any device or arrays; work happens on the device of the vectors.
 """
@@ -16,11 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+
+from dino_ops.competing_centroids import CompetingCentroids
 
 Vectors = np.ndarray | torch.Tensor
 
@@ -33,15 +32,6 @@ CPU_FLOAT64_BLOCK_VALUES = 400_000
 GPU_FLOAT64_BLOCK_VALUES = 2**25
 # After each chunk, the rows that were too close are decided again in float64.
 BLOCKS_PER_CHUNK = 32
-# The maximum is taken over strided columns first, which runs at the speed of memory.
-LANES = 32
-# Scores whose difference is at most this part of the product of both lengths count as equal.
-RELATIVE_TIE = 1e-12
-FLOAT32_ROUNDOFF = 2.0**-24
-# What a product loses before it is added up, when torch may shorten its factors (set_float32_matmul_precision).
-FACTOR_ROUNDOFF = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-6}
-# A float32 product that is smaller may have been flushed to zero.
-MAX_FLUSHED_PRODUCT = 1e-30
 
 
 @dataclass(frozen=True)
@@ -62,93 +52,6 @@ class PartialSums:
 
     def __add__(self, other: PartialSums) -> PartialSums:
         return PartialSums(self.sums + other.sums, self.sizes + other.sizes, self.inertia + other.inertia)
-
-
-@dataclass(frozen=True)
-class _Range:
-    """Centroids that compete with each other, made ready for products.
-
-    matrix: (k, D) float64, the centroids less their mean, which changes no comparison and makes the float32 error
-    smaller. bias: (k,) float64; the nearest centroid has the greatest product with the vector plus bias. first_id: the
-    first centroid's. greatest_row: the greatest length of a row of matrix; greatest_length: of a centroid.
-    """
-
-    first_id: int
-    matrix: torch.Tensor
-    bias: torch.Tensor
-    greatest_row: float
-    greatest_length: float
-    spherical: bool
-
-    @classmethod
-    def of(cls, centroids: torch.Tensor, first_id: int, spherical: bool) -> _Range:
-        middle = centroids.mean(dim=0)
-        matrix = centroids - middle
-        squared = matrix.square().sum(dim=1)
-        bias = torch.zeros_like(squared) if spherical else -(matrix @ middle) - squared / 2
-        length = float(torch.linalg.vector_norm(centroids, dim=1).max())
-        return cls(first_id, matrix, bias, float(squared.max().sqrt()), length, spherical)
-
-    def __len__(self) -> int:
-        return len(self.matrix)
-
-    @cached_property
-    def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Matrix (k', D) and bias (k',) float32, k' a multiple of LANES; what was added never wins."""
-        missing = -len(self) % LANES
-        return F.pad(self.matrix.float(), (0, 0, 0, missing)), F.pad(self.bias.float(), (0, missing), value=-np.inf)
-
-    @cached_property
-    def greatest_bias(self) -> float:
-        return float(self.bias.abs().max())
-
-    def uncertainty(self, lengths: torch.Tensor) -> torch.Tensor:
-        """How far apart two float32 scores must be to be certain of their order: (n,) float32.
-
-        lengths: (n,) float32, of the vectors.
-        """
-        # The products, the bias, and the rounding of centroid and bias to float32.
-        terms = self.matrix.shape[1] + 4
-        relative = terms * FLOAT32_ROUNDOFF / (1 - terms * FLOAT32_ROUNDOFF)
-        shortened = FACTOR_ROUNDOFF[torch.get_float32_matmul_precision()]
-        # 1.001, because the lengths are rounded, too.
-        size = lengths * self.greatest_row * 1.001 + self.greatest_bias
-        return 2 * (relative + shortened) * size + self.tie(lengths) + MAX_FLUSHED_PRODUCT
-
-    def tie(self, lengths: torch.Tensor) -> torch.Tensor:
-        """The difference of scores up to which centroids count as equally near: (n,)."""
-        return RELATIVE_TIE * (lengths + (0.0 if self.spherical else self.greatest_length)) * self.greatest_length
-
-    def room(self, rows: int) -> torch.Tensor:
-        """Memory for scores, (rows, k') float32, to be used again: memory fresh from the system is slow to touch."""
-        matrix, _ = self.padded
-        return matrix.new_empty(rows, len(matrix))
-
-    def nearest(
-        self, block: torch.Tensor, lengths: torch.Tensor, room: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best centroid by a float32 product, and whether another is too close to say: (n,) int64 and bool.
-
-        block: (n, D) float32. lengths: (n,) float32, of the vectors. room: for at least n rows.
-        """
-        matrix, bias = self.padded
-        products = torch.addmm(bias, block, matrix.T, out=room[: len(block)])
-        scores = products.unflatten(1, (-1, LANES))  # (n, k' / LANES, LANES)
-        of_lane = scores.amax(dim=1)
-        best, lane = of_lane.max(dim=1, keepdim=True)
-        in_lane = scores.gather(2, lane[:, :, None].expand(-1, scores.shape[1], 1)).squeeze(2)
-        row = in_lane.argmax(dim=1, keepdim=True)
-        second = torch.maximum(
-            of_lane.scatter_(1, lane, -np.inf).amax(dim=1), in_lane.scatter_(1, row, -np.inf).amax(dim=1)
-        )
-        close = second >= best.squeeze(1) - self.uncertainty(lengths)
-        return (row * LANES + lane).squeeze(1), close
-
-    def nearest_exactly(self, block: torch.Tensor) -> torch.Tensor:
-        """The best centroid of rows (n, D) float64, and the lowest of those that are equally near: (n,) int64."""
-        scores = torch.addmm(self.bias, block, self.matrix.T)
-        tie = self.tie(torch.linalg.vector_norm(block, dim=1))
-        return (scores >= (scores.amax(dim=1) - tie)[:, None]).to(torch.uint8).argmax(dim=1)
 
 
 class Codebook:
@@ -174,7 +77,7 @@ class Codebook:
         if self.offsets[0] != 0 or self.offsets[-1] != len(self) or (np.diff(self.offsets) < 0).any():
             raise ValueError(f"offsets rise from 0 to the number of centroids, {len(self)}; these do not")
         self.hierarchical = offsets is not None
-        self._ranges: dict[int, _Range] = {}
+        self._ranges: dict[int, CompetingCentroids] = {}
 
     def __len__(self) -> int:
         return len(self.centroids)
@@ -204,7 +107,7 @@ class Codebook:
             for chunk in _cut(rows, size * BLOCKS_PER_CHUNK):
                 yield chunk, self._nearest(competing, vectors, chunk, size) + competing.first_id
 
-    def _nearest(self, competing: _Range, vectors: Vectors, chunk: Rows, block_rows: int) -> torch.Tensor:
+    def _nearest(self, competing: CompetingCentroids, vectors: Vectors, chunk: Rows, block_rows: int) -> torch.Tensor:
         parts, doubts, lengths = [], [], []
         room = competing.room(min(block_rows, _count(chunk)))
         for rows in _cut(chunk, block_rows):
@@ -248,10 +151,10 @@ class Codebook:
             if len(rows):
                 yield parent, rows
 
-    def _range(self, parent: int) -> _Range:
+    def _range(self, parent: int) -> CompetingCentroids:
         if parent not in self._ranges:
             first, last = self.offsets[parent : parent + 2].tolist()
-            self._ranges[parent] = _Range.of(self.centroids[first:last], first, self.spherical)
+            self._ranges[parent] = CompetingCentroids.of(self.centroids[first:last], first, self.spherical)
         return self._ranges[parent]
 
     def _take(self, vectors: Vectors, rows: Rows) -> torch.Tensor:

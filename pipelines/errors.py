@@ -1,4 +1,4 @@
-"""Errors that are shown to people as one sentence, and the exit code each one means (DESIGN.md section 3)."""
+"""Errors that are shown to people as one sentence, and the exit code each one means."""
 
 
 class DinorayError(Exception):

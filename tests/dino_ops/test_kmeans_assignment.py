@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dino_ops import kmeans_assignment as module
+from dino_ops.competing_centroids import CompetingCentroids
 from dino_ops.kmeans_assignment import Codebook, LloydPass, PartialSums, assign, assign_and_sum, partial_sums
 
 METRICS = pytest.mark.parametrize("spherical", [True, False], ids=["spherical", "euclidean"])
@@ -157,13 +157,13 @@ def test_shortened_products_change_nothing(spherical: bool) -> None:
 
 def test_memory_is_bounded_when_every_row_is_too_close(monkeypatch: pytest.MonkeyPatch) -> None:
     decided = []
-    exactly = module._Range.nearest_exactly
+    exactly = CompetingCentroids.nearest_exactly
 
-    def recorded(competing: module._Range, block: torch.Tensor) -> torch.Tensor:
+    def recorded(competing: CompetingCentroids, block: torch.Tensor) -> torch.Tensor:
         decided.append(len(block))
         return exactly(competing, block)
 
-    monkeypatch.setattr(module._Range, "nearest_exactly", recorded)
+    monkeypatch.setattr(CompetingCentroids, "nearest_exactly", recorded)
     labels, _ = assign(np.ones((1_000, 6), np.float32), np.ones((5, 6)), spherical=False, block_rows=20)
     assert not labels.any()
     assert sum(decided) == 1_000
@@ -173,9 +173,9 @@ def test_memory_is_bounded_when_every_row_is_too_close(monkeypatch: pytest.Monke
 def test_few_rows_are_decided_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """In ordinary data, so that float64 costs little."""
     decided = []
-    exactly = module._Range.nearest_exactly
+    exactly = CompetingCentroids.nearest_exactly
     monkeypatch.setattr(
-        module._Range, "nearest_exactly", lambda held, block: decided.append(len(block)) or exactly(held, block)
+        CompetingCentroids, "nearest_exactly", lambda held, block: decided.append(len(block)) or exactly(held, block)
     )
     for spherical in (True, False):
         assign(noise(5_000, 384), points(noise(200, 384, 1), spherical), spherical=spherical)

@@ -95,6 +95,26 @@ def test_no_arguments_show_the_help() -> None:
     assert "Usage" in dinoray().output
 
 
+@pytest.mark.parametrize(
+    "typed, offered",
+    [
+        (["dinoray", "c"], {"cluster", "compact", "correspond", "cosegment"}),
+        (["dinoray", "evaluate", "p"], {"pck", "parts"}),
+        (["dinoray", "extract", "--dry"], {"--dry-run"}),
+    ],
+)
+def test_a_shell_completes_commands_and_options(typed: list[str], offered: set[str]) -> None:
+    environment = os.environ | {
+        "_DINORAY_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(typed),
+        "COMP_CWORD": str(len(typed) - 1),
+    }
+    command = [Path(sys.executable).with_name("dinoray")]
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+
+    assert set(completed.stdout.split()) == offered
+
+
 def test_settings_show_every_setting_with_its_value() -> None:
     result = dinoray("settings", "--set", "features.stride=4")
     assert result.exit_code == 0
