@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
@@ -21,7 +23,10 @@ class EventFile:
 
     def __init__(self, folder: str, step: int) -> None:
         os.makedirs(folder, exist_ok=True)
-        self._writer = EventsWriter(os.path.join(folder, "events"))
+        # tensorboardX names files by the second and would write over one of the same second; the nanoseconds keep them
+        # in the order in which TensorBoard reads them
+        suffix = f".{time.time_ns()}.{uuid.uuid4().hex}"
+        self._writer = EventsWriter(os.path.join(folder, "events"), filename_suffix=suffix)
         self._writer.write_event(Event(step=step + 1 if step else 0, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, record: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from pipelines.train.job import Result
 from pipelines.train.log import TrainingLog, read_log
 from pipelines.train.monitor import CollapseWatch, Monitor
 from pipelines.train.setup import digest, make_recipe, make_setup
+from pipelines.train.tensorboard import EventFile
 
 READING = Reading(seed=3, max_pixels=10**7, attempts=1, storage_options={})
 SMALL = MultiCrop(global_size=32, local_size=16, local_crops=3)
@@ -315,6 +317,19 @@ def test_continuing_takes_away_what_was_logged_after_the_checkpoint(tmp_path: Pa
     assert [one["step"] for one in read_log(output, {})] == [0, 1, 2]
     TrainingLog(output, 0, {}).close()
     assert read_log(output, {}) == []
+
+
+def test_curves_of_two_trainings_in_one_second_have_a_file_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tensorboardX names files by the second: the second training would write over the file of the first."""
+    monkeypatch.setattr("tensorboardX.event_file_writer.time", SimpleNamespace(time=lambda: 1_700_000_000.0))
+    for step, tag in ((0, "loss"), (3, "accuracy")):
+        events = EventFile(str(tmp_path), step)
+        events.add({"step": step + 1, "time": 0.0, tag: 1.0})
+        events.close()
+    earlier, later = sorted(tmp_path.iterdir())
+    assert b"loss" in earlier.read_bytes() and b"accuracy" in later.read_bytes(), "names are in the order of time"
 
 
 def test_the_log_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
