@@ -7,7 +7,7 @@ from dino_ops.errors import ImageError as ImageError
 from dino_ops.errors import ModelError as ModelError
 from dino_ops.extractor import Extractor as Extractor
 from dino_ops.extractor import ImageFeatures as ImageFeatures
-from pipelines.cluster.job import Result as ClusterResult
+from pipelines.cluster.result import Result as ClusterResult
 from pipelines.correspond.job import Result as CorrespondResult
 from pipelines.cosegment.job import Result as CosegmentResult
 from pipelines.errors import DinorayError as DinorayError

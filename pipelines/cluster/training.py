@@ -18,26 +18,29 @@ import torch
 
 from dino_ops.kmeans import PartialSums, assign_and_sum, choose_k, seed, seed_within, update
 from pipelines.cluster.worker import WrittenFile, codebooks_of, descend
-from pipelines.errors import JobError
+from pipelines.errors import JobError, counted
 from pipelines.results.cluster_models import Level, Model
 from pipelines.running.interrupts import uninterrupted
 from pipelines.settings.sections import ClusterSettings
 
-MOST_TO_ADD_AT_ONCE = 8  # sums of more workers are added up by tasks first
-SAMPLE_PER_CLUSTER = 64
-LEAST_SAMPLE = 20_000
-SAMPLE_BYTES = 2**30
-SAMPLE_ITERATIONS = 10  # on the sample, which cost little and save passes over everything
-RESTARTS, RESTARTED_CLUSTERS = 5, 256  # the best of several starts: few clusters are easily caught in a bad one
-ELBOW_SAMPLE = 20_000  # vectors that elbow chooses k on
+# Tasks first add up the sums of more workers.
+MOST_SUMS_ADDED_BY_DRIVER = 8
+SAMPLE_VECTORS_PER_CLUSTER = 64
+LEAST_SAMPLE_VECTORS = 20_000
+MOST_SAMPLE_BYTES = 2**30
+# They cost little and save passes over everything.
+ITERATIONS_ON_SAMPLE = 10
+# Few clusters are easily caught in a bad start, so the best of several is taken.
+STARTS_OF_FEW_CLUSTERS, FEW_CLUSTERS = 5, 256
+ELBOW_SAMPLE_VECTORS = 20_000
 
 
 class Workers:
-    """The actors of a job and what is asked of all of them."""
+    """The actors of a job and what is asked of all of them. pass_seconds: of each pass over all vectors."""
 
     def __init__(self, actors: Sequence[Any]) -> None:
         self._actors = list(actors)
-        self.pass_seconds: list[float] = []  # of each pass over everything
+        self.pass_seconds: list[float] = []
 
     def count(self) -> tuple[int, int, int]:
         """(vectors, those to train on, dimension)."""
@@ -45,7 +48,7 @@ class Workers:
         return sum(c[0] for c in counts), sum(c[1] for c in counts), max((c[2] for c in counts), default=0)
 
     def held_share(self) -> float:
-        """Part of the vectors that is kept in memory."""
+        """Fraction of the vectors that are kept in memory."""
         held = self._ask("held")
         return sum(kept for kept, _ in held) / max(sum(every for _, every in held), 1)
 
@@ -70,15 +73,17 @@ class Workers:
     def _start(self, method: str, *args: Any) -> list[Any]:
         import ray
 
-        shared = [ray.put(arg) for arg in args]  # once, for all actors
+        shared = [ray.put(arg) for arg in args]
         return [getattr(actor, method).remote(*shared) for actor in self._actors]
 
     def _add(self, sums: list[Any]) -> PartialSums:
         import ray
 
         add = ray.remote(_add).options(num_cpus=0)
-        while len(sums) > MOST_TO_ADD_AT_ONCE:
-            groups = [sums[at : at + MOST_TO_ADD_AT_ONCE] for at in range(0, len(sums), MOST_TO_ADD_AT_ONCE)]
+        while len(sums) > MOST_SUMS_ADDED_BY_DRIVER:
+            groups = [
+                sums[at : at + MOST_SUMS_ADDED_BY_DRIVER] for at in range(0, len(sums), MOST_SUMS_ADDED_BY_DRIVER)
+            ]
             sums = [add.remote(*group) for group in groups]
         return _add(*ray.get(sums))
 
@@ -156,20 +161,21 @@ def train(
             if asked.levels == 1
             else "some branches have too few vectors to divide"
         )
-        told = f"{about.ks[-1]:,} clusters were asked for, and {model.k:,} were made: {why}."
-        about.messages = [*dict.fromkeys([*about.messages, told])]
+        were, made = "was" if about.ks[-1] == 1 else "were", "was" if model.k == 1 else "were"
+        message = f"{counted(about.ks[-1], 'cluster')} {were} asked for, and {model.k:,} {made} made: {why}."
+        about.messages = [*dict.fromkeys([*about.messages, message])]
     about.trained = True
     return model
 
 
 def _why_nothing(asked: ClusterSettings, vectors: int) -> str:
     if asked.salient_only and vectors:
-        return f"none of {vectors:,} patches is more salient than store.salient_threshold."
+        return f"none of {counted(vectors, 'patch', 'patches')} is more salient than store.salient_threshold."
     return "no vector was found; `dinoray verify` says whether the store is sound."
 
 
 def _level_sizes(asked: ClusterSettings) -> list[int]:
-    """k of each level: every cluster is divided into about equally many."""
+    """k of each level: every cluster is divided into about the same number."""
     branching = asked.k ** (1 / asked.levels)
     sizes = [max(1, round(branching**level)) for level in range(1, asked.levels)]
     return [*sizes, asked.k]
@@ -177,14 +183,14 @@ def _level_sizes(asked: ClusterSettings) -> list[int]:
 
 def _sample(workers: Workers, k: int, share: float, trained_on: int, dimension: int) -> np.ndarray:
     """Vectors that the first centroids are chosen from: (n, D) float32."""
-    wanted = max(LEAST_SAMPLE, SAMPLE_PER_CLUSTER * k)
-    wanted = min(wanted, max(SAMPLE_BYTES // (4 * max(dimension, 1)), 2 * k))
+    wanted = max(LEAST_SAMPLE_VECTORS, SAMPLE_VECTORS_PER_CLUSTER * k)
+    wanted = min(wanted, max(MOST_SAMPLE_BYTES // (4 * max(dimension, 1)), 2 * k))
     return workers.sample(share * min(1.0, wanted / trained_on))
 
 
 def _elbow(sample: np.ndarray, asked: ClusterSettings, model: Model) -> int:
     assert asked.elbow is not None
-    chosen = sample[np.linspace(0, len(sample) - 1, min(len(sample), ELBOW_SAMPLE)).astype(np.int64)]
+    chosen = sample[np.linspace(0, len(sample) - 1, min(len(sample), ELBOW_SAMPLE_VECTORS)).astype(np.int64)]
     k, objectives = choose_k(
         torch.from_numpy(chosen),
         elbow=asked.elbow,
@@ -217,7 +223,7 @@ def _start(sample: np.ndarray, above: list[Level], k: int, asked: ClusterSetting
             parent_centroids=above[-1].centroids,
         )
         return Level(_on_sample(vectors, centroids, asked, parents, offsets)[0], offsets)
-    starts = RESTARTS if k <= RESTARTED_CLUSTERS else 1
+    starts = STARTS_OF_FEW_CLUSTERS if k <= FEW_CLUSTERS else 1
     runs = []
     for start in range(starts):
         centroids = seed(vectors, k, spherical=spherical, seed=(asked.seed, start))
@@ -234,7 +240,7 @@ def _on_sample(
 ) -> tuple[np.ndarray, float]:
     """A few rounds of k-means on the sample: centroids, and the inertia of the last round."""
     spherical, inertia = asked.metric == "cosine", np.inf
-    for iteration in range(SAMPLE_ITERATIONS):
+    for iteration in range(ITERATIONS_ON_SAMPLE):
         total = assign_and_sum(vectors, centroids, spherical=spherical, parents=parents, offsets=offsets)
         inertia = float(total.inertia.sum())
         centroids = update(
@@ -246,7 +252,7 @@ def _on_sample(
 def _share_out(k: int, counts: np.ndarray) -> np.ndarray:
     """How many of k clusters divide each cluster of the level above: in proportion to its vectors, at least one.
 
-    counts: (parents,) vectors of the sample in each. Largest remainders get what is left over.
+    counts: (parents,) vectors of the sample in each. The largest remainders get what is left over.
     """
     parents = len(counts)
     left = max(k - parents, 0)

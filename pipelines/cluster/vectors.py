@@ -26,23 +26,32 @@ from pipelines.store.vectors import decode
 
 @dataclass(frozen=True)
 class Unit:
-    """A row group: what a worker reads at once, whatever worker it is."""
+    """A row group: what a worker reads at once, whichever worker it is.
 
-    number: int  # its place among all units; what is random in a unit is seeded with it
-    uri: str  # of the Parquet file
+    number: its place among all units, which seeds what is random in the unit. uri: of the Parquet file. rows:
+    with those of images that are not asked for. images: image_id and run_id of the images of the file that are asked
+    for.
+    """
+
+    number: int
+    uri: str
     row_group: int
-    rows: int  # some may be of images that are not asked for
-    images: pa.Table  # image_id, run_id: those asked for, of this file
+    rows: int
+    images: pa.Table
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Which columns of a unit are read, and what becomes of them."""
+    """Which columns of a unit are read, and what becomes of them.
 
-    of: str  # patches | embeddings
-    column: str  # of the vectors
-    half: bool  # vectors are held as float16
-    salient_above: float | None  # train on patches above this saliency; None: on all
+    of: patches or embeddings. column: the one that holds the vectors. half: vectors are held as float16. salient_above:
+    only patches above this saliency are trained on; None for all.
+    """
+
+    of: str
+    column: str
+    half: bool
+    salient_above: float | None
     options: storage.Options
 
     @classmethod
@@ -80,7 +89,7 @@ def clustered_images(store: Store, asked: ClusterSettings) -> pa.Table:
 
 
 def digest(images: pa.Table) -> str:
-    """The same for the same extraction of the same images."""
+    """A hash of the images and their extractions."""
     text = pc.binary_join_element_wise(images["image_id"], images["run_id"], "\0")
     content = hashlib.sha256()
     for value in text.to_pylist():
@@ -179,7 +188,7 @@ def _embeddings(rows: pa.Table) -> np.ndarray:
 
 
 def unit_random(unit: Unit, seed: int, rows: int) -> np.ndarray:
-    """(rows,) uniform in 0..1: the same for a unit whoever draws."""
+    """(rows,) uniform in 0..1: the same for a unit, whichever worker draws."""
     return np.random.default_rng([seed, unit.number]).random(rows)
 
 

@@ -1,7 +1,7 @@
 """A worker of cluster: it keeps the vectors of its row groups in memory as far as they fit, and answers with sums.
 
 Every method can be called again with the same answer, so that Ray may restart a worker that died: what a worker keeps
-is read anew.
+is read again.
 """
 
 from __future__ import annotations
@@ -24,32 +24,37 @@ from pipelines.results.cluster_statistics import Counting, Statistics
 from pipelines.store.parquet import DataFile, new_file_name, write_parquet
 from pipelines.store.schemas import ASSIGNMENTS
 
-ROWS_A_FILE = 4_000_000  # of assignments: some 25 MB, held in memory until it is written
-ROWS_A_ROW_GROUP = 65_536
-GPU_SHARE = 0.6  # of a GPU's free memory that vectors may take; products need the rest
+# Some 25 MB, held in memory until they are written.
+ASSIGNMENTS_PER_FILE = 4_000_000
+ASSIGNMENTS_PER_ROW_GROUP = 65_536
+# Products need the rest.
+VECTORS_SHARE_OF_FREE_GPU_MEMORY = 0.6
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """All that a worker needs to know besides its units."""
+    """All that a worker needs to know besides its units.
+
+    salient_above: for votes, see Counting. device: cpu or cuda.
+    """
 
     reading: Reading
     spherical: bool
-    salient_above: float  # for votes
+    salient_above: float
     seed: int
-    device: str  # cpu | cuda
+    device: str
     threads: int
     cache_bytes: float
 
 
 @dataclass
 class WrittenFile:
-    """A file of assignments, which the driver commits."""
+    """A file of assignments, which the driver commits. distance: the sum over its rows."""
 
     file: DataFile
     statistics: Statistics
     images: int
-    distance: float  # sum over its rows
+    distance: float
 
 
 @dataclass
@@ -70,7 +75,7 @@ class ClusterWorker:
         self._units = units
         self._cache_bytes = setup.cache_bytes
         if setup.device == "cuda":
-            self._cache_bytes = min(setup.cache_bytes, GPU_SHARE * torch.cuda.mem_get_info()[0])
+            self._cache_bytes = min(setup.cache_bytes, VECTORS_SHARE_OF_FREE_GPU_MEMORY * torch.cuda.mem_get_info()[0])
         self._held: dict[int, _Held] = {}
         self._held_bytes = 0
 
@@ -114,14 +119,15 @@ class ClusterWorker:
         counting = Counting(len(levels[-1].centroids), setup.spherical, setup.salient_above)
         codebooks = self._codebooks(levels)
         written = []
-        for batch in batches_of_units(self._units, ROWS_A_FILE):
+        for batch in batches_of_units(self._units, ASSIGNMENTS_PER_FILE):
             rows = [self._assignments(unit, held, codebooks) for unit, held in self._each(batch)]
             whole = pa.concat_tables(rows).combine_chunks()
             if not len(whole):
                 continue
-            if not _in_key_order(rows):  # images that were added later may come between earlier ones
+            # images that were added later may come between earlier ones
+            if not _in_key_order(rows):
                 whole = whole.sort_by([("image_id", "ascending"), ("row", "ascending"), ("col", "ascending")])
-            file = write_parquet(table, new_file_name(run_id), whole, setup.reading.options, ROWS_A_ROW_GROUP)
+            file = write_parquet(table, new_file_name(run_id), whole, setup.reading.options, ASSIGNMENTS_PER_ROW_GROUP)
             distance = float(whole["distance"].to_numpy().sum(dtype=np.float64))
             written.append(
                 WrittenFile(file, Statistics.of(whole, counting), len(pc.unique(whole["image_id"])), distance)
@@ -147,7 +153,8 @@ class ClusterWorker:
             for unit in units:
                 held = self._held.get(unit.number)
                 if held is None:
-                    assert reading is not None  # units are read in the order in which they come
+                    # units are read in the order in which they come
+                    assert reading is not None
                     held = reading.result()
                     reading = _submit(pool, self._read, next(absent, None))
                     self._keep(unit, held)

@@ -25,6 +25,7 @@ from small_runs import as_options, settings
 from typer.testing import CliRunner, Result
 
 from pipelines.cli import app
+from pipelines.cluster import actors
 from pipelines.cluster import job as cluster
 from pipelines.cluster import training as cluster_training
 from pipelines.cluster.vectors import list_units, split_units
@@ -33,6 +34,7 @@ from pipelines.errors import JobError, RequestError
 from pipelines.results.cluster_models import checkpoint_uri, read_model
 from pipelines.results.clusters import ClusterTables
 from pipelines.running.interrupts import interruptible
+from pipelines.running.layout import Layout
 from pipelines.running.progress import StatusLine
 from pipelines.settings.loading import load_config
 from pipelines.settings.sections import Config
@@ -82,12 +84,12 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @contextmanager
     def workers(job: Any, images: pa.Table) -> Iterator[tuple[LocalWorkers, StatusLine]]:
-        setup = cluster._worker_setup(job, "cpu", 2, 1e9)
+        setup = actors.worker_setup(job, "cpu", 2, 1e9)
         shares = split_units(list_units(job.store, job.asked, images), 2)
         with interruptible(), StatusLine() as line:
             yield LocalWorkers([ClusterWorker(setup, share) for share in shares]), line
 
-    monkeypatch.setattr(cluster, "_workers", workers)
+    monkeypatch.setattr(actors, "started_workers", workers)
 
 
 @pytest.fixture
@@ -210,7 +212,7 @@ def test_a_second_run_has_nothing_to_do_until_images_change(store: Store, here: 
 def test_an_interrupted_training_continues_where_it_was(
     store: Store, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster_training, "SAMPLE_ITERATIONS", 0)  # so that there is something left to do
+    monkeypatch.setattr(cluster_training, "ITERATIONS_ON_SAMPLE", 0)  # so that there is something left to do
     overrides = ["cluster.iterations=8", "cluster.tolerance=0", "cluster.k=100"]
     run(store, "whole", *overrides)
 
@@ -419,22 +421,22 @@ def test_wrong_requests_are_one_sentence(store: Store, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("resources", "overrides", "expected"),
     [
-        ({"CPU": 2}, [], cluster.Layout("cpu", 2, 1, 0)),
-        ({"CPU": 64}, [], cluster.Layout("cpu", 16, 4, 0)),
-        ({"CPU": 2}, ["run.workers=5"], cluster.Layout("cpu", 5, 0.4, 0)),
-        ({"CPU": 16, "GPU": 2}, [], cluster.Layout("cuda", 2, 4, 1)),
-        ({"CPU": 16, "GPU": 2}, ["model.device=cpu"], cluster.Layout("cpu", 4, 4, 0)),
+        ({"CPU": 2}, [], Layout("cpu", 2, 1, 0)),
+        ({"CPU": 64}, [], Layout("cpu", 16, 4, 0)),
+        ({"CPU": 2}, ["run.workers=5"], Layout("cpu", 5, 0.4, 0)),
+        ({"CPU": 16, "GPU": 2}, [], Layout("cuda", 2, 4, 1)),
+        ({"CPU": 16, "GPU": 2}, ["model.device=cpu"], Layout("cpu", 4, 4, 0)),
     ],
 )
-def test_workers_fit_the_cluster(resources: dict[str, float], overrides: list[str], expected: cluster.Layout) -> None:
-    assert cluster.plan_cluster_workers(resources, load_config([], overrides)) == expected
+def test_workers_fit_the_cluster(resources: dict[str, float], overrides: list[str], expected: Layout) -> None:
+    assert actors.plan_cluster_workers(resources, load_config([], overrides)) == expected
 
 
 def test_workers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RequestError, match=r"3 workers with 1 CPU and 0 GPUs each .* has 2 CPUs"):
-        cluster.plan_cluster_workers({"CPU": 2}, load_config([], ["run.workers=3", "run.cpus_per_worker=1"]))
+        actors.plan_cluster_workers({"CPU": 2}, load_config([], ["run.workers=3", "run.cpus_per_worker=1"]))
     with pytest.raises(RequestError, match="has no GPU"):
-        cluster.plan_cluster_workers({"CPU": 2}, load_config([], ["model.device=cuda"]))
+        actors.plan_cluster_workers({"CPU": 2}, load_config([], ["model.device=cuda"]))
 
 
 def test_nothing_salient_to_train_on(tmp_path: Path, here: None) -> None:

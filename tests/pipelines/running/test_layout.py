@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.cluster.job import plan_cluster_workers
+from pipelines.cluster.actors import plan_cluster_workers
 from pipelines.correspond.tiles import plan_matching
 from pipelines.cosegment.tasks import plan_segmentation
 from pipelines.errors import RequestError
