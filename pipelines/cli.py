@@ -55,7 +55,8 @@ class Commands(TyperGroup):
             if not hasattr(error, "format_message"):
                 json_log.broke(error)
                 return 1
-            code = int(getattr(error, "exit_code", 2))  # of arguments that cannot be parsed
+            # arguments that cannot be parsed
+            code = int(getattr(error, "exit_code", 2))
             _complain(error.format_message(), code, as_json="--json" in arguments)
             return code
 
@@ -306,7 +307,8 @@ def _run(
         if shared.dry_run:
             content = {"settings": config.without_secrets(), **content}
         print(json.dumps(content, ensure_ascii=False))
-    elif not (reads_only and result.status == "interrupted"):  # which has found nothing to show
+    # a job that only reads has nothing to show when it was interrupted
+    elif not (reads_only and result.status == "interrupted"):
         show(result)
     if code := getattr(result, "exit_code", 0):
         raise typer.Exit(code)
