@@ -152,15 +152,15 @@ order, so a lookup by `image_id` reads one row group. [Python](python.md) shows 
       failures/      one row per image that could not be processed
       projection/    the fitted PCA, when store.pca asks for one
       clusters/NAME/ tables centroids and assignments, and the model that they belong to, from `dinoray cluster`
-      parts/NAME/    tables images and patches, from `dinoray cosegment`
-      matches/NAME/  tables pairs and matches, from `dinoray correspond`
+      parts/NAME/    tables images and patches, settings.json and models/, from `dinoray cosegment`
+      matches/NAME/  tables pairs and matches, settings.json, from `dinoray correspond`
       index/NAME/    FAISS files and their manifest, from `dinoray index`
       runs/          one JSON report for each run: what was asked, what was done, how fast, and what failed
       report.html    photos and what was found in them, from `dinoray report`
 
 `patches` stores descriptors as `store.dtype` says:
 
-| `store.dtype` | stored as | bytes a value |
+| `store.dtype` | stored as | bytes per value |
 | --- | --- | --- |
 | `float16` (default) | FLOAT, rounded to half precision; readable everywhere, and as small as true half floats | 1.9 |
 | `float32` | FLOAT, exact | 3.8 |

@@ -14,6 +14,7 @@ from pathlib import Path
 import duckdb
 import skimage.data
 import sklearn.datasets
+from deltalake import DeltaTable
 
 import dinoray
 
@@ -28,8 +29,7 @@ PHOTOS = {
 
 QUERY = """
     SELECT i.label, i.image_id, i.width, i.height, round(p.y) AS y, round(p.x) AS x
-    FROM read_parquet('demo/store/images/*.parquet') AS i
-    JOIN read_parquet('demo/store/patches/*.parquet') AS p USING (image_id)
+    FROM images AS i JOIN patches AS p USING (image_id)
     QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY p.saliency DESC) = 1
     ORDER BY i.image_id
 """
@@ -74,8 +74,12 @@ def main() -> None:
     print(f"{result.extracted} photographs, {result.failed} failures, {seconds:.0f} s ({result.device})")
     print(f"\n{store}/images    one row per photograph: sizes, label, embedding")
     print(f"{store}/patches   one row per patch: place, saliency, descriptor")
-    print(f"\nWhere each photograph is most salient, asked with DuckDB:\n{QUERY}")
-    print(duckdb.sql(QUERY))
+    print(f"\nWhere each photograph is most salient (images and patches are the store's tables in DuckDB):\n{QUERY}")
+    database = duckdb.connect()
+    for table in ("images", "patches"):
+        # Through the table's log: a glob over its files would also find those that were replaced.
+        database.register(table, DeltaTable(f"{store}/{table}").to_pyarrow_dataset())
+    print(database.sql(QUERY))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every setting of dinoray: its default, its unit and what it does, in the one place where it is defined.
 
 `load_config` merges YAML files and `section.key=value` overrides, checks everything, and answers a mistake with one
-sentence that names the key, the value and what would do. `dinoray settings` prints this page's descriptions.
+sentence that names the key, the value and what would do. `dinoray settings` prints these descriptions.
 """
 
 from __future__ import annotations
@@ -140,14 +140,17 @@ class FeatureSettings(Section):
 class StoreSettings(Section):
     dtype: Literal["float16", "float32", "int8"] = Field(
         "float16",
-        description="float16: rounded to half precision, stored as FLOAT that every tool reads (1.9 bytes a value); "
-        "float32: exact (3.8); int8: with one scale a row (0.9).",
+        description="float16: rounded to half precision, stored as FLOAT that every tool reads (1.9 bytes per value); "
+        "float32: exact (3.8); int8: with one scale per row (0.9).",
     )
     pca: int | None = Field(None, ge=1, description="Project descriptors to this many dimensions, fitted on a sample.")
     patches: Literal["all", "salient", "none"] = Field("all", description="Which patches are stored.")
     every: int = Field(1, ge=1, description="Store every n-th patch of an image, in raster order.")
     salient_threshold: float = Field(
-        0.065, ge=0, le=1, description="patches=salient keeps patches whose saliency is above this."
+        0.065,
+        ge=0,
+        le=1,
+        description="Patches above this are salient: for store.patches, cluster.salient_only and salient_votes.",
     )
 
 
@@ -157,7 +160,7 @@ class RunSettings(Section):
         description="Ray cluster: `auto` on one of its nodes, or its head's host:6379; default: the environment's "
         "RAY_ADDRESS, else a local Ray of the job's own.",
     )
-    workers: int | None = Field(None, ge=1, description="Model workers; default: one a GPU, else from the CPUs.")
+    workers: int | None = Field(None, ge=1, description="Model workers; default: one per GPU, else from the CPUs.")
     cpus_per_worker: float | None = Field(None, gt=0, description="CPUs (torch threads) of a worker.")
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs of a worker; default 1 where there are any.")
     batch_size: Literal["auto"] | int = Field("auto", description="Images in one forward pass; `auto` probes GPUs.")
@@ -442,7 +445,9 @@ class TrainSettings(Section):
 
 
 class CompactSettings(Section):
-    target_mb: float = Field(256, gt=0, description="Files grow to about this size; larger than half of it they stay.")
+    target_mb: float = Field(
+        256, gt=0, description="Files grow to about this size; those larger than half of it are left alone."
+    )
     retention_hours: float = Field(
         168,
         ge=0,
@@ -458,7 +463,7 @@ class ReportSettings(Section):
     descriptor: str = Field(
         "descriptor", description="Column of patches that is shown and compared, such as descriptor_key9."
     )
-    dimensions: int = Field(64, ge=1, le=512, description="Dimensions of the descriptors in the page, a byte each.")
+    dimensions: int = Field(64, ge=1, le=512, description="Dimensions of the descriptors in the page, one byte each.")
     most_patches: int = Field(
         1024,
         ge=1,

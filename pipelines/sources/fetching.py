@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -48,79 +49,104 @@ def fetch(
     Errors that may pass (time-outs, resets, throttling, server errors, files that came short) are tried `attempts`
     times, waiting `backoff_s`, then twice as long, and so on. What has more than `max_bytes` is an error, unread.
     """
-    sources = rows.to_pylist()
-    results: list[Fetched] = [Fetched() for _ in sources]
-    jobs: list[Callable[[], None]] = []
-    tars: dict[str, list[int]] = defaultdict(list)
-    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+    images = _Images(rows.to_pylist(), storage_options, attempts, backoff_s, max_bytes)
+    reads = list(images.reads())
+    if all(is_local(source["container"] or source["uri"]) for source in images.sources):
+        # A local disk gains nothing from threads.
+        for read in reads:
+            read()
+    else:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            list(pool.map(lambda read: read(), reads))
+    return images.fetched
 
-    def trying(read: Callable[[], _T]) -> tuple[_T | None, Exception | None, int]:
-        return _with_retries(read, attempts, backoff_s)
 
-    def plain(index: int) -> None:
-        source = sources[index]
-        uri, listed = source["uri"], source["source_size"]
+class _Images:
+    """Listed images, and what was fetched of them so far.
+
+    sources: rows of a listing. fetched: as many, in the same order. The other fields are arguments of `fetch`.
+    """
+
+    def __init__(
+        self,
+        sources: list[dict[str, Any]],
+        storage_options: dict[str, Any] | None,
+        attempts: int,
+        backoff_s: float,
+        max_bytes: int,
+    ) -> None:
+        self.sources = sources
+        self.fetched = [Fetched() for _ in sources]
+        self.storage_options = storage_options
+        self.attempts = attempts
+        self.backoff_s = backoff_s
+        self.max_bytes = max_bytes
+
+    def reads(self) -> Iterator[Callable[[], None]]:
+        """One for each file, each run of a tar's members and each row group; images that are not read have errors."""
+        tars: dict[str, list[int]] = defaultdict(list)
+        row_groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for index, source in enumerate(self.sources):
+            if source["error"]:
+                self.fetched[index] = Fetched(None, FileNotFoundError(source["error"]))
+            elif source["row_group"] is None and source["source_size"] > self.max_bytes:
+                self.fetched[index] = Fetched(None, ValueError(_too_large(source["source_size"], self.max_bytes)))
+            elif source["offset"] is not None:
+                tars[source["container"]].append(index)
+            elif source["row_group"] is not None:
+                row_groups[source["container"], source["row_group"]].append(index)
+            else:
+                yield partial(self._read_file, index)
+        for container, indices in tars.items():
+            for run in _runs(indices, self.sources):
+                yield partial(self._read_members, container, run)
+        for (container, number), indices in row_groups.items():
+            yield partial(self._read_row_group, container, number, indices)
+
+    def _read_file(self, index: int) -> None:
+        uri, listed = self.sources[index]["uri"], self.sources[index]["source_size"]
 
         def whole() -> bytes:
-            data = _read(uri, storage_options, end=max_bytes + 1 if is_local(uri) else None)
+            data = _read(uri, self.storage_options, end=self.max_bytes + 1 if is_local(uri) else None)
             if len(data) < listed:
                 raise OSError(_changed(listed, len(data)))
             return data
 
-        data, error, tries = trying(whole)
+        data, error, tries = self._trying(whole)
         if data is not None and len(data) > listed >= 0:
             error = OSError(_changed(listed, len(data)))
             data = None
-        results[index] = Fetched(data, error, tries)
+        self.fetched[index] = Fetched(data, error, tries)
 
-    def members(container: str, indices: list[int]) -> None:
-        start = sources[indices[0]]["offset"]
-        end = max(sources[i]["offset"] + sources[i]["source_size"] for i in indices)
-        whole, error, tries = trying(lambda: _read(container, storage_options, start, end))
-        for i in indices:
-            begin = sources[i]["offset"] - start
-            data = whole[begin : begin + sources[i]["source_size"]] if whole is not None else None
-            short = data is not None and len(data) < sources[i]["source_size"]
+    def _read_members(self, container: str, indices: list[int]) -> None:
+        sources = [self.sources[index] for index in indices]
+        start = sources[0]["offset"]
+        end = max(source["offset"] + source["source_size"] for source in sources)
+        whole, error, tries = self._trying(lambda: _read(container, self.storage_options, start, end))
+        for index, source in zip(indices, sources, strict=True):
+            begin = source["offset"] - start
+            data = whole[begin : begin + source["source_size"]] if whole is not None else None
+            short = data is not None and len(data) < source["source_size"]
             problem = OSError(f"{container} became shorter than when it was listed") if short else error
-            results[i] = Fetched(None if short else data, problem, tries)
+            self.fetched[index] = Fetched(None if short else data, problem, tries)
 
-    def group(container: str, number: int, indices: list[int]) -> None:
-        version, size = sources[indices[0]]["source_version"], sources[indices[0]]["source_size"]
-        column, error, tries = trying(lambda: ROW_GROUPS.read(container, version, size, number, storage_options))
-        for i in indices:
-            row = sources[i]["row"]
+    def _read_row_group(self, container: str, number: int, indices: list[int]) -> None:
+        first = self.sources[indices[0]]
+        version, size = first["source_version"], first["source_size"]
+        column, error, tries = self._trying(
+            lambda: ROW_GROUPS.read(container, version, size, number, self.storage_options)
+        )
+        for index in indices:
+            row = self.sources[index]["row"]
             data, problem = None, error
             if column is not None and row >= len(column):
                 problem = OSError(f"{container} changed: it had a row {row} in this row group when it was listed")
             elif column is not None and (data := image_bytes(column, row)) is None:
                 problem = ValueError("the row has no image bytes")
-            results[i] = Fetched(data, problem, tries)
+            self.fetched[index] = Fetched(data, problem, tries)
 
-    for index, source in enumerate(sources):
-        if source["error"]:
-            results[index] = Fetched(None, FileNotFoundError(source["error"]))
-        elif source["row_group"] is None and source["source_size"] > max_bytes:
-            results[index] = Fetched(None, ValueError(_too_large(source["source_size"], max_bytes)))
-        elif source["offset"] is not None:
-            tars[source["container"]].append(index)
-        elif source["row_group"] is not None:
-            groups[source["container"], source["row_group"]].append(index)
-        else:
-            jobs.append(lambda index=index: plain(index))  # type: ignore[misc]
-    for container, indices in tars.items():
-        for run in _runs(indices, sources):
-            jobs.append(lambda container=container, run=run: members(container, run))  # type: ignore[misc]
-    for (container, number), indices in groups.items():
-        jobs.append(lambda container=container, number=number, indices=indices: group(container, number, indices))  # type: ignore[misc]
-
-    if all(is_local(source["container"] or source["uri"]) for source in sources):
-        # A local disk gains nothing from threads.
-        for job in jobs:
-            job()
-    else:
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            list(pool.map(lambda job: job(), jobs))
-    return results
+    def _trying(self, read: Callable[[], _T]) -> tuple[_T | None, Exception | None, int]:
+        return _with_retries(read, self.attempts, self.backoff_s)
 
 
 def _changed(listed: int, read: int) -> str:
