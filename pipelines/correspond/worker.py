@@ -38,7 +38,7 @@ class MatchSetup:
 
 @dataclass(frozen=True)
 class PairRow:
-    """A pair to match, and what its row says besides."""
+    """A pair to match, and what else its row says."""
 
     image_a: str
     image_b: str

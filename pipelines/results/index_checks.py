@@ -81,7 +81,7 @@ def _replaced(store: Store, name: str, manifest: Manifest) -> set[str]:
 
 
 def _read(store: Store, name: str, piece: str, file: str) -> tuple[Any, str]:
-    """A file's content and why it cannot be had, else an empty text."""
+    """A file's content, and why it cannot be read or an empty text."""
     try:
         content = read_file(store, name, file)
     except (OSError, RuntimeError, pa.ArrowException) as error:

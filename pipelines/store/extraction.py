@@ -51,7 +51,7 @@ class Plan:
 
 @dataclass
 class Outcome:
-    """What a commit came to. done_elsewhere: images that another run had committed first."""
+    """What a commit did. done_elsewhere: images that another run had committed first."""
 
     extracted: int = 0
     failed: int = 0

@@ -20,7 +20,7 @@ CONTAINERS_AT_ONCE = 8
 
 
 def stored_images(uris: Iterable[str], storage_options: dict[str, Any] | None = None) -> dict[str, bytes]:
-    """The bytes of each image that can still be had, by its uri."""
+    """The bytes of each image that can still be read, by its uri."""
     rows = locate(uris, storage_options)
     fetched = fetch(rows, storage_options=storage_options, attempts=ATTEMPTS)
     return {uri: one.data for uri, one in zip(rows["uri"].to_pylist(), fetched, strict=True) if one.data is not None}
