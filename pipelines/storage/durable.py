@@ -17,28 +17,38 @@ SYNCS_AT_ONCE = 8  # a disk takes several at once in the time of one
 def sync_files(uris: Iterable[str]) -> None:
     """Have the bytes of files on the disk, whoever wrote them on this machine.
 
-    Raises OSError: the disk could not take them.
+    Raises OSError: a file is gone, or the disk could not take it.
     """
+    _sync_all(local_path(uri) for uri in uris if is_local(uri))
+
+
+def sync_folders(uris: Iterable[str], up_to: str, known: set[str]) -> None:
+    """Have the names in folders on the disk, and the names of these folders in those above, up to `up_to`.
+
+    known: folders whose own names were found to be there before, by this process; the others are added. A sync costs a
+    disk the same with nothing new to it.
+    """
+    root, due = local_path(up_to), set[str]()
     paths = [local_path(uri) for uri in uris if is_local(uri)]
-    if len(paths) < 2:
-        for path in paths:
+    new = set[str]()
+    for path in paths:
+        due.add(path)
+        while path not in known and path != root and path.startswith(root):
+            new.add(path)
+            path = os.path.dirname(path)
+            due.add(path)
+    _sync_all(due)
+    known |= new
+
+
+def _sync_all(paths: Iterable[str]) -> None:
+    found = sorted(set(paths))
+    if len(found) < 2:
+        for path in found:
             _sync(path)
         return
     with ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:
-        list(pool.map(_sync, paths))
-
-
-def sync_folders(uris: Iterable[str], up_to: str) -> None:
-    """Have the names in folders on the disk, and those of the folders themselves in the ones above, up to `up_to`."""
-    root = local_path(up_to)
-    folders: set[str] = set()
-    for uri in uris:
-        path = local_path(uri)
-        while is_local(uri) and path not in folders and path.startswith(root):
-            folders.add(path)
-            path = os.path.dirname(path)
-    for folder in sorted(folders, reverse=True):  # the deepest first: a name is there when what it names is
-        _sync(folder)
+        list(pool.map(_sync, found))
 
 
 def _sync(path: str) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -31,39 +31,55 @@ from pipelines.store.table import CONTENT_VERSION, Table
 from pipelines.store.transaction_log import FIRST_PAUSE_SECONDS, TRIES, TransactionLog
 
 APP = "dinoray"  # whose numbers the commits of a table carry
-LOG_FILES_SYNCED = 16  # newest of a table's log: a commit makes one, and a checkpoint now and then
+NEWEST_LOG_FILES = 16  # among which are those of the last commit: one, and a checkpoint now and then
 REMOVED_AT_ONCE = 16
 
 _T = TypeVar("_T")
 
 
-def publish(log: TransactionLog, transaction: Transaction) -> None:
+def publish(
+    log: TransactionLog, transaction: Transaction, opened: Mapping[str, DeltaTable | None] | None = None
+) -> None:
     """Do what a transaction says, unless it is done, and make it durable. Killed at any point, anybody may go on.
+
+    opened: tables that were opened a moment ago, which saves opening them again; older ones cost a try.
 
     Raises:
         JobError: a table's log is damaged, or names files outside the store; the disk is full.
         OSError, DeltaError: the storage failed for good. The transaction has happened; the next writer completes it.
     """
     log.make_durable()  # or a power cut could leave a table with a change that the log does not know
-    tables = [join(log.uri, entry.table) for entry in transaction.tables if _publish_table(log, transaction, entry)]
+    new: list[str] = []
+    for entry in transaction.tables:
+        new += _publish_table(log, transaction, entry, (opened or {}).get(entry.table))
     _sweep(log, transaction.sweep)
-    _make_durable(log, tables)
+    _make_durable(log, new)
     log.mark_published(transaction.number)
 
 
-def _make_durable(log: TransactionLog, tables: Iterable[str]) -> None:
-    """Have the newest commits of tables on a local disk; delta-rs leaves that to the system."""
-    if not is_local(log.uri):
-        return
-    folders = [join(uri, "_delta_log") for uri in tables]
-    sync_files(path for folder in folders for path in _newest_files(folder))
-    sync_folders(folders, up_to=log.uri)
+def _make_durable(log: TransactionLog, files: Iterable[str]) -> None:
+    """Have files of tables' logs on a local disk; delta-rs leaves that to the system."""
+    files = list(files)
+    sync_files(files)
+    sync_folders({path.rpartition("/")[0] for path in files}, log.uri, log.durable_folders)
 
 
-def _newest_files(folder: str) -> list[str]:
-    """Commits and checkpoints have their version in front; `_last_checkpoint` sorts behind them."""
+def _newest_files(log: TransactionLog, table: str) -> list[str]:
+    """Newest files of a table's log: commits and checkpoints, whose names begin with their version, and
+    `_last_checkpoint`, which sorts behind them; none on storage that is not local."""
+    folder = join(log.uri, table, "_delta_log")
+    if not is_local(folder) or not os.path.isdir(local_path(folder)):
+        return []
     names = [name for name in os.listdir(local_path(folder)) if name.endswith((".json", ".parquet", "_checkpoint"))]
-    return [join(folder, name) for name in sorted(names)[-LOG_FILES_SYNCED:]]
+    return [join(folder, name) for name in sorted(names)[-NEWEST_LOG_FILES:]]
+
+
+def _files_since(log: TransactionLog, table: str, version: int) -> list[str]:
+    """Those of a version and later."""
+    found = [path for path in _newest_files(log, table) if path.rpartition("/")[2][:20] >= f"{version:020}"]
+    if any(path.endswith(".parquet") for path in found):
+        return found
+    return [path for path in found if path.endswith(".json")]  # `_last_checkpoint` is of a version before
 
 
 def _remove_torn_files(log: TransactionLog, table: str) -> None:
@@ -72,11 +88,8 @@ def _remove_torn_files(log: TransactionLog, table: str) -> None:
     delta-rs never shows an empty file, and what was made durable is not empty: it is of a transaction that is published
     now. `_last_checkpoint` is a hint, which may name what goes.
     """
-    folder = join(log.uri, table, "_delta_log")
-    if not is_local(log.uri) or not os.path.isdir(local_path(folder)):
-        return
-    torn = [path for path in map(local_path, _newest_files(folder)) if os.path.getsize(path) == 0]
-    for path in [*torn, *([local_path(join(folder, "_last_checkpoint"))] if torn else [])]:
+    torn = [path for path in map(local_path, _newest_files(log, table)) if os.path.getsize(path) == 0]
+    for path in [*torn, *(os.path.join(os.path.dirname(path), "_last_checkpoint") for path in torn[:1])]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
 
@@ -116,25 +129,30 @@ def number_of(delta: DeltaTable) -> int:
     return delta.transaction_version(APP) or 0
 
 
-def _publish_table(log: TransactionLog, transaction: Transaction, entry: TableEntry) -> bool:
-    """One commit to one table; whether the table is there."""
+def _publish_table(
+    log: TransactionLog, transaction: Transaction, entry: TableEntry, delta: DeltaTable | None
+) -> list[str]:
+    """One commit to one table; files of its log that may be new."""
     uri = join(log.uri, entry.table)
-    _remove_torn_files(log, entry.table)
+    if delta is None:
+        _remove_torn_files(log, entry.table)
     failures = 0
     while True:
-        delta = open_delta(log, entry.table) or _create(log, entry)
+        delta = delta or open_delta(log, entry.table) or _create(log, entry)
         if delta is None:
-            return False
+            return []
         if number_of(delta) >= transaction.number or not (entry.add or entry.remove):
-            return True
+            return _newest_files(log, entry.table)
+        before, delta = delta, None
         try:
-            _commit(log, delta, transaction, entry)
+            _commit(log, before, transaction, entry)
+            return _files_since(log, entry.table, 0 if entry.schema else before.version() + 1)
         except (OSError, DeltaError) as error:
             # another publisher was first, or the answer was lost, or the storage failed: the next look tells
             if explained := explain_write_error(error, uri):
                 raise explained from None
             failures += 1
-            if failures >= TRIES and not _moved(log, entry.table, delta.version()):
+            if failures >= TRIES and not _moved(log, entry.table, before.version()):
                 raise
             if not isinstance(error, CommitFailedError):
                 time.sleep(FIRST_PAUSE_SECONDS * 2 ** min(failures, TRIES))

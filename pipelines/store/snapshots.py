@@ -24,12 +24,12 @@ class Snapshot:
     """The store after the transaction `number`, which every table has; 0 is the store before any.
 
     Tables are opened when they are asked for, whenever that is: each at its newest version that no later transaction
-    made. Nothing is written.
+    made. Nothing is written. opened: what was opened so far.
     """
 
     log: TransactionLog
     transaction: Transaction | None
-    _opened: dict[str, DeltaTable | None] = field(default_factory=dict)
+    opened: dict[str, DeltaTable | None] = field(default_factory=dict)
     _files: dict[str, dict[str, DataFile]] = field(default_factory=dict)
 
     @property
@@ -63,10 +63,10 @@ class Snapshot:
         return None if delta is None else delta.version()
 
     def _delta(self, path: str) -> DeltaTable | None:
-        if path not in self._opened:
+        if path not in self.opened:
             delta = open_delta(self.log, path)
-            self._opened[path] = delta if delta is None else self._went_back(path, delta)
-        return self._opened[path]
+            self.opened[path] = delta if delta is None else self._went_back(path, delta)
+        return self.opened[path]
 
     def _went_back(self, path: str, delta: DeltaTable) -> DeltaTable:
         """The version before those of later transactions, which is mostly the newest or the one before."""

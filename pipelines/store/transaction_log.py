@@ -62,6 +62,7 @@ class TransactionLog:
     retention_hours: float = RETENTION_HOURS
     clock: Callable[[], float] = time.time
     messages: list[str] = field(default_factory=list)
+    durable_folders: set[str] = field(default_factory=set)  # whose names are known to be on the disk
     _conditional: bool | None = None  # whether the storage honours put-if-absent; None before the first put
 
     def __post_init__(self) -> None:
@@ -197,7 +198,7 @@ class TransactionLog:
     def make_durable(self) -> None:
         """Have the names of the log's files on the disk, whose bytes are there since they were put."""
         if is_local(self.uri):
-            sync_folders([self.folder], up_to=self.uri)
+            sync_folders([self.folder], self.uri, self.durable_folders)
 
     def cut(self, retention_hours: float | None = None) -> list[int]:
         """Remove files of the log that are older than the retention (and than an hour); their numbers.

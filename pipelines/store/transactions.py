@@ -66,7 +66,7 @@ def transact(log: TransactionLog, build: Build, *, run_id: str, command: str) ->
             transaction = _plan(current, change, run_id, command)
             _look_at_files(log, transaction, change)
             _make_files_durable(log, transaction, change)
-            if log.put(transaction) and _is_in_force(log, transaction):
+            if log.put(transaction) and _is_in_force(current, transaction):
                 return transaction.number
         except (OSError, DeltaError) as error:
             explained = explain_write_error(error, log.uri) or explain_failed_storage(error, log.uri)
@@ -86,9 +86,9 @@ def open_for_writing(log: TransactionLog) -> Snapshot:
     return Snapshot(log, transaction)
 
 
-def _is_in_force(log: TransactionLog, transaction: Transaction) -> bool:
+def _is_in_force(current: Snapshot, transaction: Transaction) -> bool:
     """Publish a transaction that was just written, unless its number is long past (see `transact`)."""
-    number = transaction.number
+    log, number = current.log, transaction.number
     listing = log.listing()
     if listing.newest > number:
         following = log.read(number + 1)
@@ -101,7 +101,7 @@ def _is_in_force(log: TransactionLog, transaction: Transaction) -> bool:
             log.take_back(number)
             return False
         return True  # others have published it, or they could not have gone on
-    publish(log, transaction)
+    publish(log, transaction, current.opened)
     if number % CUT_EVERY == 0:
         log.cut()
     return True
@@ -186,7 +186,7 @@ def _make_files_durable(log: TransactionLog, transaction: Transaction, change: C
     coming += _pointed_at(change)
     uris = [join(log.uri, path) for path in coming]
     sync_files(uris)
-    sync_folders({uri.rpartition("/")[0] for uri in uris}, up_to=log.uri)
+    sync_folders({uri.rpartition("/")[0] for uri in uris}, log.uri, log.durable_folders)
 
 
 def _pointed_at(change: Change) -> list[str]:
