@@ -52,12 +52,23 @@ class Version(NamedTuple):
 
 
 class Process(NamedTuple):
-    """goals: what is left to do, the first one at work. claims: tokens that it said were done."""
+    """goals: what is left to do, the first one at work. claims: tokens that it said were done.
+
+    A goal is ("set", key, version), ("drop", key), ("compact", names of files, their items), ("sweep",) or ("read",).
+    """
 
     name: str
     goals: tuple[tuple[Any, ...], ...]
     at: tuple[Any, ...]
     claims: tuple[str, ...] = ()
+
+
+class Explored(NamedTuple):
+    """How much was seen. ends: how processes ended, in any of the final states."""
+
+    states: int
+    finals: int
+    ends: frozenset[str]
 
 
 class State(NamedTuple):
@@ -93,8 +104,8 @@ def explore(
     losses: int = 0,
     cuts: int = 0,
     rules: Rules | None = None,
-) -> tuple[int, int]:
-    """Every state that processes with these goals can reach: (states, final states).
+) -> Explored:
+    """Every state that processes with these goals can reach, each of them checked.
 
     start: files of the store of before, name -> items. Raises Violation.
     """
@@ -104,17 +115,19 @@ def explore(
     before = ((Version(0, "", files),),) * len(TABLES)
     first = State(frozenset(), 0, before, files, frozenset(), processes, (), kills, losses, cuts)
     items = {key: version for file in files for key, version in file.items}
-    seen, todo, finals = {first}, [first], 0
+    seen, todo, finals, ends = {first}, [first], 0, set[str]()
     while todo:
         state = todo.pop()
         check(state, items)
         following = list(successors(state, rules))
-        finals += all(process.at[0] in ENDS for process in state.processes)
+        if all(process.at[0] in ENDS for process in state.processes):
+            finals += 1
+            ends |= {process.at[0] for process in state.processes}
         for one in following:
             if one not in seen:
                 seen.add(one)
                 todo.append(one)
-    return len(seen), finals
+    return Explored(len(seen), finals, frozenset(ends))
 
 
 ENDS = ("done", "dead", "failed", "unknown")
@@ -132,8 +145,7 @@ def successors(state: State, rules: Rules) -> Iterator[State]:
             processes = (*state.processes[:at], dead, *state.processes[at + 1 :])
             yield state._replace(processes=processes, kills=state.kills - 1)
     for request in state.flying:
-        arrived = arrive(state._replace(flying=state.flying - {request}), request)
-        yield arrived
+        yield arrive(state._replace(flying=state.flying - {request}), request)
     if state.cuts:
         for number, entry in state.log:
             if number < state.marked:  # whoever cuts the log may have listed it long ago
