@@ -6,6 +6,7 @@ used nothing, forks a child for each trial: `python trials.py` reads requests an
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -27,14 +28,15 @@ def storage_steps(*, reads: bool = False) -> list[tuple[Any, str]]:
     from fsspec.implementations.local import LocalFileSystem
     from s3fs import S3FileSystem
 
-    from pipelines.store import publishing
+    from pipelines.store import publishing, snapshots
     from pipelines.store.transaction_log import TransactionLog
 
     found: list[tuple[Any, str]] = [(os, "link"), (os, "unlink"), (os, "remove"), (LocalFileSystem, "pipe_file")]
     found += [(S3FileSystem, "_pipe_file"), (S3FileSystem, "_rm_file"), (pq, "write_table")]
     found += [(DeltaTable, "create"), (DeltaTable, "create_write_transaction")]
     if reads:
-        found += [(TransactionLog, "listing"), (TransactionLog, "read"), (publishing, "open_delta")]
+        found += [(TransactionLog, "listing"), (TransactionLog, "read")]
+        found += [(snapshots, "open_delta"), (publishing, "open_delta")]
     return found
 
 
@@ -45,19 +47,27 @@ def at_step(number: int, act: Callable[[], object], *, reads: bool = False) -> I
     taken: list[str] = []
     inside: list[bool] = []
 
+    def before(name: str) -> None:
+        if inside:
+            return
+        taken.append(name)
+        if len(taken) == number + 1:
+            inside.append(True)
+            try:
+                act()
+            finally:
+                inside.pop()
+
     def disturbed(original: Any, name: str) -> Any:
         def step(*arguments: Any, **named: Any) -> Any:
-            if not inside:
-                taken.append(name)
-                if len(taken) == number + 1:
-                    inside.append(True)
-                    try:
-                        act()
-                    finally:
-                        inside.pop()
+            before(name)
             return original(*arguments, **named)
 
-        return step
+        async def asynchronous_step(*arguments: Any, **named: Any) -> Any:
+            before(name)
+            return await original(*arguments, **named)
+
+        return asynchronous_step if inspect.iscoroutinefunction(original) else step
 
     with ExitStack() as stack:
         for owner, name in storage_steps(reads=reads):

@@ -116,7 +116,7 @@ def test_a_change_that_does_not_fit_its_snapshot_is_refused(log: TransactionLog)
     def ask(change: TableChange) -> None:
         transact(log, lambda _: Change([change]), run_id="r", command="c")
 
-    with pytest.raises(ValueError, match="removes gone.parquet from images"):
+    with pytest.raises(ValueError, match=r"removes gone\.parquet from images"):
         ask(TableChange("images", SCHEMA, [], ["gone.parquet"]))
     with pytest.raises(ValueError, match="which has it already"):
         ask(TableChange("images", SCHEMA, list(snapshot(log).files("images").values())))
@@ -225,10 +225,11 @@ def test_paused_at_every_step_while_another_adds(tmp_path: Path) -> None:
     paused = pause_everywhere(
         tmp_path, {"a": 0}, lambda log: put_images(log, {"b": 0}), lambda log: put_images(log, {"c": 0})
     )
-    count = 0
-    for count, (log, _) in enumerate(paused, 1):
+    steps = 0
+    for log, taken in paused:
         holds(log, {"a": 0, "b": 0, "c": 0})
-    assert count > 10
+        steps = len(taken)
+    assert steps > 15
 
 
 def test_paused_at_every_step_while_another_makes_the_same(tmp_path: Path) -> None:
@@ -275,6 +276,8 @@ def test_paused_at_every_step_while_another_sweeps_all_that_is_unnamed(tmp_path:
 
     def change(log: TransactionLog) -> None:
         try:
+            put_images(log, {"b": 0})
+        except FileNotFoundError:  # swept while it was being written, which its writer finds
             put_images(log, {"b": 0})
         except JobError as error:
             assert "Run the same command again" in str(error)
@@ -645,8 +648,8 @@ def test_the_number_survives_checkpoints(log: TransactionLog) -> None:
     put_images(log, {"b": 0})
     for table in TABLES:
         DeltaTable(f"{log.uri}/{table}").create_checkpoint()
-        for commit in Path(log.uri, table, "_delta_log").glob("*.json"):
-            commit.unlink()
+        for version in (0, 1):
+            Path(log.uri, table, "_delta_log", f"{version:020}.json").unlink()
     Path(log.uri_of(2, "published")).unlink()
     assert put_images(fresh(log), {"c": 0}) == 3
     holds(log, {"a": 0, "b": 0, "c": 0})
