@@ -74,13 +74,19 @@ def _says_taken(error: OSError) -> bool:
 
 
 def honours_put_if_absent(folder: str, options: Options | None = None) -> bool:
-    """Whether the storage refuses a second put of one name, found out by trying: protocols alike hide servers that
-    do not, and local paths hide file systems without hard links."""
+    """Whether the storage refuses a second put of one name, found out by trying: servers of one protocol differ, and so
+    do file systems in hard links.
+
+    Raises OSError, JobError: the storage cannot be written, or reached.
+    """
     uri = join(folder, f"probe-{uuid.uuid4().hex}")
     fs, path = filesystem(uri, options)
     with reaching(uri):
         try:
-            return put_if_absent(uri, b"1", options) and not put_if_absent(uri, b"2", options)
+            put_if_absent(uri, b"first", options)
+            with contextlib.suppress(OSError):  # drivers say in many ways that a name is taken; what stands there tells
+                put_if_absent(uri, b"second", options)
+            return bool(fs.cat_file(path) == b"first")
         except NoConditionalPut:
             return False
         finally:

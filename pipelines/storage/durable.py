@@ -23,7 +23,7 @@ def sync_files(uris: Iterable[str]) -> None:
 
 
 def sync_folders(uris: Iterable[str], up_to: str, known: set[str]) -> None:
-    """Have the names in folders on the disk, and the names of these folders in those above, up to `up_to`.
+    """Have the names in folders on the disk, and the names of these folders in those above, that of `up_to` included.
 
     known: folders whose own names were found to be there before, by this process; the others are added. A sync costs a
     disk the same with nothing new to it.
@@ -33,7 +33,7 @@ def sync_folders(uris: Iterable[str], up_to: str, known: set[str]) -> None:
     new = set[str]()
     for path in paths:
         due.add(path)
-        while path not in known and path != root and path.startswith(root):
+        while path not in known and path.startswith(root):
             new.add(path)
             path = os.path.dirname(path)
             due.add(path)
@@ -52,7 +52,12 @@ def _sync_all(paths: Iterable[str]) -> None:
 
 
 def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if os.path.isdir(path):  # one above the store, which others own and made long ago
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

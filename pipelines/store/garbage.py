@@ -29,21 +29,22 @@ def garbage(current: Snapshot, retention_hours: float) -> list[str]:
     - lies behind a link, or in a folder that is no table's and no pointer's.
     Nothing is listed where the log of transactions does not reach back that far: in a store of before, until then.
 
-    Times are by the clocks of the machines that wrote and of this one. Wrong ones make a run fail that wrote a file too
-    long ago, or a reader of an old snapshot: neither loses what is committed.
+    Times are by the clocks of the storage and of this machine. Where one is wrong, a run may fail that wrote a file too
+    long ago, or a reader of an old snapshot: nothing that is committed is lost.
     """
     log = current.log
     began = log.clock() - retention_hours * 3600
     named, reaches_back = set[str](), False
     folders = set[str]()
-    for number in reversed(log.listing().numbers):
+    listing = log.listing(times=True)
+    for number in reversed(listing.numbers):
         transaction = log.read(number)
         if transaction is None:
             break  # cut at this moment, and so are those before it
         for pointer in transaction.pointers.values():
             named |= set(pointer.every_file)
             folders |= {path.rpartition("/")[0] for path in pointer.every_file if "/" in path}
-        if transaction.created_ms / 1000 <= began:
+        if _is_older(listing.modified.get(number), began):
             reaches_back = True  # its pointers were in force when the retention began; what it took away was gone
             break
         for entry in transaction.tables:

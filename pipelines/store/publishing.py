@@ -176,6 +176,7 @@ def _create(log: TransactionLog, entry: TableEntry) -> DeltaTable | None:
             # readers through Arrow would take absent statistics of other columns for bounds
             configuration={"delta.dataSkippingStatsColumns": entry.key},
             storage_options=delta_options(uri, log.options),
+            commit_properties=CommitProperties(max_commit_retries=0),
         )
     made = open_delta(log, entry.table)
     if made is None:

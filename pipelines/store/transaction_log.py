@@ -51,7 +51,7 @@ class Listing:
 
 @dataclass
 class TransactionLog:
-    """The log of the store at `uri`.
+    """The log of the store at `uri`, for one thread at a time.
 
     messages: what a person should be told, each said once. clock: seconds since 1970; it dates transactions and says
     what is old enough to be removed, and no result depends on it.
@@ -164,10 +164,9 @@ class TransactionLog:
                     raise explained from None
                 if attempt == TRIES - 1:
                     raise
-                time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
-            found = self.read(transaction.number)
-            if found:
+            if found := self.read(transaction.number):
                 return found.token == transaction.token
+            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
         raise JobError(
             f"{uri} could neither be written nor read back in {TRIES} attempts: run the same command again, which "
             "finds what is done."

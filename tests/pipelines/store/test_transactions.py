@@ -167,9 +167,6 @@ def kill_everywhere(trials: Trials, new_store: Callable[[], TransactionLog], nam
     change, arguments, wanted = CHANGES[name]
     for step in itertools.count():
         log = new_store()
-        if name != "the first change of a new store":
-            put_images(log, {"a": 0, "b": 0})
-            put_images(log, {"d": 0})
         before = seen_by_a_reader(log)
         if name == "sweep":
             leftovers = [write(log, table, {"x": 9}).path for table in TABLES]
@@ -197,9 +194,23 @@ def kill_everywhere(trials: Trials, new_store: Callable[[], TransactionLog], nam
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_killed_at_every_step(trials: Trials, tmp_path: Path, name: str) -> None:
-    steps = kill_everywhere(trials, lambda: TransactionLog(str(tmp_path / uuid.uuid4().hex)), name)
-    assert steps >= 10 if name != "sweep" else steps >= 5
-    print(name, steps, "steps")
+    template = TransactionLog(str(tmp_path / "template"))
+    if name != "the first change of a new store":
+        with_old_images(template)
+
+    def new_store() -> TransactionLog:
+        log = TransactionLog(str(tmp_path / uuid.uuid4().hex))
+        if Path(template.uri).exists():
+            shutil.copytree(template.uri, log.uri)
+        return log
+
+    assert kill_everywhere(trials, new_store, name) >= (5 if name == "sweep" else 10)
+
+
+def with_old_images(log: TransactionLog) -> TransactionLog:
+    put_images(log, {"a": 0, "b": 0})
+    put_images(log, {"d": 0})
+    return log
 
 
 # Paused at every step
@@ -560,9 +571,6 @@ def test_readers_of_the_retention_keep_their_files(log: TransactionLog) -> None:
     for folder, _, names in os.walk(log.uri):
         for name in names:
             os.utime(os.path.join(folder, name), (time.time() - 10 * DAY,) * 2)
-    content = json.loads(Path(log.uri_of(1)).read_bytes())
-    content["created_at"] = "2020-01-01T00:00:00+00:00"
-    Path(log.uri_of(1)).write_text(json.dumps(content))
     put_images(log, {"a": 1})
     assert garbage(open_for_writing(log), 168) == []
     opened = held.table("images", SCHEMA)
@@ -827,7 +835,7 @@ def test_a_bucket_has_put_if_absent_and_lost_answers_are_told(
 
 def test_killed_at_every_step_in_a_bucket(trials: Trials, s3: S3Server) -> None:
     def new_store() -> TransactionLog:
-        return TransactionLog(f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", s3.options)
+        return with_old_images(TransactionLog(f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", s3.options))
 
     assert kill_everywhere(trials, new_store, "new, replaced and copied rows") >= 8
 
@@ -842,6 +850,6 @@ def test_garbage_and_cuts_in_a_bucket(bucket_log: TransactionLog) -> None:
     compact(bucket_log)
     late = aged(bucket_log, 8)
     assert len(sweep(late, 168)) == 4
-    assert late.cut() == [1, 2, 3][:2]
+    assert late.cut() == [1, 2]
     put_images(bucket_log, {"c": 0})
     holds(bucket_log, {"a": 0, "b": 0, "c": 0})
