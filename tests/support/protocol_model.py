@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 TABLES = (0, 1)
+NO_VERSIONS = (None, None, None)  # of the tables, and of none behind the last
 
 
 class Violation(AssertionError):
@@ -215,7 +216,7 @@ def steps(state: State, process: Process, rules: Rules) -> Iterator[tuple[State,
         elif state.marked >= number or not rules.waits_for_published:
             yield state, to("plan", number, entry)
         else:
-            yield state, to("publish", number, entry, 0, None, "plan")
+            yield state, to("publish", number, entry, 0, None, "plan", NO_VERSIONS)
     elif step == "publish":
         yield from publish(state, process, rules)
     elif step == "sweep":
@@ -231,21 +232,21 @@ def steps(state: State, process: Process, rules: Rules) -> Iterator[tuple[State,
     elif step == "plan":
         yield from plan(state, process, rules)
     elif step == "put":
-        number, entry = rest
+        number, entry, opened = rest
         after, landed = put(state, number, entry)
-        yield after, to("check", number, entry) if landed else to("list")
+        yield after, to("check", number, entry, opened) if landed else to("list")
         if state.losses:
             lost = state._replace(losses=state.losses - 1)
             if landed:
-                yield after._replace(losses=state.losses - 1), to("read back", number, entry)
-            yield lost._replace(flying=lost.flying | {("put", number, entry)}), to("read back", number, entry)
+                yield after._replace(losses=state.losses - 1), to("read back", *rest)
+            yield lost._replace(flying=lost.flying | {("put", number, entry)}), to("read back", *rest)
     elif step == "read back":
-        number, entry = rest
+        number, entry, opened = rest
         found = entry_of(state, number)
         if found is None:
-            yield state, to("put", number, entry)
+            yield state, to("put", *rest)
         else:
-            yield state, to("check", number, entry) if found.token == entry.token else to("list")
+            yield state, to("check", *rest) if found.token == entry.token else to("list")
     elif step == "check":
         yield from check_after_put(state, process, rules)
     elif step == "take back":  # a number long past, which others had used
@@ -266,8 +267,11 @@ def steps(state: State, process: Process, rules: Rules) -> Iterator[tuple[State,
 
 
 def publish(state: State, process: Process, rules: Rules) -> Iterator[tuple[State, Process]]:
-    """Table by table: read the newest number, commit on top of what was read; whoever was first, it is there once."""
-    number, entry, table, read, then = process.at[1:]
+    """Table by table: read the newest number, commit on top of what was read; whoever was first, it is there once.
+
+    opened: the versions that the change was planned on, which its own writer tries without reading again.
+    """
+    number, entry, table, read, then, opened = process.at[1:]
 
     def to(*at: Any) -> Process:
         return process._replace(at=at)
@@ -277,14 +281,14 @@ def publish(state: State, process: Process, rules: Rules) -> Iterator[tuple[Stat
     elif read is None:
         versions = state.tables[table]
         if versions[-1].number >= number and rules.reads_number:
-            yield state, to("publish", number, entry, table + 1, None, then)
+            yield state, to("publish", number, entry, table + 1, opened[table + 1], then, opened)
         else:
-            yield state, to("publish", number, entry, table, len(versions), then)
+            yield state, to("publish", number, entry, table, len(versions), then, opened)
     else:
         request = (table, read, number, entry)
         after, landed = commit(state, *request)
-        again = to("publish", number, entry, table, None, then)
-        yield after, to("publish", number, entry, table + 1, None, then) if landed else again
+        again = to("publish", number, entry, table, None, then, opened)
+        yield after, to("publish", number, entry, table + 1, opened[table + 1], then, opened) if landed else again
         if state.losses:
             lost = state._replace(losses=state.losses - 1)
             if landed:
@@ -294,10 +298,10 @@ def publish(state: State, process: Process, rules: Rules) -> Iterator[tuple[Stat
 
 def check_after_put(state: State, process: Process, rules: Rules) -> Iterator[tuple[State, Process]]:
     """Was the number that this process wrote the next one, or one that others had used and cut from the log since?"""
-    number, entry = process.at[1:]
+    number, entry, opened = process.at[1:]
     following = entry_of(state, number + 1)
     if newest(state) == number or not rules.checks_after_put:
-        yield state, process._replace(at=("publish", number, entry, 0, None, "done"))
+        yield state, process._replace(at=("publish", number, entry, 0, opened[0], "done", opened))
     elif following is None:  # the log was cut beyond it: nobody can say
         yield state, process._replace(at=("unknown",), goals=())
     elif following.previous == entry.token:  # others went on from here, after they had published it
@@ -340,9 +344,10 @@ def plan(state: State, process: Process, rules: Rules) -> Iterator[tuple[State, 
         yield state, process._replace(at=("failed",), goals=())
         return
     written = add - {own} if own else add
+    opened = (*(sum(version.number <= number for version in versions) for versions in state.tables), None)
     token = f"{process.name}{number + 1}{process.goals[0]}"
     new = Entry(token, entry.token if entry else "", remove, add, sweep, process.goals[0])
-    yield state._replace(stored=state.stored | written), process._replace(at=("put", number + 1, new))
+    yield state._replace(stored=state.stored | written), process._replace(at=("put", number + 1, new, opened))
 
 
 Change = tuple[frozenset[File], frozenset[File], frozenset[File]]
