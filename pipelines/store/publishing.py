@@ -45,8 +45,9 @@ def publish(
     opened: tables that were opened a moment ago, which saves opening them again; older ones cost a try.
 
     Raises:
-        JobError: a table's log is damaged, or names files outside the store; the disk is full.
-        OSError, DeltaError: the storage failed for good. The transaction has happened; the next writer completes it.
+        JobError: a table's log is damaged, or could not be written for good; a leftover lies outside the store.
+        OSError: the storage failed for good. In either case the transaction has happened, and the next writer
+            completes it.
     """
     log.make_durable()  # or a power cut could leave a table with a change that the log does not know
     new: list[str] = []
@@ -153,7 +154,10 @@ def _publish_table(
                 raise explained from None
             failures += 1
             if failures >= TRIES and not _moved(log, entry.table, before.version()):
-                raise
+                raise JobError(
+                    f"The change to {uri} is in the log of the store and could not be made in the table "
+                    f"({said(error)}): run the same command again, which completes it."
+                ) from None
             if not isinstance(error, CommitFailedError):
                 time.sleep(FIRST_PAUSE_SECONDS * 2 ** min(failures, TRIES))
 
@@ -208,7 +212,7 @@ def _commit(log: TransactionLog, delta: DeltaTable, transaction: Transaction, en
         schema=delta.schema(),
         partition_by=[],
         commit_properties=CommitProperties(
-            max_commit_retries=0,  # delta-rs would else commit on top of what others did, the same number a second time
+            max_commit_retries=0,  # on top of the version that was read, and of no other
             custom_metadata=about,
             app_transactions=[AppTransaction(APP, transaction.number)],
         ),

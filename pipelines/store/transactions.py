@@ -7,6 +7,7 @@ interleaving loses a change or makes it twice stands in docs/transactions.md.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import random
 import time
@@ -103,7 +104,8 @@ def _is_in_force(current: Snapshot, transaction: Transaction) -> bool:
         return True  # others have published it, or they could not have gone on
     publish(log, transaction, current.opened)
     if number % CUT_EVERY == 0:
-        log.cut()
+        with contextlib.suppress(OSError, JobError):  # the change is made; the next hundredth cuts more
+            log.cut()
     return True
 
 

@@ -448,6 +448,27 @@ def test_a_commit_without_an_answer_is_made_once(
     holds(log, {"a": 1, "b": 0})
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_table_that_cannot_be_written_is_completed_by_the_next_command(
+    log: TransactionLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_images(log, {"a": 0})
+    original = DeltaTable.create_write_transaction
+
+    def commit(delta: DeltaTable, *arguments: Any, **named: Any) -> None:
+        if "images" in delta.table_uri:
+            raise OSError("Generic S3 error: broken off")
+        original(delta, *arguments, **named)
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", commit)
+    with pytest.raises(JobError, match="run the same command again, which completes it"):
+        put_images(log, {"a": 1, "b": 0})
+    assert seen_by_a_reader(log) == {"a": 0}
+    monkeypatch.undo()
+    assert put_images(fresh(log), {"a": 1, "b": 0}) is None
+    holds(log, {"a": 1, "b": 0})
+
+
 # Retention, sleepers, garbage
 
 
@@ -496,6 +517,36 @@ def test_a_sleeper_that_nobody_can_tell_about_says_so(log: TransactionLog) -> No
     put_images(fresh(log), {"late": 0})  # the same command again; what the sleeper wrote has harmed nobody
     assert seen_by_a_reader(log) == {"a": 0, "b": 0, "c": 0, "d": 0, "late": 0}
     assert snapshot(log).number == 5
+
+
+def test_what_a_dead_sleeper_wrote_under_an_old_number_is_not_taken_for_the_newest(
+    log: TransactionLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process lists the log and sleeps, others go on and cut it, another sleeper writes the number that the first
+    one is about to read, and dies before it looks."""
+    put_images(log, {"a": 0})
+    leftover = write(log, "parts/x/images", {"x": 0})
+    stale = json.loads(Path(log.uri_of(1)).read_bytes()) | {"token": "of a sleeper"}
+    schema = DeltaTable(f"{log.uri}/images").schema().to_json()
+    files = [{"path": leftover.path, "size": leftover.size, "rows": 1, "min": "x", "max": "x"}]
+    entry = {"table": "parts/x/images", "schema": schema, "key": "image_id", "add": files, "remove": []}
+    Path(log.uri_of(1, "published")).unlink()  # so that its reader would publish it
+    original, slept = TransactionLog.read, list[int]()
+
+    def read(one: TransactionLog, number: int) -> Any:
+        if one is log and not slept:
+            slept.append(number)
+            for image_id in "bcd":
+                put_images(fresh(log), {image_id: 0})
+            assert aged(log, 8).cut() == [1, 2]
+            Path(log.uri_of(1)).write_text(json.dumps(stale | {"tables": [entry | {"rearranges": False}]}))
+        return original(one, number)
+
+    monkeypatch.setattr(TransactionLog, "read", read)
+    assert put_images(log, {"e": 0}) == 5
+    assert slept == [1]
+    assert seen_by_a_reader(log) == {image_id: 0 for image_id in "abcde"}
+    assert snapshot(log).table("parts/x/images") is None
 
 
 def test_a_sleeper_after_its_put_finds_that_others_went_on(log: TransactionLog) -> None:
@@ -749,6 +800,14 @@ def test_damaged_and_newer_logs_are_one_sentence(log: TransactionLog) -> None:
     path.write_text(json.dumps(sound | {"format": 99}))
     with pytest.raises(RequestError, match="newer dinoray"):
         snapshot(log)
+
+
+def test_a_damaged_table_is_one_sentence(log: TransactionLog) -> None:
+    put_images(log, {"a": 0})
+    Path(log.uri, "images", "_delta_log", f"{1:020}.json").write_bytes(b"\0" * 400)
+    for use in (lambda: snapshot(log).files("images"), lambda: put_images(log, {"b": 0})):
+        with pytest.raises(JobError, match=r"The log of .*/images is damaged .*repair"):
+            use()
 
 
 def test_storage_without_put_if_absent_is_noticed_and_said_once(
