@@ -66,10 +66,26 @@ class Snapshot:
         if path not in self.opened:
             delta = open_delta(self.log, path)
             self.opened[path] = delta if delta is None else self._went_back(path, delta)
+            if delta is not None and delta.version() and number_of(delta) < self._number_expected(path):
+                raise JobError(
+                    f"{self.log.uri}/{path} does not have transaction {self.number}, which {self.log.folder} says it "
+                    "has: the store was copied while it was written to, or a part of it was put back. Copy or restore "
+                    "it whole."
+                )
         return self.opened[path]
+
+    def _number_expected(self, path: str) -> int:
+        """What the snapshot's own transaction says of a table; one at version 0 was removed and begun anew since."""
+        entries = self.transaction.tables if self.transaction else ()
+        return self.number if any(entry.table == path and (entry.add or entry.remove) for entry in entries) else 0
 
     def _went_back(self, path: str, delta: DeltaTable) -> DeltaTable:
         """The version before those of later transactions, which is mostly the newest or the one before."""
+        if number_of(delta) > self.number and number_of(delta) > (newest := self.log.listing().newest):
+            raise JobError(
+                f"{self.log.uri}/{path} has transaction {number_of(delta)}, and {self.log.folder} ends at {newest}: "
+                "files of it were removed, or the store was copied while it was written to. Copy or restore it whole."
+            )
         while number_of(delta) > self.number:
             before = delta.version() - 1
             try:

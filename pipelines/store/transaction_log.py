@@ -193,6 +193,7 @@ class TransactionLog:
         fs, path = filesystem(uri, self.options)
         with reaching(uri):
             fs.pipe_file(path, b"")
+        self.make_durable()  # readers go by the mark, after a power cut too
 
     def make_durable(self) -> None:
         """Have the names of the log's files on the disk, whose bytes are there since they were put."""

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from pipelines.errors import JobError
+
 KILLED = 9  # exit code of a child that died at its step
 
 
@@ -121,19 +123,42 @@ def _put(arguments: dict[str, Any]) -> None:
         put_images(log_of(arguments), images)
 
 
+def _insist(arguments: dict[str, Any]) -> None:
+    """As _put, beside sweeps without retention, which may take a file before it is named."""
+    from small_changes import log_of, put_images
+
+    for images in arguments["images"]:
+        while True:
+            try:
+                put_images(log_of(arguments), images)
+                break
+            except (JobError, FileNotFoundError) as error:
+                assert "gone" in str(error) or isinstance(error, FileNotFoundError), error
+
+
 def _compact(arguments: dict[str, Any]) -> None:
     from small_changes import compact, log_of
 
-    compact(log_of(arguments))
+    for _ in range(arguments.get("times", 1)):
+        try:
+            compact(log_of(arguments))
+        except (JobError, FileNotFoundError):  # what it had merged was swept before it was named
+            assert arguments.get("times"), "nobody else is at work"
 
 
 def _sweep(arguments: dict[str, Any]) -> None:
     from small_changes import log_of, sweep
 
-    sweep(log_of(arguments))
+    for _ in range(arguments.get("times", 1)):
+        sweep(log_of(arguments))
 
 
-CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {"put": _put, "compact": _compact, "sweep": _sweep}
+CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "put": _put,
+    "insist": _insist,
+    "compact": _compact,
+    "sweep": _sweep,
+}
 
 
 def _child(change: str, arguments: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import shutil
 import time
 import uuid
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
+from power_cuts import cut_power, make_disk, mounted_disk
 from s3_server import BUCKET, S3Server
 from small_changes import (
     SCHEMA,
@@ -362,6 +364,37 @@ def test_races_of_four_with_kills(trials: Trials, tmp_path: Path) -> None:
         holds(log, {f"{name}{at}": 0 for name in lists for at in range(5)} | {"shared": 1, "z": 0})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_everything_at_once(trials: Trials, tmp_path: Path, seed: int) -> None:
+    """Two that add and replace, one that compacts, one that sweeps whatever is unnamed; all of them killed now and then
+    and started again, and the log cut behind them. What was done stays, and every image is there once."""
+    chance = random.Random(seed)
+    log = TransactionLog(str(tmp_path / "store"))
+    old = {f"old{at}": 0 for at in range(4)}
+    put_images(log, old)
+    lists = {name: [{f"{name}{at}": 0} for at in range(6)] + [{f"old{at}": 1} for at in range(4)] for name in "pq"}
+    work: list[tuple[str, dict[str, Any]]] = [("insist", {"images": images}) for images in lists.values()]
+    work += [("compact", {"times": 5}), ("sweep", {"times": 5})]
+    codes = [KILLED] * len(work)
+    for _ in range(60):
+        children = [
+            trials.start(change, store=log.uri, die_at=chance.randrange(4, 120), **arguments)
+            for (change, arguments), code in zip(work, codes, strict=True)
+            if code == KILLED
+        ]
+        ended = [trials.wait(child) for child in children]
+        codes = [ended.pop(0) if code == KILLED else code for code in codes]
+        assert set(codes) <= {0, KILLED}
+        seen_by_a_reader(log)
+        aged(log, 8).cut()
+        if set(codes) == {0}:
+            break
+    assert set(codes) == {0}
+    put_images(log, {"z": 0})
+    holds(log, {f"{name}{at}": 0 for name in lists for at in range(6)} | dict.fromkeys(old, 1) | {"z": 0})
+
+
 # Lost answers
 
 
@@ -698,6 +731,9 @@ def test_compacting_leaves_the_version_of_the_content(log: TransactionLog) -> No
     put_images(log, {"b": 0})
     before = Table(f"{log.uri}/images", SCHEMA).content_version
     compact(log)
+    DeltaTable(f"{log.uri}/images").create_checkpoint()
+    for version in range(3):
+        Path(log.uri, "images", "_delta_log", f"{version:020}.json").unlink()
     after = Table(f"{log.uri}/images", SCHEMA)
     assert after.version == before + 1 and after.content_version == before
 
@@ -726,6 +762,37 @@ def test_a_folder_that_was_removed_by_hand_is_not_made_again(log: TransactionLog
     holds(log, {"a": 0, "b": 0})
 
 
+def test_a_power_cut_at_every_step(trials: Trials, tmp_path: Path) -> None:
+    """What was said to be done is there, and the change that was on its way has happened or has not."""
+    template = make_disk(tmp_path / "template")
+    before, wanted = {"a": 0, "b": 0, "d": 0}, {"a": 1, "b": 0, "c": 0, "d": 0}
+    with mounted_disk(template, tmp_path / "disk") as disk:
+        with_old_images(TransactionLog(str(disk / "store")))
+    for step in range(LONGEST):
+        image = cut_power(template, tmp_path / "image")
+        with mounted_disk(image, tmp_path / "disk") as disk:
+            log = TransactionLog(str(disk / "store"))
+            code = trials.run("put", store=log.uri, images=[{"a": 1, "c": 0}], die_at=step)
+            found = cut_power(image, tmp_path / "found")
+        with mounted_disk(found, tmp_path / "disk"):
+            assert seen_by_a_reader(log) in ([wanted] if code == 0 else [before, wanted]), f"step {step}"
+            put_images(fresh(log), {"a": 1, "c": 0})
+            holds(log, wanted)
+        if code == 0:
+            return
+    raise AssertionError(f"more than {LONGEST} steps")
+
+
+def test_the_first_change_of_a_store_survives_a_power_cut(trials: Trials, tmp_path: Path) -> None:
+    image = make_disk(tmp_path / "image")
+    with mounted_disk(image, tmp_path / "disk") as disk:
+        log = TransactionLog(str(disk / "new" / "store"))
+        assert trials.run("put", store=log.uri, images=[{"a": 0}]) == 0
+        found = cut_power(image, tmp_path / "found")
+    with mounted_disk(found, tmp_path / "disk"):
+        holds(log, {"a": 0})
+
+
 def test_what_a_power_cut_left_of_a_commit_is_made_again(log: TransactionLog) -> None:
     put_images(log, {"a": 0})
     put_images(log, {"a": 1, "b": 0})
@@ -734,6 +801,27 @@ def test_what_a_power_cut_left_of_a_commit_is_made_again(log: TransactionLog) ->
     Path(log.uri, "patches", "_delta_log", f"{2:020}.json").unlink()
     assert put_images(fresh(log), {"a": 1}) is None
     holds(log, {"a": 1, "b": 0})
+    assert all(os.path.getsize(path) for path in files_in(log) if "_delta_log" in path)
+
+
+def test_what_a_power_cut_left_of_a_new_table_is_made_again(log: TransactionLog) -> None:
+    put_images(log, {"a": 0})
+    Path(log.uri_of(1, "published")).unlink()
+    for version in (0, 1):
+        Path(log.uri, "images", "_delta_log", f"{version:020}.json").write_bytes(b"")
+    assert put_images(fresh(log), {"b": 0}) == 2
+    holds(log, {"a": 0, "b": 0})
+
+
+def test_what_a_power_cut_left_of_a_checkpoint_goes(log: TransactionLog) -> None:
+    put_images(log, {"a": 0})
+    put_images(log, {"b": 0})
+    Path(log.uri_of(2, "published")).unlink()
+    DeltaTable(f"{log.uri}/images").create_checkpoint()
+    (checkpoint,) = Path(log.uri, "images", "_delta_log").glob("*.parquet")
+    checkpoint.write_bytes(b"")
+    assert put_images(fresh(log), {"c": 0}) == 3
+    holds(log, {"a": 0, "b": 0, "c": 0})
 
 
 def test_what_counts_is_on_the_disk_before_the_next_step(log: TransactionLog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -800,6 +888,29 @@ def test_damaged_and_newer_logs_are_one_sentence(log: TransactionLog) -> None:
     path.write_text(json.dumps(sound | {"format": 99}))
     with pytest.raises(RequestError, match="newer dinoray"):
         snapshot(log)
+
+
+def test_a_log_that_lost_its_end_is_noticed(log: TransactionLog) -> None:
+    """Its numbers would be used again, and the tables take them for changes that they have."""
+    for image_id in "ab":
+        put_images(log, {image_id: 0})
+    shutil.move(log.folder, f"{log.folder}.away")
+    for use in (lambda: seen_by_a_reader(log), lambda: put_images(log, {"c": 0})):
+        with pytest.raises(JobError, match=r"has transaction 2, and .* ends at 0: .*restore it whole"):
+            use()
+    shutil.move(f"{log.folder}.away", log.folder)
+    holds(log, {"a": 0, "b": 0})
+
+
+def test_a_table_that_was_put_back_is_noticed(log: TransactionLog, tmp_path: Path) -> None:
+    put_images(log, {"a": 0})
+    shutil.copytree(f"{log.uri}/images", tmp_path / "images")
+    put_images(log, {"b": 0})
+    shutil.rmtree(f"{log.uri}/images")
+    shutil.copytree(tmp_path / "images", f"{log.uri}/images")
+    for use in (lambda: seen_by_a_reader(log), lambda: put_images(log, {"c": 0})):
+        with pytest.raises(JobError, match=r"images does not have transaction 2, .*restore it whole"):
+            use()
 
 
 def test_a_damaged_table_is_one_sentence(log: TransactionLog) -> None:
