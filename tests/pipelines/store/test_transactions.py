@@ -680,7 +680,7 @@ def test_what_pointers_stand_on_is_no_garbage(log: TransactionLog) -> None:
 def test_nothing_behind_a_link_is_swept(log: TransactionLog, tmp_path: Path) -> None:
     put_images(log, {"a": 0})
     outside = tmp_path / "outside"
-    (outside / "_delta_log").mkdir(parents=True)
+    Table(str(outside), SCHEMA)
     (outside / "precious.parquet").write_text("somebody's")
     (Path(log.uri) / "parts").symlink_to(outside)
     assert garbage(open_for_writing(aged(log, 8)), 168) == []
