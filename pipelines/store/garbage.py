@@ -17,6 +17,7 @@ from pipelines.store.snapshots import Snapshot
 from pipelines.store.transaction_log import FOLDER
 
 _LOG = "_delta_log"
+_OURS = (".faiss", ".parquet", ".json", ".npz", ".partial")  # beside what pointers name
 
 
 def garbage(current: Snapshot, retention_hours: float) -> list[str]:
@@ -64,7 +65,9 @@ def _may_go(path: str, tables: set[str], folders: set[str]) -> bool:
     folder, _, name = path.rpartition("/")
     if folder == FOLDER:
         return name.endswith(".partial") or name.startswith("probe-")
-    return (folder in tables and name.endswith(".parquet")) or folder in folders
+    if folder.endswith(f"/{_LOG}"):
+        return "#" in name  # a commit that delta-rs had not given its name yet
+    return (folder in tables and name.endswith(".parquet")) or (folder in folders and name.endswith(_OURS))
 
 
 def _is_older(modified: float | None, began: float) -> bool:

@@ -33,6 +33,7 @@ from pipelines.store.transaction_log import FIRST_PAUSE_SECONDS, TRIES, Transact
 APP = "dinoray"  # whose numbers the commits of a table carry
 NEWEST_LOG_FILES = 16  # among which are those of the last commit: one, and a checkpoint now and then
 REMOVED_AT_ONCE = 16
+TORN_AFTER_SECONDS = 10.0  # less than a machine takes to start again
 
 _T = TypeVar("_T")
 
@@ -86,23 +87,29 @@ def _files_since(log: TransactionLog, table: str, version: int) -> list[str]:
 def _remove_torn_files(log: TransactionLog, table: str) -> None:
     """Remove files without content from a table's log, which a power cut leaves of a commit that was on its way.
 
-    delta-rs never shows an empty file, and what was made durable is not empty: it is of a transaction that is published
-    now. `_last_checkpoint` is a hint, which may name what goes.
+    delta-rs gives a file its name when it is whole, and what was made durable is not empty: these are of a transaction
+    that is published now. `_last_checkpoint` is a hint, which may name what goes.
     """
-    torn = [path for path in map(local_path, _newest_files(log, table)) if os.path.getsize(path) == 0]
+    torn = [path for path in map(local_path, _newest_files(log, table)) if _is_torn(path)]
     for path in [*torn, *(os.path.join(os.path.dirname(path), "_last_checkpoint") for path in torn[:1])]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
 
 
-def open_delta(log: TransactionLog, table: str, version: int | None = None) -> DeltaTable | None:
+def _is_torn(path: str) -> bool:
+    """Empty, and not only just now as a folder of another machine may show it."""
+    found = os.stat(path)
+    return found.st_size == 0 and time.time() - found.st_mtime > TORN_AFTER_SECONDS
+
+
+def open_delta(log: TransactionLog, table: str) -> DeltaTable | None:
     """A table of a store, or None where there is none. Nothing is made.
 
     Raises JobError for a log that cannot be read.
     """
     uri = join(log.uri, table)
     try:
-        return repeated(lambda: DeltaTable(uri, version, delta_options(uri, log.options)), uri)
+        return repeated(lambda: DeltaTable(uri, storage_options=delta_options(uri, log.options)), uri)
     except TableNotFoundError:
         return None
     except DeltaError as error:
@@ -170,9 +177,9 @@ def _moved(log: TransactionLog, table: str, version: int) -> bool:
 def _create(log: TransactionLog, entry: TableEntry) -> DeltaTable | None:
     """A table that the transaction begins; None where its folder was removed since, by hand."""
     uri = join(log.uri, entry.table)
-    if entry.schema is None or not all(_exists(log, join(entry.table, file.path)) for file in entry.add[:1]):
+    if entry.schema is None or (entry.add and not _exists(log, join(entry.table, entry.add[0].path))):
         return None
-    with contextlib.suppress(CommitFailedError, DeltaError):  # another publisher made it: it is opened in either case
+    with contextlib.suppress(DeltaError):  # another publisher made it: it is opened in either case
         DeltaTable.create(
             uri,
             schema=Schema.from_json(entry.schema),

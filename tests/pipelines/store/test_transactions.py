@@ -637,11 +637,13 @@ def test_garbage_is_what_nobody_names_once_it_is_old(log: TransactionLog) -> Non
     (Path(log.folder) / "00000000000000000009.json.abc.partial").write_text("a killed writer's")
     (Path(log.uri) / "images" / "notes.txt").write_text("not ours")
     partial = "transactions/00000000000000000009.json.abc.partial"
+    staged = f"images/_delta_log/{9:020}.json#1"
+    Path(log.uri, staged).write_text("a killed writer's")
     assert garbage(open_for_writing(log), 1) == []
     assert garbage(open_for_writing(log), 0.001) == [], "all of it is younger than four seconds"
     late = aged(log, 8)
     assert garbage(open_for_writing(late), 24 * 9) == []
-    assert set(garbage(open_for_writing(late), 168)) == replaced | {leftover, partial}
+    assert set(garbage(open_for_writing(late), 168)) == replaced | {leftover, partial, staged}
     sweep(late, 168)
     assert not any(Path(log.uri, path).exists() for path in replaced | {leftover, partial})
     assert (Path(log.uri) / "images" / "notes.txt").exists()
@@ -664,7 +666,7 @@ def test_readers_of_the_retention_keep_their_files(log: TransactionLog) -> None:
 def test_what_pointers_stand_on_is_no_garbage(log: TransactionLog) -> None:
     folder = Path(log.uri, "index", "photos")
     folder.mkdir(parents=True)
-    for name in ("manifest-1.json", "a.faiss", "manifest-2.json", "b.faiss", "killed.faiss"):
+    for name in ("manifest-1.json", "a.faiss", "manifest-2.json", "b.faiss", "killed.faiss", "notes.txt"):
         (folder / name).write_text(name)
     for at, segment in ((1, "a"), (2, "b")):
         pointer = Pointer(f"index/photos/manifest-{at}.json", None, (f"index/photos/{segment}.faiss",))
@@ -793,11 +795,17 @@ def test_the_first_change_of_a_store_survives_a_power_cut(trials: Trials, tmp_pa
         holds(log, {"a": 0})
 
 
+def tear(path: Path) -> None:
+    """Empty it, as of a moment before the machine started."""
+    path.write_bytes(b"")
+    os.utime(path, (time.time() - 60,) * 2)
+
+
 def test_what_a_power_cut_left_of_a_commit_is_made_again(log: TransactionLog) -> None:
     put_images(log, {"a": 0})
     put_images(log, {"a": 1, "b": 0})
     Path(log.uri_of(2, "published")).unlink()  # it is written when everything is on the disk
-    Path(log.uri, "images", "_delta_log", f"{2:020}.json").write_bytes(b"")
+    tear(Path(log.uri, "images", "_delta_log", f"{2:020}.json"))
     Path(log.uri, "patches", "_delta_log", f"{2:020}.json").unlink()
     assert put_images(fresh(log), {"a": 1}) is None
     holds(log, {"a": 1, "b": 0})
@@ -808,7 +816,7 @@ def test_what_a_power_cut_left_of_a_new_table_is_made_again(log: TransactionLog)
     put_images(log, {"a": 0})
     Path(log.uri_of(1, "published")).unlink()
     for version in (0, 1):
-        Path(log.uri, "images", "_delta_log", f"{version:020}.json").write_bytes(b"")
+        tear(Path(log.uri, "images", "_delta_log", f"{version:020}.json"))
     assert put_images(fresh(log), {"b": 0}) == 2
     holds(log, {"a": 0, "b": 0})
 
@@ -819,7 +827,7 @@ def test_what_a_power_cut_left_of_a_checkpoint_goes(log: TransactionLog) -> None
     Path(log.uri_of(2, "published")).unlink()
     DeltaTable(f"{log.uri}/images").create_checkpoint()
     (checkpoint,) = Path(log.uri, "images", "_delta_log").glob("*.parquet")
-    checkpoint.write_bytes(b"")
+    tear(checkpoint)
     assert put_images(fresh(log), {"c": 0}) == 3
     holds(log, {"a": 0, "b": 0, "c": 0})
 
