@@ -728,16 +728,20 @@ def test_a_reader_of_a_store_of_before_while_its_first_transaction_is_on_its_way
 
 
 def test_compacting_leaves_the_version_of_the_content(log: TransactionLog) -> None:
-    """Which indices and jobs of before go by."""
+    """Which indices and jobs of before go by; where older commits are gone behind a checkpoint too."""
     put_images(log, {"a": 0})
     put_images(log, {"b": 0})
     before = Table(f"{log.uri}/images", SCHEMA).content_version
     compact(log)
+    (merged,) = snapshot(log).files("images")
+    copy = write(log, "images", {"a": 0, "b": 0})
+    change = Change([TableChange("images", SCHEMA, [copy], [merged], rearranges=True)])
+    transact(log, lambda _: change, run_id="r", command="compact")
     DeltaTable(f"{log.uri}/images").create_checkpoint()
-    for version in range(3):
+    for version in range(4):
         Path(log.uri, "images", "_delta_log", f"{version:020}.json").unlink()
     after = Table(f"{log.uri}/images", SCHEMA)
-    assert after.version == before + 1 and after.content_version == before
+    assert after.version == before + 2 and after.content_version == before
 
 
 def test_the_number_survives_checkpoints(log: TransactionLog) -> None:
