@@ -124,7 +124,11 @@ def test_a_change_that_does_not_fit_its_snapshot_is_refused(log: TransactionLog)
         ask(TableChange("images", SCHEMA, list(snapshot(log).files("images").values())))
     with pytest.raises(ValueError, match="names a file twice"):
         ask(TableChange("images", SCHEMA, [file, file]))
-    Path(log.uri, "images", file.path).unlink()
+    path = Path(log.uri, "images", file.path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(JobError, match=rf"has {file.size - 1} bytes where {file.size} were written"):
+        ask(TableChange("images", SCHEMA, [file]))
+    path.unlink()
     with pytest.raises(JobError, match=r"is gone: .*Run the same command again"):
         ask(TableChange("images", SCHEMA, [file]))
     holds(log, {"a": 0})
@@ -482,6 +486,25 @@ def test_a_commit_without_an_answer_is_made_once(
 
 
 @pytest.mark.usefixtures("quick")
+def test_other_programs_that_commit_again_and_again_only_delay_it(
+    log: TransactionLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_images(log, {"a": 0})
+    original, others = DeltaTable.create_write_transaction, list[int]()
+
+    def commit(delta: DeltaTable, *arguments: Any, **named: Any) -> None:
+        if len(others) < 7:
+            others.append(1)
+            DeltaTable(delta.table_uri).alter.set_table_properties({"delta.checkpointInterval": str(50 + len(others))})
+        original(delta, *arguments, **named)
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", commit)
+    assert put_images(log, {"a": 1, "b": 0}) == 2
+    assert len(others) == 7
+    holds(log, {"a": 1, "b": 0})
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_table_that_cannot_be_written_is_completed_by_the_next_command(
     log: TransactionLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -733,6 +756,8 @@ def test_compacting_leaves_the_version_of_the_content(log: TransactionLog) -> No
     put_images(log, {"b": 0})
     before = Table(f"{log.uri}/images", SCHEMA).content_version
     compact(log)
+    said = Path(log.uri, "images", "_delta_log", f"{3:020}.json").read_text()
+    assert said.count('"dataChange":false') == 3 and '"dataChange":true' not in said, "two files merged into one"
     (merged,) = snapshot(log).files("images")
     copy = write(log, "images", {"a": 0, "b": 0})
     change = Change([TableChange("images", SCHEMA, [copy], [merged], rearranges=True)])
