@@ -198,7 +198,9 @@ def kill_everywhere(trials: Trials, new_store: Callable[[], TransactionLog], nam
     raise AssertionError("unreachable")
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("compact", "sweep") else ()) for name in CHANGES]
+)
 def test_killed_at_every_step(trials: Trials, tmp_path: Path, name: str) -> None:
     template = TransactionLog(str(tmp_path / "template"))
     if name != "the first change of a new store":
