@@ -354,7 +354,7 @@ def test_two_processes_of_twenty_transactions_each(trials: Trials, log: Transact
 @pytest.mark.slow
 def test_races_of_four_with_kills(trials: Trials, tmp_path: Path) -> None:
     """Each is killed somewhere and started again until it is through."""
-    for round_number in range(8):
+    for round_number in range(4):
         log = TransactionLog(str(tmp_path / str(round_number)))
         lists = {name: [{f"{name}{at}": 0} for at in range(5)] + [{"shared": 1}] for name in "pqrs"}
         codes = dict.fromkeys(lists, KILLED)
@@ -605,6 +605,28 @@ def test_what_a_dead_sleeper_wrote_under_an_old_number_is_not_taken_for_the_newe
     assert slept == [1]
     assert seen_by_a_reader(log) == {image_id: 0 for image_id in "abcde"}
     assert snapshot(log).table("parts/x/images") is None
+
+
+def test_a_reader_that_slept_is_not_told_what_a_dead_sleeper_wrote(
+    log: TransactionLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_images(log, {"a": 0})
+    stale = json.loads(Path(log.uri_of(1)).read_bytes())
+    stale["pointers"] = {"index/photos": {"file": "index/photos/never.json", "checksum": None, "files": []}}
+    original, slept = TransactionLog.read, list[int]()
+
+    def read(one: TransactionLog, number: int) -> Any:
+        if one is log and not slept:
+            slept.append(number)
+            for image_id in "bcd":
+                put_images(fresh(log), {image_id: 0})
+            assert aged(log, 8).cut() == [1, 2]
+            Path(log.uri_of(1)).write_text(json.dumps(stale))
+        return original(one, number)
+
+    monkeypatch.setattr(TransactionLog, "read", read)
+    current = snapshot(log)
+    assert slept == [1] and (current.number, dict(current.pointers)) == (4, {})
 
 
 def test_a_sleeper_after_its_put_finds_that_others_went_on(log: TransactionLog) -> None:
