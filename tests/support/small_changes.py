@@ -6,6 +6,8 @@ images, and replacing one rewrites its file.
 
 from __future__ import annotations
 
+import os
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -26,6 +28,8 @@ from pipelines.store.transactions import Build, transact
 
 SCHEMA = pa.schema([("image_id", pa.string()), ("version", pa.int64())])
 TABLES = ("patches", "images")  # in the order in which they are published
+
+DAY = 24 * 3600.0  # seconds
 
 Images = dict[str, int]  # image_id -> version
 
@@ -157,3 +161,29 @@ def holds(log: TransactionLog, images: Images) -> None:
 
 def log_of(arguments: dict[str, Any]) -> TransactionLog:
     return TransactionLog(arguments["store"], arguments.get("options") or {})
+
+
+def fresh(log: TransactionLog) -> TransactionLog:
+    """As another process opens it."""
+    return TransactionLog(log.uri, log.options)
+
+
+def in_other_words(log: TransactionLog, images: Images) -> None:
+    """Every image of a store in one file more, by a transaction each: what is to be compacted."""
+    for image_id, version in images.items():
+        put_images(log, {image_id: version})
+
+
+def with_old_images(log: TransactionLog) -> TransactionLog:
+    put_images(log, {"a": 0, "b": 0})
+    put_images(log, {"d": 0})
+    return log
+
+
+def files_in(log: TransactionLog) -> set[str]:
+    return {os.path.join(folder, name) for folder, _, names in os.walk(log.uri) for name in names}
+
+
+def aged(log: TransactionLog, days: float) -> TransactionLog:
+    """The same store as a process sees it whose clock is ahead."""
+    return TransactionLog(log.uri, log.options, clock=lambda: time.time() + days * DAY)
