@@ -359,7 +359,7 @@ def test_a_gpu_where_there_is_none(source: Path, store: Path) -> None:
 @pytest.mark.usefixtures("ray")
 def test_more_workers_than_cpus(source: Path, store: Path) -> None:
     text = sentence(extract(source, store, "run.workers=64", "run.cpus_per_worker=1"))
-    says(text, "64 workers", "4 CPUs", "smaller run.workers")
+    says(text, "64 workers", "4 CPUs", "lower run.workers")
 
 
 @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1"])
