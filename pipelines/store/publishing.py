@@ -27,7 +27,7 @@ from pipelines.storage.errors import explain_write_error, reaching, said
 from pipelines.storage.files import filesystem, join
 from pipelines.storage.filesystems import delta_options, is_local, local_path
 from pipelines.store.changes import TableEntry, Transaction
-from pipelines.store.table import CONTENT_VERSION, Table
+from pipelines.store.table import CONTENT_VERSION_KEY, Table
 from pipelines.store.transaction_log import FIRST_PAUSE_SECONDS, TRIES, TransactionLog
 
 APP = "dinoray"  # whose numbers the commits of a table carry
@@ -212,7 +212,7 @@ def _commit(log: TransactionLog, delta: DeltaTable, transaction: Transaction, en
     actions += [RemoveAction(path, changes_rows, transaction.created_ms) for path in entry.remove]
     about = {"run_id": transaction.run_id, "command": transaction.command, "token": transaction.token}
     if entry.rearranges:
-        about[CONTENT_VERSION] = str(as_table(log, entry.table, delta).content_version)
+        about[CONTENT_VERSION_KEY] = str(as_table(log, entry.table, delta).content_version)
     delta.create_write_transaction(
         actions,
         mode="append",

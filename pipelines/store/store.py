@@ -24,6 +24,7 @@ from pipelines.store.failures import STORAGE_ERROR
 from pipelines.store.schemas import FAILURES, IMAGES, SCHEMA_VERSION, descriptor_columns, patches_schema
 from pipelines.store.spec import fingerprint, make_spec, spec_differences
 from pipelines.store.table import Table
+from pipelines.store.transaction_log import TransactionLog
 
 
 class Store:
@@ -44,6 +45,12 @@ class Store:
     @cached_property
     def failures(self) -> Table:
         return Table(storage.join(self.uri, "failures"), FAILURES, self.config.storage.options)
+
+    @cached_property
+    def log(self) -> TransactionLog:
+        """What `transact` writes changes of this store to."""
+        hours = self.config.compact.retention_hours
+        return TransactionLog(self.uri, self.config.storage.options, retention_hours=hours)
 
     @classmethod
     def open_existing(cls, uri: str, config: Config) -> Store | None:
@@ -299,7 +306,7 @@ def config_of(stored: dict[str, Any], config: Config) -> Config:
     spec["features"].pop("rope", None)
     if not spec["image"].get("shorter_side"):
         spec["image"].pop("shorter_side", None)
-    return make_config({**spec, "run": config.run.model_dump(), "storage": config.storage.model_dump()})
+    return make_config({**spec, **config.model_dump(include={"run", "storage", "compact"})})
 
 
 def refuse_memory(uri: str, what: str) -> None:
