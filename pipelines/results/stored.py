@@ -17,6 +17,7 @@ from pipelines import storage
 from pipelines.results.names import result_names, result_uri
 from pipelines.store.linked_tables import LinkedTables
 from pipelines.store.table import Table
+from pipelines.store.transaction_log import TransactionLog
 
 
 @dataclass
@@ -75,8 +76,10 @@ class ResultTables(StoredResult):
     schemas: ClassVar[Mapping[str, pa.Schema]]
     leading: ClassVar[str]
 
-    def __init__(self, store: str, name: str, options: storage.Options) -> None:
+    def __init__(self, store: str, name: str, options: storage.Options, log: TransactionLog | None = None) -> None:
+        """log: of the store, for those who change the tables."""
         self.name = name
+        self.log = log or TransactionLog(store, options)
         self.uri = result_uri(store, self.kind, name)
         self.options = options
         self.tables = {
@@ -84,11 +87,13 @@ class ResultTables(StoredResult):
         }
 
     @classmethod
-    def open_existing(cls, store: str, name: str, options: storage.Options) -> Self | None:
+    def open_existing(
+        cls, store: str, name: str, options: storage.Options, log: TransactionLog | None = None
+    ) -> Self | None:
         """The tables of NAME, or None where there are none yet; nothing is written."""
         uri = result_uri(store, cls.kind, name)
         exist = all(Table.exists(storage.join(uri, table), options) for table in cls.schemas)
-        return cls(store, name, options) if exist else None
+        return cls(store, name, options, log) if exist else None
 
     @classmethod
     def all_in(cls, store: str, options: storage.Options) -> dict[str, Self]:
