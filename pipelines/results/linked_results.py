@@ -123,16 +123,20 @@ class LinkedResult(ResultTables, Generic[_Report]):
         self._seen = set(self.tables[self.leading].files())
         return found
 
-    def drop(self, rows: pa.Table, run_id: str) -> int:
+    def drop(self, rows: pa.Table, run_id: str, *, planned_on: int | None = None) -> int | None:
         """Remove rows of the leading table and what belongs to them. Returns how many were removed.
 
         rows: their versioned columns; the same things in other versions, which another run may have added meanwhile,
-        stay.
+        stay. planned_on: version of the store's images that these rows were found outdated by; where it has another one
+        now, nothing is removed, and None is returned: look again.
         """
         unwanted = _joined(rows, self.versioned)
-        removed: list[int] = [0]
+        removed: list[int | None] = [0]
 
         def build(current: Snapshot) -> Change | None:
+            if planned_on is not None and current.version("images") != planned_on:
+                removed[0] = None
+                return None
             hits = self._hits(current, lambda held: pc.is_in(_joined(held, self.versioned), value_set=unwanted))
             removed[0] = sum(map(len, hits.values()))
             return self._change(self._without(current, hits, run_id))
@@ -146,7 +150,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
         removed: list[int] = [0]
 
         def build(current: Snapshot) -> Change | None:
-            hits = self._hits(current, lambda held: pa.array(~self._are_current(current, held)))
+            hits = self._hits(current, lambda held: pa.array(~self.are_current(current, held)))
             removed[0] = sum(map(len, hits.values()))
             return self._change(self._without(current, hits, run_id))
 
@@ -168,7 +172,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
             if rows is None:
                 return None
             keys = self.keys_of(rows)
-            ours_current = self._are_current(current, rows)
+            ours_current = self.are_current(current, rows)
             there = self._rows_elsewhere(current, keys)
             done, replaced = self._done_and_outdated(current, there)
             is_done = np.asarray(pc.is_in(keys, value_set=done))
@@ -191,7 +195,8 @@ class LinkedResult(ResultTables, Generic[_Report]):
 
     # What a change is decided by
 
-    def _are_current(self, current: Snapshot, rows: pa.Table) -> np.ndarray:
+    def are_current(self, current: Snapshot, rows: pa.Table) -> np.ndarray:
+        """(n,) bool: whether rows of the leading table were made from what the store holds."""
         return self._images.are_current(current, rows, self.extractions)
 
     def _rows_elsewhere(self, current: Snapshot, wanted: pa.Array) -> dict[str, pa.Table]:
@@ -206,7 +211,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
         """(keys of rows that are there and right, the other rows by file)."""
         done, outdated = [_NOTHING], {}
         for path, rows in there.items():
-            right = self._are_current(current, rows)
+            right = self.are_current(current, rows)
             done.append(self.keys_of(rows.filter(pa.array(right))))
             outdated[path] = rows.filter(pa.array(~right))
         return pa.concat_arrays(done), outdated
