@@ -102,7 +102,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
         found: dict[str, int] = {}
 
         def build(current: Snapshot) -> Change | None:
-            leading, data = current.files(self._path(self.leading)), current.files(self._path(self.data))
+            leading, data = current.files(self.path_of(self.leading)), current.files(self.path_of(self.data))
             named = {path: self._shards(path) for path in leading}
             lost = set[str]().union(*named.values()) - data.keys()
             orphans = data.keys() - set[str]().union(*named.values())
@@ -202,7 +202,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
     def _rows_elsewhere(self, current: Snapshot, wanted: pa.Array) -> dict[str, pa.Table]:
         """Rows with some keys in files that this run's plan did not see, by file."""
         found = {}
-        for path in sorted(current.files(self._path(self.leading)).keys() - self._seen):
+        for path in sorted(current.files(self.path_of(self.leading)).keys() - self._seen):
             rows = self._leading_rows(path)
             found[path] = rows.filter(pc.is_in(self.keys_of(rows), value_set=wanted))
         return {path: rows for path, rows in found.items() if len(rows)}
@@ -237,7 +237,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
     def _hits(self, current: Snapshot, unwanted: Any) -> dict[str, pa.Table]:
         """Rows that a condition holds for, by file of the leading table."""
         found = {}
-        for path in current.files(self._path(self.leading)):
+        for path in current.files(self.path_of(self.leading)):
             rows = self._leading_rows(path)
             found[path] = rows.filter(unwanted(rows))
         return {path: rows for path, rows in found.items() if len(rows)}
@@ -249,7 +249,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
         that names it follows.
         """
         edits = _Edits()
-        leading, data = current.files(self._path(self.leading)), current.files(self._path(self.data))
+        leading, data = current.files(self.path_of(self.leading)), current.files(self.path_of(self.data))
         going: dict[str, list[str]] = {}
         for rows in hits.values():
             for shard, key in zip(rows["shard"].to_pylist(), self.keys_of(rows).to_pylist(), strict=True):
@@ -306,13 +306,10 @@ class LinkedResult(ResultTables, Generic[_Report]):
     def _shards(self, path: str) -> set[str]:
         return set(pc.unique(self.tables[self.leading].read_file(path, ["shard"])["shard"]).to_pylist()) - {None}
 
-    def _path(self, table: str) -> str:
-        return f"{self.path}/{table}"
-
     def _change(self, edits: _Edits) -> Change | None:
         """The leading table comes last; None where nothing changes."""
         tables = [
-            TableChange(self._path(table), self.schemas[table], edits.add.get(table, ()), edits.remove.get(table, ()))
+            TableChange(self.path_of(table), self.schemas[table], edits.add.get(table, ()), edits.remove.get(table, ()))
             for table in (self.data, self.leading)
         ]
         tables = [one for one in tables if one.add or one.remove]

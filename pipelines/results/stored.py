@@ -101,6 +101,10 @@ class ResultTables(StoredResult):
         found = {name: cls.open_existing(store, name, options) for name in result_names(store, cls.kind, options)}
         return {name: result for name, result in found.items() if result is not None}
 
+    def path_of(self, table: str) -> str:
+        """A table's path in the store: clusters/words/centroids."""
+        return f"{self.path}/{table}"
+
     def refresh(self) -> None:
         """See what others committed."""
         for table in self.tables.values():
