@@ -57,8 +57,15 @@ class ClusterTables(ResultTables):
     schemas: ClassVar = {"assignments": ASSIGNMENTS, "centroids": CENTROIDS}
     leading = "assignments"
 
-    def __init__(self, store: str, name: str, options: storage.Options, log: TransactionLog | None = None) -> None:
-        super().__init__(store, name, options, log)
+    def __init__(
+        self,
+        store: str,
+        name: str,
+        options: storage.Options,
+        log: TransactionLog | None = None,
+        tables: Mapping[str, Table] | None = None,
+    ) -> None:
+        super().__init__(store, name, options, log, tables)
         self._covered: dict[str, pa.Table] = {}
         self._copies: dict[tuple[str, frozenset[str]], tuple[DataFile | None, Statistics]] = {}
 

@@ -63,8 +63,15 @@ class LinkedResult(ResultTables, Generic[_Report]):
     rows_are: ClassVar[str]
     command: ClassVar[str]
 
-    def __init__(self, store: str, name: str, options: storage.Options, log: TransactionLog | None = None) -> None:
-        super().__init__(store, name, options, log)
+    def __init__(
+        self,
+        store: str,
+        name: str,
+        options: storage.Options,
+        log: TransactionLog | None = None,
+        tables: Mapping[str, Table] | None = None,
+    ) -> None:
+        super().__init__(store, name, options, log, tables)
         self._seen = set(self.tables[self.leading].files())
         self._images = ExtractedImages()
         self._copies: dict[Any, DataFile | None] = {}

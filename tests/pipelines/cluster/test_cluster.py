@@ -8,8 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import pytest
 from deltalake import DeltaTable
 from documents import python_of_section
 from hand_made import add_described, described
+from local_clusters import use_local_workers
 from s3_server import BUCKET, S3Server
 from small_runs import as_options, settings
 from typer.testing import CliRunner, Result
@@ -29,14 +28,10 @@ from pipelines.cli import app
 from pipelines.cluster import actors
 from pipelines.cluster import job as cluster
 from pipelines.cluster import training as cluster_training
-from pipelines.cluster.vectors import list_units, split_units
-from pipelines.cluster.worker import ClusterWorker
 from pipelines.errors import JobError, RequestError
 from pipelines.results.cluster_models import checkpoint_uri, read_model
 from pipelines.results.clusters import ClusterTables, training_of
-from pipelines.running.interrupts import interruptible
 from pipelines.running.layout import Layout
-from pipelines.running.progress import StatusLine
 from pipelines.settings.loading import load_config
 from pipelines.settings.sections import Config
 from pipelines.store.extraction import drop_images
@@ -68,31 +63,9 @@ def add(store: Store, run: int, images: range, of: np.ndarray | None = None, ver
     add_described(store, f"2020010{run}T000000Z-00000{run}", made, version)
 
 
-class LocalWorkers(cluster_training.Workers):
-    """Workers in this process."""
-
-    def _start(self, method: str, *args: Any) -> list[Any]:
-        return [getattr(actor, method)(*args) for actor in self._actors]
-
-    def _ask(self, method: str, *args: Any) -> list[Any]:
-        return self._start(method, *args)
-
-    def _add(self, sums: list[Any]) -> Any:
-        return sum(sums[1:], sums[0])
-
-
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers without Ray, whose processes would take longer to start than these tests."""
-
-    @contextmanager
-    def workers(job: Any, images: pa.Table) -> Iterator[tuple[LocalWorkers, StatusLine]]:
-        setup = actors.worker_setup(job, "cpu", 2, 1e9)
-        shares = split_units(list_units(job.store, job.asked, images), 2)
-        with interruptible(), StatusLine() as line:
-            yield LocalWorkers([ClusterWorker(setup, share) for share in shares]), line
-
-    monkeypatch.setattr(actors, "started_workers", workers)
+    use_local_workers(monkeypatch)
 
 
 @pytest.fixture

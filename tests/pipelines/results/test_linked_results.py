@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from every_step import at_every_step, die
 from small_results import KINDS, SIDE, Kind, extracted, new_store, opened, run_ids, write_parts
-from trials import at_step
 
 from pipelines.results import part_checks
 from pipelines.results.parts import PartTables
@@ -21,30 +17,6 @@ from pipelines.store.schemas import PARTS_IMAGES, PARTS_PATCHES
 from pipelines.store.transactions import transact
 
 of_each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-
-
-class _Killed(BaseException):
-    """What ends a run at one of its steps, as a kill does."""
-
-
-def _die() -> None:
-    raise _Killed
-
-
-def at_every_step(
-    begin: Path, folder: Path, run: Callable[[str], object], act: Callable[[str], object]
-) -> Iterator[str]:
-    """Have `run` disturbed by `act` before each of its steps, each time on a copy of a store; the copies."""
-    number = 0
-    while True:
-        store = str(shutil.copytree(begin, folder / f"{number}"))
-        with at_step(number, partial(act, store)) as taken, contextlib.suppress(_Killed):
-            run(store)
-        if len(taken) <= number:
-            break
-        yield store
-        number += 1
-    assert number > 5, "it took next to no steps"
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
@@ -71,7 +43,7 @@ def test_a_run_brings_a_result_up_to_date(changed: tuple[Kind, Path]) -> None:
 def test_a_run_is_killed_at_any_step_and_another_goes_on(changed: tuple[Kind, Path], tmp_path: Path) -> None:
     """After it images change, and then the same command is given."""
     kind, begin = changed
-    for store in at_every_step(begin, tmp_path, lambda store: kind.job(store, "r4"), lambda _: _die()):
+    for store in at_every_step(begin, tmp_path, lambda store: kind.job(store, "r4"), die):
         extracted(opened(store), "r5", "a")
         kind.job(store, "r6")
         kind.holds(store)
