@@ -8,7 +8,7 @@ the files that hold them then.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -138,31 +138,37 @@ class LinkedResult(ResultTables, Generic[_Report]):
         now, nothing is removed, and None is returned: look again.
         """
         unwanted = _joined(rows, self.versioned)
-        removed: list[int | None] = [0]
 
-        def build(current: Snapshot) -> Change | None:
+        def find(current: Snapshot) -> dict[str, pa.Table] | None:
             if planned_on is not None and current.version("images") != planned_on:
-                removed[0] = None
                 return None
-            hits = self._hits(current, lambda held: pc.is_in(_joined(held, self.versioned), value_set=unwanted))
-            removed[0] = sum(map(len, hits.values()))
-            return self._change(self._without(current, hits, run_id))
+            return self._hits(current, lambda held: pc.is_in(_joined(held, self.versioned), value_set=unwanted))
 
-        if len(unwanted):
-            self._transact(build, run_id)
-        return removed[0]
+        return self._drop(find, run_id) if len(unwanted) else 0
 
     def drop_outdated(self, run_id: str) -> int:
         """Remove rows of images that were extracted again, or are gone. Returns how many were removed."""
-        removed: list[int] = [0]
+        removed = self._drop(
+            lambda current: self._hits(current, lambda held: pa.array(~self.are_current(current, held))), run_id
+        )
+        assert removed is not None
+        return removed
+
+    def _drop(self, find: Callable[[Snapshot], dict[str, pa.Table] | None], run_id: str) -> int | None:
+        """Remove rows that `find` names in a snapshot, by file of the leading table; how many, or None where it says
+        None."""
+        found: list[tuple[dict[str, pa.Table] | None, _Edits]] = []
 
         def build(current: Snapshot) -> Change | None:
-            hits = self._hits(current, lambda held: pa.array(~self.are_current(current, held)))
-            removed[0] = sum(map(len, hits.values()))
-            return self._change(self._without(current, hits, run_id))
+            hits = find(current)
+            found[:] = [(hits, self._without(current, hits or {}, run_id))]
+            return self._change(found[0][1])
 
         self._transact(build, run_id)
-        return removed[0]
+        ((hits, edits),) = found
+        if self._seen.issuperset(edits.remove.get(self.leading, ())):
+            self._seen |= {file.path for file in edits.add.get(self.leading, ())}
+        return None if hits is None else sum(map(len, hits.values()))
 
     def commit(self, reports: Iterable[_Report], run_id: str) -> list[_Report]:
         """Make files of workers visible. Returns what became visible.
