@@ -20,8 +20,13 @@ from pipelines.cluster import job as cluster
 from pipelines.errors import JobError
 from pipelines.results import cluster_checks
 from pipelines.results.clusters import ClusterTables
-from pipelines.store.snapshots import snapshot
+from pipelines.store.changes import Change, TableChange
+from pipelines.store.parquet import new_file_name
+from pipelines.store.rewriting import merge_files
+from pipelines.store.schemas import ASSIGNMENTS
+from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.store import Store
+from pipelines.store.transactions import transact
 
 NAME = "words"
 
@@ -131,6 +136,26 @@ def test_an_update_that_ends_while_a_training_is_at_work(begun: Path, tmp_path: 
 
     for store in at_every_step(begun, tmp_path, run, other):
         fits(store)
+        update(store)
+        holds(store)
+
+
+def test_files_are_merged_while_an_update_is_at_work(begun: Path, tmp_path: Path) -> None:
+    def merge(store: str) -> None:
+        tables = ClusterTables(store, NAME, {})
+        path = tables.path_of("assignments")
+
+        def build(current: Snapshot) -> Change:
+            old = current.files(path)
+            name = new_file_name(tables.training_in(current))
+            merged = merge_files(tables.assignments, list(old.values()), name)
+            return Change([TableChange(path, ASSIGNMENTS, [merged], list(old), rearranges=True)])
+
+        transact(tables.log, build, run_id="compact", command="compact")
+
+    for store in at_every_step(begun, tmp_path, update, merge):
+        holds(store)
+        add(store, 3, "bh")
         update(store)
         holds(store)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +13,10 @@ from small_results import KINDS, SIDE, Kind, extracted, new_store, opened, run_i
 from pipelines.results import part_checks
 from pipelines.results.parts import PartTables
 from pipelines.store.changes import Change, TableChange
+from pipelines.store.parquet import new_file_name
 from pipelines.store.rewriting import merge_files
-from pipelines.store.schemas import PARTS_IMAGES, PARTS_PATCHES
+from pipelines.store.schemas import PARTS_IMAGES
+from pipelines.store.snapshots import Snapshot
 from pipelines.store.transactions import transact
 
 of_each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -144,35 +147,55 @@ def test_what_was_killed_between_two_commits_is_mended(tmp_path: Path, kind: Kin
 # Files that several files name
 
 
-def _merged(store: str) -> PartTables:
-    """Parts whose two files of images name one file of patches, as `compact` leaves them where masks are large."""
-    tables = PartTables(store, "m", {})
-    patches = list(tables.patches.files().values())
-    merged = merge_files(tables.patches, patches, "part-compact-0123456789ab.parquet")
-    add = []
-    for path in tables.images.files():
-        rows = tables.images.read_file(path).cast(PARTS_IMAGES)
-        shards = pa.array([merged.path] * len(rows), pa.string())
-        renamed = rows.set_column(rows.schema.get_field_index("shard"), "shard", shards)
-        add.append(tables.images.write_file(path.replace("part-", "part-c"), renamed))
-    removed = list(tables.images.files())
-    change = Change(
-        [
-            TableChange("parts/m/patches", PARTS_PATCHES, [merged], [file.path for file in patches], rearranges=True),
-            TableChange("parts/m/images", PARTS_IMAGES, add, removed, rearranges=True),
-        ]
-    )
-    transact(tables.log, lambda _: change, run_id="compact", command="compact")
-    tables.refresh()
-    assert len(tables.images.files()) == 2 and len(tables.patches.files()) == 1
-    return tables
+def compact(store: str, kind: Kind) -> None:
+    """One file of data, which all files of the leading table name: as `compact` leaves them where those are large."""
+    tables = kind.tables(store)
+    data, leading = tables.tables[tables.data], tables.tables[tables.leading]
+
+    def build(current: Snapshot) -> Change:
+        old = current.files(tables.path_of(tables.data))
+        merged = merge_files(data, list(old.values()), new_file_name("compact"))
+        copies = []
+        for path in (of_leading := current.files(tables.path_of(tables.leading))):
+            rows = leading.read_file(path).cast(leading.schema)
+            shards = pa.array([shard and merged.path for shard in rows["shard"].to_pylist()], pa.string())
+            renamed = rows.set_column(rows.schema.get_field_index("shard"), "shard", shards)
+            copies.append(leading.write_file(new_file_name("compact"), renamed))
+        changed = ((tables.data, [merged], old), (tables.leading, copies, of_leading))
+        return Change(
+            [
+                TableChange(tables.path_of(table), tables.schemas[table], add, list(remove), rearranges=True)
+                for table, add, remove in changed
+            ]
+        )
+
+    transact(tables.log, build, run_id="compact", command="compact")
+
+
+def test_files_are_merged_while_a_run_is_at_work(changed: tuple[Kind, Path], tmp_path: Path) -> None:
+    kind, begin = changed
+    merge = partial(compact, kind=kind)
+    for store in at_every_step(begin, tmp_path, lambda store: kind.job(store, "r4"), merge):
+        kind.holds(store)
+        kind.job(store, "r5")
+        kind.holds(store)
+
+
+def test_a_run_ends_while_files_are_merged(changed: tuple[Kind, Path], tmp_path: Path) -> None:
+    kind, begin = changed
+    merge = partial(compact, kind=kind)
+    for store in at_every_step(begin, tmp_path, merge, lambda store: kind.job(store, "r4")):
+        kind.holds(store)
 
 
 def test_an_image_is_dropped_from_a_file_that_two_files_name(tmp_path: Path) -> None:
     parts = KINDS[1]
     store = new_store(str(tmp_path / "store"), "abcd").uri
     parts.job(store, "r2")
-    tables = _merged(store)
+    tables = PartTables(store, "m", {})
+    compact(store, parts)
+    tables.refresh()
+    assert len(tables.images.files()) == 2 and len(tables.patches.files()) == 1
     rows = tables.images.read(["set_id", "image_id", "set_version"])
     assert tables.drop(rows.filter(pa.array([one == "b" for one in rows["image_id"].to_pylist()])), "r3") == 1
     assert parts.things(tables).keys() == set("acd")
