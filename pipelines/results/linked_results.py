@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -25,7 +26,7 @@ from pipelines.store.linked_tables import LinkedTables
 from pipelines.store.parquet import DataFile, open_parquet
 from pipelines.store.rewriting import rewrite
 from pipelines.store.snapshots import Snapshot
-from pipelines.store.table import Table
+from pipelines.store.table import READS_AT_ONCE, Table
 from pipelines.store.transaction_log import TransactionLog
 from pipelines.store.transactions import transact
 
@@ -110,12 +111,12 @@ class LinkedResult(ResultTables, Generic[_Report]):
 
         def build(current: Snapshot) -> Change | None:
             leading, data = current.files(self.path_of(self.leading)), current.files(self.path_of(self.data))
-            named = {path: self._shards(path) for path in leading}
+            named = {path: _shards(rows) for path, rows in self._read(leading, ["shard"]).items()}
             lost = set[str]().union(*named.values()) - data.keys()
             orphans = data.keys() - set[str]().union(*named.values())
             restored = [file for shard in sorted(lost) if (file := describe_file(self.tables[self.data], shard))]
             gone = lost.difference(file.path for file in restored)
-            hits = {path: self._leading_rows(path) for path, shards in named.items() if shards & gone}
+            hits = self._leading_rows([path for path, shards in named.items() if shards & gone])
             value_set = pa.array(sorted(gone), pa.string())
             hits = {path: rows.filter(pc.is_in(rows["shard"], value_set=value_set)) for path, rows in hits.items()}
             found["orphans_removed"] = len(orphans)
@@ -214,20 +215,19 @@ class LinkedResult(ResultTables, Generic[_Report]):
 
     def _rows_elsewhere(self, current: Snapshot, wanted: pa.Array) -> dict[str, pa.Table]:
         """Rows with some keys in files that this run's plan did not see, by file."""
-        found = {}
-        for path in sorted(current.files(self.path_of(self.leading)).keys() - self._seen):
-            rows = self._leading_rows(path)
-            found[path] = rows.filter(pc.is_in(self.keys_of(rows), value_set=wanted))
-        return {path: rows for path, rows in found.items() if len(rows)}
+        unseen = current.files(self.path_of(self.leading)).keys() - self._seen
+        return self._those(unseen, lambda rows: pc.is_in(self.keys_of(rows), value_set=wanted))
 
-    def _done_and_outdated(self, current: Snapshot, there: Mapping[str, pa.Table]) -> tuple[pa.Array, dict[str, Any]]:
+    def _done_and_outdated(
+        self, current: Snapshot, there: Mapping[str, pa.Table]
+    ) -> tuple[pa.Array, dict[str, pa.Table]]:
         """(keys of rows that are there and right, the other rows by file)."""
-        done, outdated = [_NOTHING], {}
-        for path, rows in there.items():
-            right = self.are_current(current, rows)
-            done.append(self.keys_of(rows.filter(pa.array(right))))
-            outdated[path] = rows.filter(pa.array(~right))
-        return pa.concat_arrays(done), outdated
+        if not there:
+            return _NOTHING, {}
+        right = self.are_current(current, pa.concat_tables(there.values()))
+        of_file = dict(zip(there, _split(right, there.values()), strict=True))
+        done = [self.keys_of(rows.filter(pa.array(of_file[path]))) for path, rows in there.items()]
+        return pa.concat_arrays(done), {path: rows.filter(pa.array(~of_file[path])) for path, rows in there.items()}
 
     def _reduce(self, report: _Report, gone: pa.Array, run_id: str) -> _Report | None:
         """A report without some keys; None when nothing is left of it."""
@@ -247,13 +247,18 @@ class LinkedResult(ResultTables, Generic[_Report]):
 
     # What it takes to remove rows
 
-    def _hits(self, current: Snapshot, unwanted: Any) -> dict[str, pa.Table]:
+    def _hits(self, current: Snapshot, unwanted: Callable[[pa.Table], Any]) -> dict[str, pa.Table]:
         """Rows that a condition holds for, by file of the leading table."""
-        found = {}
-        for path in current.files(self.path_of(self.leading)):
-            rows = self._leading_rows(path)
-            found[path] = rows.filter(unwanted(rows))
-        return {path: rows for path, rows in found.items() if len(rows)}
+        return self._those(current.files(self.path_of(self.leading)), unwanted)
+
+    def _those(self, paths: Iterable[str], wanted: Callable[[pa.Table], Any]) -> dict[str, pa.Table]:
+        """Rows of files of the leading table that a condition holds for; it is asked once, of all rows."""
+        held = self._leading_rows(paths)
+        if not held:
+            return {}
+        found = np.asarray(wanted(pa.concat_tables(held.values())))
+        parts = zip(held.items(), _split(found, held.values()), strict=True)
+        return {path: rows.filter(pa.array(part)) for (path, rows), part in parts if part.any()}
 
     def _without(self, current: Snapshot, hits: Mapping[str, pa.Table], run_id: str) -> _Edits:
         """The files that change when rows go. hits: rows by file of the leading table.
@@ -284,7 +289,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
     def _names(self, file: DataFile, shards: Sequence[DataFile]) -> bool:
         """Whether rows of a file of the leading table name one of some files of data."""
         near = {one.path for one in shards if one.min_id <= file.max_id and file.min_id <= one.max_id}
-        return bool(near and near & self._shards(file.path))
+        return bool(near) and bool(near & _shards(self._read([file.path], ["shard"])[file.path]))
 
     def _copy_of_data(self, file: DataFile, gone: pa.Array, run_id: str) -> DataFile | None:
         def change(rows: pa.Table) -> pa.Table:
@@ -311,13 +316,19 @@ class LinkedResult(ResultTables, Generic[_Report]):
 
     # Reading and writing
 
-    def _leading_rows(self, path: str) -> pa.Table:
-        """What a change is decided by, of the rows of a file of the leading table."""
+    def _leading_rows(self, paths: Iterable[str]) -> dict[str, pa.Table]:
+        """What a change is decided by, of the rows of some files of the leading table, by file."""
         columns = [*self.versioned, *(run_id for _, run_id in self.extractions), "shard"]
-        return self.tables[self.leading].read_file(path, list(dict.fromkeys(columns)))
+        return self._read(paths, list(dict.fromkeys(columns)))
 
-    def _shards(self, path: str) -> set[str]:
-        return set(pc.unique(self.tables[self.leading].read_file(path, ["shard"])["shard"]).to_pylist()) - {None}
+    def _read(self, paths: Iterable[str], columns: list[str]) -> dict[str, pa.Table]:
+        """Some columns of files of the leading table, by file."""
+        table, paths = self.tables[self.leading], sorted(paths)
+        schema = pa.schema([table.schema.field(name) for name in columns])
+        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            return dict(
+                zip(paths, pool.map(lambda path: table.read_file(path, columns).cast(schema), paths), strict=True)
+            )
 
     def _change(self, edits: _Edits) -> Change | None:
         """The leading table comes last; None where nothing changes."""
@@ -336,6 +347,16 @@ class LinkedResult(ResultTables, Generic[_Report]):
 
 
 _NOTHING = pa.array([], pa.string())
+
+
+def _shards(rows: pa.Table) -> set[str]:
+    """The files of data that rows name."""
+    return set(pc.unique(rows["shard"]).to_pylist()) - {None}
+
+
+def _split(values: np.ndarray, tables: Iterable[pa.Table]) -> list[np.ndarray]:
+    """Values of the rows of several tables, table by table."""
+    return np.split(values, np.cumsum([len(rows) for rows in tables])[:-1])
 
 
 def _joined(rows: pa.Table, columns: Sequence[str]) -> pa.Array:
