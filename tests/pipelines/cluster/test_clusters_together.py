@@ -176,6 +176,13 @@ def test_two_trainings_at_once(begun: Path, tmp_path: Path) -> None:
         assert run(store).status == "unchanged"
 
 
+def test_two_first_trainings_at_once(tmp_path: Path) -> None:
+    add(Store.create(str(tmp_path / "store"), settings()).uri, 1, "abcd")
+    for store in at_every_step(tmp_path / "store", tmp_path, run, run):
+        holds(store)
+        assert run(store).status == "unchanged"
+
+
 def test_the_model_is_pointed_at_and_a_damaged_one_is_not_used(begun: Path) -> None:
     store = str(begun)
     tables = ClusterTables.open_existing(store, NAME, {})

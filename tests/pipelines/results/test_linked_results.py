@@ -60,6 +60,16 @@ def test_two_runs_at_once(changed: tuple[Kind, Path], tmp_path: Path) -> None:
         kind.holds(store)
 
 
+@of_each_kind
+def test_two_runs_that_begin_a_result_at_once(tmp_path: Path, kind: Kind) -> None:
+    new_store(str(tmp_path / "store"), "abc")
+    job = kind.job
+    for store in at_every_step(
+        tmp_path / "store", tmp_path, lambda store: job(store, "r2"), lambda store: job(store, "r3")
+    ):
+        kind.holds(store)
+
+
 def test_images_change_while_a_run_is_at_work(changed: tuple[Kind, Path], tmp_path: Path) -> None:
     """And another run takes them up before this one goes on, whose results are of images that are no more."""
     kind, begin = changed
