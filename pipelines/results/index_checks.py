@@ -26,6 +26,7 @@ from pipelines.results.indices import (
     without_dead,
 )
 from pipelines.results.stored import Findings
+from pipelines.store.parquet import why_unreadable
 from pipelines.store.store import Store
 
 SCHEMAS = {"images": IMAGES, "cells": CELLS, "dead": DEAD}
@@ -86,7 +87,7 @@ def _read(store: Store, name: str, piece: str, file: str) -> tuple[Any, str]:
         content = read_file(store, name, file)
     except (OSError, RuntimeError, pa.ArrowException) as error:
         # FAISS raises RuntimeError
-        return None, f"{file} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        return None, f"{file} cannot be read ({why_unreadable(error)})"
     if piece in SCHEMAS and not content.schema.equals(SCHEMAS[piece]):
         return None, f"{file} has other columns than an index has ({', '.join(content.schema.names)})"
     return content, ""

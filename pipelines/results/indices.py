@@ -33,7 +33,7 @@ from dino_ops.nearest import Kind, NearestIndex, estimate_bytes
 from pipelines import storage
 from pipelines.errors import JobError, RequestError
 from pipelines.results.names import result_names, result_uri
-from pipelines.store.parquet import open_parquet
+from pipelines.store.parquet import DamagedFile, open_parquet, why_unreadable
 from pipelines.store.store import Store
 
 SCHEMA_VERSION = 1
@@ -341,19 +341,18 @@ def _explained(store: Store, name: str) -> Iterator[None]:
             f"{error.filename or uri} is gone: the index {name} was updated at this moment or is damaged; "
             f"run the same command again, or remove {uri} and run `dinoray index` again."
         ) from None
-    except (RuntimeError, pa.ArrowException) as error:
+    except (RuntimeError, pa.ArrowException, DamagedFile) as error:
         # FAISS raises RuntimeError
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise JobError(
-            f"A file of the index {name} cannot be read ({said}): `dinoray verify {store.uri}` says which; remove "
-            f"{uri} and run `dinoray index` again."
+            f"A file of the index {name} cannot be read ({why_unreadable(error)}): `dinoray verify {store.uri}` says "
+            f"which; remove {uri} and run `dinoray index` again."
         ) from None
 
 
 def _write_parquet(table: pa.Table, uri: str, options: storage.Options) -> None:
     fs, path = storage.filesystem(uri, options)
     with fs.open(path, "wb") as sink:
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
 
 
 def _read_faiss(uri: str, options: storage.Options) -> Any:

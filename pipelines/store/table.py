@@ -250,8 +250,13 @@ class Table:
         return write_parquet(self.uri, name, rows, self.options)
 
     def read_file(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        with open_parquet(self._place(name), self.options) as parquet:
-            return parquet.read(columns)
+        """Raises JobError for a file that is gone, DamagedFile for one that cannot be read."""
+        uri = self._place(name)
+        try:
+            with open_parquet(uri, self.options) as parquet:
+                return parquet.read(columns)
+        except FileNotFoundError:
+            raise JobError(f"{uri} is gone: run the same command again, or `dinoray verify` of the store.") from None
 
     def has_file(self, name: str) -> bool:
         fs, path = filesystem(self._place(name), self.options)
