@@ -251,7 +251,7 @@ class Table:
 
     def read_file(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """Raises JobError for a file that is gone, DamagedFile for one that cannot be read."""
-        uri = self._place(name)
+        uri = self.place(name)
         try:
             with open_parquet(uri, self.options) as parquet:
                 return parquet.read(columns)
@@ -259,7 +259,7 @@ class Table:
             raise JobError(f"{uri} is gone: run the same command again, or `dinoray verify` of the store.") from None
 
     def has_file(self, name: str) -> bool:
-        fs, path = filesystem(self._place(name), self.options)
+        fs, path = filesystem(self.place(name), self.options)
         try:
             # `exists` of some drivers says no whenever the storage fails
             fs.info(path)
@@ -267,7 +267,7 @@ class Table:
             return False
         return True
 
-    def _place(self, name: str) -> str:
+    def place(self, name: str) -> str:
         """Where a file of this table is. Raises JobError for a name, of a row or of the log, that leads elsewhere."""
         if name.startswith("/") or "://" in name or ".." in name.split("/"):
             raise JobError(
