@@ -62,7 +62,7 @@ CELLS = pa.schema(
 DEAD = pa.schema([("first_id", pa.int64()), ("vectors", pa.int64())])
 
 _MANIFEST = re.compile(r"manifest-(\d+)\.json")
-_OURS = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}-\w+\.(faiss|parquet)|manifest-\d+\.json(\.\d+\.partial)?")
+_OURS = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}-\w+\.(faiss|parquet)|manifest-\d+\.json(\.\w+\.partial)?")
 
 
 @dataclass(frozen=True)
