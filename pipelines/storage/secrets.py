@@ -8,7 +8,9 @@ from urllib.parse import unquote
 
 HIDDEN = "..."
 
-_USER_AND_PASSWORD = re.compile(r"(?<=://)[^/\s@]+@")
+# In Azure's addresses, what stands before the @ is the container.
+_USER_AND_PASSWORD = re.compile(r"(?<=://)(?<!abfs://)(?<!abfss://)(?<!wasb://)(?<!wasbs://)[^/\s@]+@")
+_WITH_QUERY = ("http://", "https://")
 _SECRET_IN_QUERY = re.compile(
     r"([?&][\w.-]*(?:sig|token|secret|password|credential|key)[\w.-]*=)[^&\s\"']+", re.IGNORECASE
 )
@@ -26,9 +28,13 @@ def without_credentials(uri: str) -> str:
     """A URI without user, password and what signing adds to it; all else stays, so that it names the same object."""
     if "://" not in uri:
         return uri
-    address, asked, query = _USER_AND_PASSWORD.sub("", uri, count=1).partition("?")
+    uri = _USER_AND_PASSWORD.sub("", uri, count=1)
+    if not uri.startswith(_WITH_QUERY):
+        # a question mark is part of the name of an object in a bucket
+        return uri
+    address, asked, query = uri.partition("?")
     if not asked:
-        return address
+        return uri
     query, hash_, fragment = query.partition("#")
     parameters = query.split("&")
     names = {unquote(parameter.partition("=")[0]) for parameter in parameters}

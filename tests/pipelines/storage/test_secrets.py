@@ -33,7 +33,8 @@ SIGNATURE = "b0b5c0ffee-is-secret"
         ("https://h/a.jpg?sv=2022&st=1&se=2&sr=b&sp=r&sig=s&snapshot=9", "https://h/a.jpg?snapshot=9"),
         ("https://h/a.jpg?se=north&size=2", "https://h/a.jpg?se=north&size=2"),
         ("https://h/a.jpg?access_token=t#part", "https://h/a.jpg#part"),
-        ("s3://bucket/a?b.jpg", "s3://bucket/a?b.jpg"),
+        ("s3://bucket/a?token=b.jpg", "s3://bucket/a?token=b.jpg"),
+        ("abfss://photos@account.dfs.core.windows.net/a.jpg", "abfss://photos@account.dfs.core.windows.net/a.jpg"),
         ("/photos/a?token=1.jpg", "/photos/a?token=1.jpg"),
     ],
 )
