@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from dino_ops.nearest import Kind, NearestIndex, estimate_bytes
 from pipelines import storage
 from pipelines.errors import JobError, RequestError
 from pipelines.results.names import result_names, result_uri
+from pipelines.store.checksums import checksum, read_checked
 from pipelines.store.parquet import DamagedFile, open_parquet, why_unreadable
 from pipelines.store.store import Store
 
@@ -69,7 +70,8 @@ _OURS = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}-\w+\.(faiss|parquet)|manifest-\d+\
 class Segment:
     """A FAISS index and the rows of its images, as stored; its ids are below those of later segments.
 
-    first_id: the lowest. images, vectors: how many, dead ones included. files: piece -> name of its file.
+    first_id: the lowest. images, vectors: how many, dead ones included. files: piece -> name of its file. checksums:
+    of the files that FAISS wrote, by name; none of indices of before there were any.
     """
 
     kind: Kind
@@ -77,6 +79,7 @@ class Segment:
     images: int
     vectors: int
     files: dict[str, str]
+    checksums: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,9 @@ def read_images(store: Store, name: str, segments: Sequence[Segment]) -> pa.Tabl
 def read_part(store: Store, name: str, manifest: Manifest, segment: Segment, dead: pa.Table) -> Part:
     """A segment in memory, what DEAD rows name taken out of its answers. Raises JobError when a file of it is gone."""
     with _explained(store, name):
-        pieces = {piece: read_file(store, name, file) for piece, file in segment.files.items()}
+        pieces = {
+            piece: read_file(store, name, file, segment.checksums.get(file)) for piece, file in segment.files.items()
+        }
     images, cells = pieces.pop("images"), pieces.pop("cells", None)
     nearest = NearestIndex(segment.kind, manifest.dimension, pieces, ids_of(images), np.zeros(0, np.int64))
     if len(dead):
@@ -225,11 +230,14 @@ def read_parts(store: Store, name: str, manifest: Manifest, dead: pa.Table) -> l
     return _at_once(lambda segment: read_part(store, name, manifest, segment, dead), manifest.segments)
 
 
-def read_file(store: Store, name: str, file: str) -> Any:
-    """A file of an index: a FAISS index, or a table. Raises FileNotFoundError, and what the readers raise."""
+def read_file(store: Store, name: str, file: str, expected: str | None = None) -> Any:
+    """A file of an index: a FAISS index, or a table. expected: the checksum of the former, where it is known.
+
+    Raises FileNotFoundError, DamagedFile, and what the readers raise.
+    """
     uri, options = _uri(store, name, file), store.config.storage.options
     if file.endswith(".faiss"):
-        return _read_faiss(uri, options)
+        return _read_faiss(uri, options, expected)
     with open_parquet(uri, options) as parquet:
         return parquet.read()
 
@@ -255,11 +263,15 @@ def write_part(store: Store, name: str, part: Part, run_id: str, files: set[str]
     named = {piece: f"{run_id}-{piece}.faiss" for piece in nearest.parts}
     named |= {piece: f"{run_id}-{piece}.parquet" for piece in tables}
     files |= set(named.values())
-    for piece, index in nearest.parts.items():
-        _write_faiss(index, _uri(store, name, named[piece]), options)
+    checksums = {
+        named[piece]: _write_faiss(index, _uri(store, name, named[piece]), options)
+        for piece, index in nearest.parts.items()
+    }
     for piece, table in tables.items():
         _write_parquet(table, _uri(store, name, named[piece]), options)
-    return Segment(nearest.kind, part.images["first_id"][0].as_py(), len(part.images), len(nearest.ids), named)
+    return Segment(
+        nearest.kind, part.images["first_id"][0].as_py(), len(part.images), len(nearest.ids), named, checksums
+    )
 
 
 def write_dead(store: Store, name: str, dead: pa.Table, run_id: str, files: set[str]) -> str:
@@ -355,31 +367,32 @@ def _write_parquet(table: pa.Table, uri: str, options: storage.Options) -> None:
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
 
 
-def _read_faiss(uri: str, options: storage.Options) -> Any:
+def _read_faiss(uri: str, options: storage.Options, expected: str | None) -> Any:
     import faiss
 
     fs, path = storage.filesystem(uri, options)
     if not fs.exists(path):
         raise FileNotFoundError(2, "no such file", uri)
     if storage.is_local(uri):
-        return faiss.read_index(path)
+        return read_checked(uri, path, expected, faiss.read_index)
     with _temporary_file() as copy:
         fs.get_file(path, copy)
-        return faiss.read_index(copy)
+        return read_checked(uri, copy, expected, faiss.read_index)
 
 
-def _write_faiss(index: Any, uri: str, options: storage.Options) -> None:
-    """FAISS writes to a path only; a file of gigabytes is not held in memory a second time."""
+def _write_faiss(index: Any, uri: str, options: storage.Options) -> str:
+    """The checksum. FAISS writes to a path only; a file of gigabytes is not held in memory a second time."""
     import faiss
 
     fs, path = storage.filesystem(uri, options)
     if storage.is_local(uri):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         faiss.write_index(index, path)
-        return
+        return checksum(path)
     with _temporary_file() as copy:
         faiss.write_index(index, copy)
         fs.put_file(copy, path)
+        return checksum(copy)
 
 
 @contextmanager
