@@ -306,6 +306,13 @@ def publish(store: Store, name: str, manifest: Manifest, before: Manifest | None
     remove_files(store, name, {file for file in present - needed if is_ours(file)})
 
 
+def live_files(store: Store, name: str) -> set[str]:
+    """Files that the manifest that is valid names, and those of the one before it, which searches may be reading."""
+    number = latest_manifest(store, name)
+    manifests = [read_numbered_manifest(store, name, one) for one in (number, number - 1) if one > 0]
+    return {file for manifest in manifests if manifest for file in (*manifest.files, manifest_file(manifest.number))}
+
+
 def manifest_file(number: int) -> str:
     return f"manifest-{number}.json"
 

@@ -281,6 +281,30 @@ def test_a_run_that_dies_between_files_leaves_the_old_index(
     assert len(answers(store, "main", ["005"])[0]) == len(before[0])
 
 
+def test_a_run_that_fails_after_it_has_published_removes_nothing_that_others_build_on(
+    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make()
+    index.run(asked(), store=store.uri, name="main")
+    add(store, "r3", *names(5, 20))
+    clean = index_files.remove_files
+
+    def interrupted(*arguments: Any) -> None:
+        """Another run updates the index while the first one cleans up."""
+        monkeypatch.setattr(index_files, "remove_files", clean)
+        add(store, "r4", *names(5, 25))
+        assert index.run(asked(), store=store.uri, name="main").added == 5
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index_files, "remove_files", interrupted)
+    assert index.run(asked(), store=store.uri, name="main").status == "interrupted"
+
+    assert index.run(asked(), store=store.uri, name="main").status == "unchanged"
+    assert verify.run(store.config, store=store.uri).problems == []
+    for image_id in ("004", "022", "027"):
+        assert answers(store, "main", [image_id])[0][0]
+
+
 def test_the_next_update_removes_what_killed_runs_left(make: Callable[..., Store]) -> None:
     store = make()
     index.run(asked(), store=store.uri, name="main")
