@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +30,8 @@ import pyarrow.parquet as pq
 from dino_ops.nearest import Kind, NearestIndex, estimate_bytes
 from pipelines import storage
 from pipelines.errors import JobError, RequestError
+from pipelines.results.faiss_files import read_faiss, write_faiss
 from pipelines.results.names import result_names, result_uri
-from pipelines.store.checksums import checksum, read_checked
 from pipelines.store.parquet import DamagedFile, open_parquet, why_unreadable
 from pipelines.store.store import Store
 
@@ -237,7 +235,7 @@ def read_file(store: Store, name: str, file: str, expected: str | None = None) -
     """
     uri, options = _uri(store, name, file), store.config.storage.options
     if file.endswith(".faiss"):
-        return _read_faiss(uri, options, expected)
+        return read_faiss(uri, options, expected)
     with open_parquet(uri, options) as parquet:
         return parquet.read()
 
@@ -264,7 +262,7 @@ def write_part(store: Store, name: str, part: Part, run_id: str, files: set[str]
     named |= {piece: f"{run_id}-{piece}.parquet" for piece in tables}
     files |= set(named.values())
     checksums = {
-        named[piece]: _write_faiss(index, _uri(store, name, named[piece]), options)
+        named[piece]: write_faiss(index, _uri(store, name, named[piece]), options)
         for piece, index in nearest.parts.items()
     }
     for piece, table in tables.items():
@@ -372,37 +370,3 @@ def _write_parquet(table: pa.Table, uri: str, options: storage.Options) -> None:
     fs, path = storage.filesystem(uri, options)
     with fs.open(path, "wb") as sink:
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-
-
-def _read_faiss(uri: str, options: storage.Options, expected: str | None) -> Any:
-    import faiss
-
-    fs, path = storage.filesystem(uri, options)
-    if not fs.exists(path):
-        raise FileNotFoundError(2, "no such file", uri)
-    if storage.is_local(uri):
-        return read_checked(uri, path, expected, faiss.read_index)
-    with _temporary_file() as copy:
-        fs.get_file(path, copy)
-        return read_checked(uri, copy, expected, faiss.read_index)
-
-
-def _write_faiss(index: Any, uri: str, options: storage.Options) -> str:
-    """The checksum. FAISS writes to a path only; a file of gigabytes is not held in memory a second time."""
-    import faiss
-
-    fs, path = storage.filesystem(uri, options)
-    if storage.is_local(uri):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        faiss.write_index(index, path)
-        return checksum(path)
-    with _temporary_file() as copy:
-        faiss.write_index(index, copy)
-        fs.put_file(copy, path)
-        return checksum(copy)
-
-
-@contextmanager
-def _temporary_file() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="dinoray-index-") as folder:
-        yield f"{folder}/index.faiss"

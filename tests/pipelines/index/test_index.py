@@ -253,7 +253,7 @@ def test_another_kind_builds_the_index_anew(make: Callable[..., Store]) -> None:
     assert index.run(asked(), store=store.uri, name="main").status == "unchanged", "auto keeps what there is"
 
 
-@pytest.mark.parametrize("dies_in", ["_write_faiss", "pq.write_table", "storage.write_once"])
+@pytest.mark.parametrize("dies_in", ["write_faiss", "pq.write_table", "storage.write_once"])
 def test_a_run_that_dies_between_files_leaves_the_old_index(
     dies_in: str, make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
