@@ -207,6 +207,7 @@ def report(
 def verify(
     store: str,
     *,
+    deep: bool = False,
     settings: Settings | None = None,
     config: Files = (),
 ) -> VerifyResult:

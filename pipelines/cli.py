@@ -24,6 +24,7 @@ from pipelines import cli_output
 from pipelines.errors import exit_code_of
 from pipelines.jobs import JOBS, Argument, Job
 from pipelines.running import json_log
+from pipelines.storage.secrets import hidden, hidden_in
 
 LOG_JSON = "--log-json"
 
@@ -249,11 +250,11 @@ def main() -> None:
 def _complain(message: str, code: int, *, as_json: bool, said: str = "") -> None:
     """Say an error where it is looked for: on standard error, and with --json on standard output too."""
     if as_json:
-        print(json.dumps({"error": message, "exit_code": code}))
+        print(json.dumps({"error": hidden(message), "exit_code": code}))
     if json_log.active():
         json_log.failed(message, code)
     else:
-        print(f"dinoray: {cli_output.printable(said or message)}", file=sys.stderr)
+        print(f"dinoray: {cli_output.printable(hidden(said or message))}", file=sys.stderr)
 
 
 def _run(
@@ -301,12 +302,12 @@ def _run(
         if json_log.active():
             json_log.event("message", message, level=logging.WARNING)
         else:
-            print(f"dinoray: {cli_output.printable(message)}", file=sys.stderr)
+            print(f"dinoray: {cli_output.printable(hidden(message))}", file=sys.stderr)
     json_log.finished(content)
     if shared.as_json:
         if shared.dry_run:
             content = {"settings": config.without_secrets(), **content}
-        print(json.dumps(content, ensure_ascii=False))
+        print(json.dumps(hidden_in(content), ensure_ascii=False))
     # a job that only reads has nothing to show when it was interrupted
     elif not (reads_only and result.status == "interrupted"):
         show(result)

@@ -350,7 +350,7 @@ _ALL = (
         "verify",
         "Check that a store holds what it says: every image all its patches, files and log agreeing. Exit 1 if not.",
         "pipelines.upkeep.verify",
-        (_STORE,),
+        (_STORE, _flag("deep", "Read every page of every table, and compare it with its checksum.")),
         uses_ray=False,
         plans=False,
     ),

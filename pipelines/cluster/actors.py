@@ -22,7 +22,7 @@ from pipelines.settings.sections import Config
 
 if TYPE_CHECKING:
     from pipelines.cluster.training import Workers
-    from pipelines.cluster.worker import WorkerSetup
+    from pipelines.cluster.worker import ClusterSetup
 
 # The matrix products of a row group make bad use of more.
 MOST_CPUS_PER_WORKER = 4.0
@@ -75,10 +75,10 @@ def plan_cluster_workers(resources: Mapping[str, float], config: Config) -> Layo
     return plan_workers(resources, config, usual_cpus=MOST_CPUS_PER_WORKER if many_cpus else 1.0)
 
 
-def worker_setup(job: ClusterJob, device: str, cpus: float, cache_bytes: float) -> WorkerSetup:
-    from pipelines.cluster.worker import WorkerSetup
+def worker_setup(job: ClusterJob, device: str, cpus: float, cache_bytes: float) -> ClusterSetup:
+    from pipelines.cluster.worker import ClusterSetup
 
-    return WorkerSetup(
+    return ClusterSetup(
         reading=Reading.of_store(job.store, job.asked),
         spherical=job.asked.metric == "cosine",
         salient_above=job.store.config.store.salient_threshold,

@@ -32,7 +32,7 @@ VECTORS_SHARE_OF_FREE_GPU_MEMORY = 0.6
 
 
 @dataclass(frozen=True)
-class WorkerSetup:
+class ClusterSetup:
     """All that a worker needs to know besides its units.
 
     salient_above: for votes, see Counting. device: cpu or cuda.
@@ -69,7 +69,7 @@ class _Held:
 class ClusterWorker:
     """Holds some units."""
 
-    def __init__(self, setup: WorkerSetup, units: list[Unit]) -> None:
+    def __init__(self, setup: ClusterSetup, units: list[Unit]) -> None:
         torch.set_num_threads(setup.threads)
         self._setup = setup
         self._units = units

@@ -59,9 +59,9 @@ class Cropper:
     """Crops of pictures and the descriptors that the store's own spec gives them."""
 
     def __init__(self, store: str, spec: Config, expected_weights: str, device: str, run_id: str) -> None:
-        from pipelines.features.extractor import WorkerSetup, make_extractor
+        from pipelines.features.extractor import ExtractorSetup, make_extractor
 
-        self._extractor: Any = make_extractor(WorkerSetup(store, run_id, spec, device, expected_weights, threads=0))
+        self._extractor: Any = make_extractor(ExtractorSetup(store, run_id, spec, device, expected_weights, threads=0))
         self._column = spec.cosegment.descriptor
         self._dtype = spec.store.dtype
         self._projection = read_projections(store, spec).get(self._column)

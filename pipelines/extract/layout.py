@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipelines.errors import RequestError
-from pipelines.features.extractor import WorkerSetup, make_extractor
+from pipelines.features.extractor import ExtractorSetup, make_extractor
 from pipelines.running.layout import Layout, device_of, plan_workers
 from pipelines.settings.sections import Config
 from pipelines.store import weights
@@ -72,7 +72,7 @@ def model_facts(config: Config) -> ModelFacts:
     """Build the model on the CPU and say what planning needs. Raises ModelError for anything that does not fit."""
     on_cpu = config.model.model_copy(update={"precision": "auto", "compile": False})
     config = config.model_copy(update={"model": on_cpu})
-    extractor = make_extractor(WorkerSetup("", "", config, "cpu", weights.identity(config), threads=0))
+    extractor = make_extractor(ExtractorSetup("", "", config, "cpu", weights.identity(config), threads=0))
     dims = dict.fromkeys(descriptor_columns(config), extractor.embed_dim)
     for column, dim in dims.items():
         if config.store.pca is not None and config.store.pca > dim:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.settings.sections import Config
+from pipelines.storage.secrets import without_credentials
 from pipelines.store.parquet import IMAGES_PER_ROW_GROUP, ROWS_PER_ROW_GROUP, DataFile, new_file_name, parquet_options
 from pipelines.store.schemas import IMAGES, descriptor_columns, patches_schema
 from pipelines.store.vectors import descriptor_map, encode
@@ -123,7 +124,8 @@ class ShardWriter:
     def _image_row(self, source: dict[str, Any], features: ImageFeatures) -> dict[str, Any]:
         grid_height, grid_width = features.y.shape
         return {
-            **{name: source[name] for name in ("image_id", "uri", "label", "source_size", "source_version")},
+            **{name: source[name] for name in ("image_id", "label", "source_size", "source_version")},
+            "uri": without_credentials(source["uri"]),
             "width": features.width,
             "height": features.height,
             "model_width": features.model_width,

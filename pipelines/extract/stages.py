@@ -21,7 +21,7 @@ import pyarrow as pa
 from dino_ops.errors import ImageError
 from dino_ops.images import PreparedImage, prepare_image
 from pipelines.extract.shards import ShardWriter
-from pipelines.features.extractor import WorkerSetup, make_extractor
+from pipelines.features.extractor import ExtractorSetup, make_extractor
 from pipelines.features.image_spec import image_spec
 from pipelines.running.metrics import BusyDevice
 from pipelines.sources import fetch
@@ -57,7 +57,7 @@ class Decoded:
     bytes_read: int = 0
 
 
-def fetch_and_decode(rows: pa.Table, setup: WorkerSetup, patch_size: int) -> Decoded:
+def fetch_and_decode(rows: pa.Table, setup: ExtractorSetup, patch_size: int) -> Decoded:
     """Fetch the bytes of listing rows and decode them; every row ends in `prepared` or in `failures`.
 
     Files are held a few at a time, at most MOST_FETCHED_BYTES of them or one larger one.
@@ -82,7 +82,7 @@ def _by_bytes(rows: pa.Table) -> Iterator[pa.Table]:
         yield rows.slice(begin)
 
 
-def _fetch_and_decode_few(rows: pa.Table, decoded: Decoded, setup: WorkerSetup, patch_size: int) -> None:
+def _fetch_and_decode_few(rows: pa.Table, decoded: Decoded, setup: ExtractorSetup, patch_size: int) -> None:
     started = time.perf_counter()
     run = setup.config.run
     fetched = fetch(
@@ -192,7 +192,7 @@ def failed_write(
 class FusedWorker:
     """One actor from key to file. While the model runs, the next chunk is fetched and decoded in a thread."""
 
-    def __init__(self, setup: WorkerSetup) -> None:
+    def __init__(self, setup: ExtractorSetup) -> None:
         self.setup = setup
         self.extractor = make_extractor(setup)
         self.device = f"{self.extractor.device} {self.extractor.precision}"
@@ -259,7 +259,7 @@ class FusedWorker:
             self.chunk = max(1, min(MOST_CHUNK_IMAGES, int(CHUNK_MODEL_SECONDS * images / max(model_seconds, 1e-6))))
 
 
-def decode_block(block: pa.Table, setup: WorkerSetup, patch_size: int) -> pa.Table:
+def decode_block(block: pa.Table, setup: ExtractorSetup, patch_size: int) -> pa.Table:
     """First of the separate stages: the pixels of a block (uint8, never float)."""
     return pack(fetch_and_decode(block, setup, patch_size))
 
@@ -270,7 +270,7 @@ class ModelWorker:
     Called from THREADS_PER_MODEL_WORKER threads at once: one packs or unpacks a block while another has the model.
     """
 
-    def __init__(self, setup: WorkerSetup) -> None:
+    def __init__(self, setup: ExtractorSetup) -> None:
         self.setup = setup
         self.extractor = make_extractor(setup)
         self.device = f"{self.extractor.device} {self.extractor.precision}"
@@ -292,7 +292,7 @@ class ModelWorker:
 class WriteWorker:
     """Last of the separate stages: features to a shard's files."""
 
-    def __init__(self, setup: WorkerSetup) -> None:
+    def __init__(self, setup: ExtractorSetup) -> None:
         self.setup = setup
         self.projections = read_projections(setup.store, setup.config)
 

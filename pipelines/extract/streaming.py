@@ -21,7 +21,7 @@ from pipelines.extract.stages import (
     pack,
     unpack,
 )
-from pipelines.features.extractor import WorkerSetup, make_extractor
+from pipelines.features.extractor import ExtractorSetup, make_extractor
 from pipelines.running.streams import dataset_of, map_with_actors, map_with_tasks, read_blocks
 from pipelines.settings.sections import Config
 from pipelines.store import projection
@@ -46,7 +46,7 @@ def stream_reports(
     Raises:
         JobError: Ray could not do the work at all.
     """
-    setup = WorkerSetup(
+    setup = ExtractorSetup(
         store.uri,
         run_id,
         config,
@@ -75,7 +75,7 @@ def stream_reports(
             yield ShardReport.from_json(text)
 
 
-def _fit_projection(rows: pa.Table, layout: ExtractionLayout, setup: WorkerSetup, store: Store) -> None:
+def _fit_projection(rows: pa.Table, layout: ExtractionLayout, setup: ExtractorSetup, store: Store) -> None:
     """Fit the store's PCA on patches of a sample of the images."""
     from dino_ops.pca import fit_pca
 
@@ -103,7 +103,7 @@ def _fit_projection(rows: pa.Table, layout: ExtractionLayout, setup: WorkerSetup
 class SampleWorker:
     """Descriptors of a few patches of each image, for fitting the PCA."""
 
-    def __init__(self, setup: WorkerSetup) -> None:
+    def __init__(self, setup: ExtractorSetup) -> None:
         self.setup = setup
         self.extractor = make_extractor(setup)
 

@@ -11,7 +11,7 @@ from pipelines.store.weights import RANDOM_SEED, checked
 
 
 @dataclass(frozen=True)
-class WorkerSetup:
+class ExtractorSetup:
     """All that a worker needs to know; small, since it travels with the actor.
 
     weights: their identity in the store's spec.
@@ -26,7 +26,7 @@ class WorkerSetup:
     progress_seconds: float = 1.0
 
 
-def make_extractor(setup: WorkerSetup) -> Any:
+def make_extractor(setup: ExtractorSetup) -> Any:
     """The Extractor of a configuration, on the device promised to this worker.
 
     Raises ModelError when the device is not there, or weights and model do not fit; JobError for other weights than

@@ -12,7 +12,7 @@ from pipelines.errors import RequestError
 from pipelines.index.changes import Changes, everything, find_changes
 from pipelines.index.update import build, memory_budget, update, worn
 from pipelines.results.index_vectors import check_store, held_settings
-from pipelines.results.indices import Manifest, index_uri, publish, read_manifest, remove_files
+from pipelines.results.indices import Manifest, index_uri, live_files, publish, read_manifest, remove_files
 from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.differences import differences
 from pipelines.settings.sections import Config, IndexSettings
@@ -90,14 +90,17 @@ def run(config: Config, *, store: str, name: str, dry_run: bool = False) -> Resu
 def _published(
     store: Store, asked: IndexSettings, name: str, before: Manifest | None, changes: Changes, result: Result
 ) -> Manifest:
-    """The manifest of the index as it should be, once it is visible; what a failed run wrote is removed."""
+    """The manifest of the index as it should be, once it is visible.
+
+    What a failed run wrote is removed, except what the index names: the run may fail after it has published, while
+    others build on it.
+    """
     files_of_run: set[str] = set()
     try:
         manifest = _bring_up_to_date(store, asked, name, before, changes, result, files_of_run)
         publish(store, name, manifest, before)
     except BaseException:
-        if (current := read_manifest(store, name)) is None or current.run_id != result.run_id:
-            remove_files(store, name, files_of_run)
+        remove_files(store, name, files_of_run - live_files(store, name))
         raise
     return manifest
 

@@ -115,10 +115,10 @@ def read_image(uri: str, image: str, options: storage.Options) -> bytes:
 
 
 def _extract(store: Store, spec: Config, data: bytes, image: str) -> ImageFeatures:
-    from pipelines.features.extractor import WorkerSetup, make_extractor
+    from pipelines.features.extractor import ExtractorSetup, make_extractor
 
     expected = store.spec["model"]["weights"]
-    setup = WorkerSetup(store.uri, "search", spec, spec.model.device, expected, threads=0)
+    setup = ExtractorSetup(store.uri, "search", spec, spec.model.device, expected, threads=0)
     extractor: Any = make_extractor(setup)
     try:
         return extractor(data)

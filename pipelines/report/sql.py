@@ -1,4 +1,8 @@
-"""`--query`: images chosen in SQL over a store's tables, by DuckDB."""
+"""`--query`: images chosen in SQL over a store's tables, by DuckDB.
+
+A query may come from a pipeline file that somebody else wrote. It is one SELECT over the store's tables: it reads no
+other file, writes none, reaches no network and sees nothing of this process.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +37,10 @@ def image_ids_of(store: Store, query: str) -> list[str]:
         tables = dict(_tables(store))
         if not is_local(store.uri):
             connection.register_filesystem(storage.filesystem(store.uri, store.config.storage.options)[0])
-        for name, table in tables.items():
-            _add_view(connection, name, table)
+        files = [file for name, table in tables.items() for file in _add_view(connection, name, table)]
+        _confine(connection, files)
         try:
+            _refuse_other_statements(connection, query, list(tables))
             found = connection.execute(query)
             columns = [about[0] for about in found.description or ()]
             rows = found.fetchmany(MAX_QUERY_ROWS_READ) if "image_id" in columns else []
@@ -66,12 +71,35 @@ def _named(*parts: str) -> str:
     return "_".join(re.sub(r"\W", "_", part) for part in parts)
 
 
-def _add_view(connection: duckdb.DuckDBPyConnection, name: str, table: Table) -> None:
-    """The files of the version that is open, as their table's log names them."""
-    files = [storage.join(table.uri, path) for path in table.files()]
-    if not files:
-        empty = table.schema.empty_table()
-        connection.register(name, empty)
-        return
-    quoted = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
-    connection.execute(f'CREATE VIEW "{name}" AS SELECT * FROM read_parquet([{quoted}])')
+def _add_view(connection: duckdb.DuckDBPyConnection, name: str, table: Table) -> list[str]:
+    """Make the version of a table that is open known by a name. Returns its files, as the table's log names them."""
+    files = [table.place(path) for path in table.files()]
+    if files:
+        connection.execute(f'CREATE VIEW "{name}" AS SELECT * FROM read_parquet([{_quoted(files)}])')
+    else:
+        connection.register(name, table.schema.empty_table())
+    return files
+
+
+def _confine(connection: duckdb.DuckDBPyConnection, files: list[str]) -> None:
+    """Let a connection read these files, and nothing else, for good."""
+    if files:
+        connection.execute(f"SET allowed_paths = [{_quoted(files)}]")
+    connection.execute("SET python_enable_replacements = false")
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
+
+
+def _refuse_other_statements(connection: duckdb.DuckDBPyConnection, query: str, tables: list[str]) -> None:
+    """Raises RequestError for anything but one SELECT, and duckdb.Error for what is no SQL."""
+    statements = connection.extract_statements(query)
+    kinds = [statement.type.name for statement in statements]
+    if kinds != ["SELECT"]:
+        raise RequestError(
+            f"--query is one SELECT, but {' and '.join(kinds) or 'nothing'} was given. The tables are "
+            f"{', '.join(tables)}."
+        )
+
+
+def _quoted(files: list[str]) -> str:
+    return ", ".join("'" + file.replace("'", "''") + "'" for file in files)

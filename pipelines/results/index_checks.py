@@ -26,6 +26,7 @@ from pipelines.results.indices import (
     without_dead,
 )
 from pipelines.results.stored import Findings
+from pipelines.store.parquet import why_unreadable
 from pipelines.store.store import Store
 
 SCHEMAS = {"images": IMAGES, "cells": CELLS, "dead": DEAD}
@@ -55,7 +56,9 @@ def check_index(store: Store, name: str, images: pa.Table) -> Findings:
         findings.problems += [problem] if problem else []
     rows = []
     for segment in manifest.segments:
-        loaded = {piece: _read(store, name, piece, file) for piece, file in segment.files.items()}
+        loaded = {
+            piece: _read(store, name, piece, file, segment.checksums.get(file)) for piece, file in segment.files.items()
+        }
         unreadable = [problem for _, problem in loaded.values() if problem]
         findings.problems += unreadable
         if not unreadable:
@@ -80,13 +83,13 @@ def _replaced(store: Store, name: str, manifest: Manifest) -> set[str]:
     return before.files | {manifest_file(before.number)} if before else set()
 
 
-def _read(store: Store, name: str, piece: str, file: str) -> tuple[Any, str]:
+def _read(store: Store, name: str, piece: str, file: str, expected: str | None = None) -> tuple[Any, str]:
     """A file's content, and why it cannot be read or an empty text."""
     try:
-        content = read_file(store, name, file)
-    except (OSError, RuntimeError, pa.ArrowException) as error:
+        content = read_file(store, name, file, expected)
+    except (OSError, RuntimeError, MemoryError, pa.ArrowException) as error:
         # FAISS raises RuntimeError
-        return None, f"{file} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        return None, f"{file} cannot be read ({why_unreadable(error)})"
     if piece in SCHEMAS and not content.schema.equals(SCHEMAS[piece]):
         return None, f"{file} has other columns than an index has ({', '.join(content.schema.names)})"
     return content, ""

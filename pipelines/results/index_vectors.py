@@ -15,6 +15,7 @@ from dino_ops.nearest import pool
 from pipelines import storage
 from pipelines.errors import JobError
 from pipelines.settings.sections import IndexSettings
+from pipelines.store.parquet import open_parquet
 from pipelines.store.schemas import scale_column
 from pipelines.store.store import Store
 from pipelines.store.vectors import decode
@@ -91,14 +92,12 @@ def _patches(store: Store, asked: IndexSettings, images: pa.Table) -> Iterator[V
     """Read from the shards that images rows name: those are of the same snapshot as the rows."""
     for shard in sorted(pc.unique(images["shard"]).drop_null().to_pylist()):
         of_shard = images.filter(pc.equal(images["shard"], shard))
-        fs, path = storage.filesystem(storage.join(store.patches.uri, shard), store.patches.options)
+        uri = storage.join(store.patches.uri, shard)
         try:
-            with fs.open(path, "rb") as source:
-                yield from _shard_patches(pq.ParquetFile(source), asked, of_shard)
+            with open_parquet(uri, store.patches.options) as parquet:
+                yield from _shard_patches(parquet, asked, of_shard)
         except FileNotFoundError:
-            raise JobError(
-                f"{store.patches.uri}/{shard} is gone: run the same command again, or `dinoray verify {store.uri}`."
-            ) from None
+            raise JobError(f"{uri} is gone: run the same command again, or `dinoray verify {store.uri}`.") from None
 
 
 def _shard_patches(parquet: pq.ParquetFile, asked: IndexSettings, images: pa.Table) -> Iterator[VectorBatch]:

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,8 +30,9 @@ import pyarrow.parquet as pq
 from dino_ops.nearest import Kind, NearestIndex, estimate_bytes
 from pipelines import storage
 from pipelines.errors import JobError, RequestError
+from pipelines.results.faiss_files import read_faiss, write_faiss
 from pipelines.results.names import result_names, result_uri
-from pipelines.store.parquet import open_parquet
+from pipelines.store.parquet import DamagedFile, open_parquet, why_unreadable
 from pipelines.store.store import Store
 
 SCHEMA_VERSION = 1
@@ -62,14 +61,15 @@ CELLS = pa.schema(
 DEAD = pa.schema([("first_id", pa.int64()), ("vectors", pa.int64())])
 
 _MANIFEST = re.compile(r"manifest-(\d+)\.json")
-_OURS = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}-\w+\.(faiss|parquet)|manifest-\d+\.json(\.\d+\.partial)?")
+_OURS = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}-\w+\.(faiss|parquet)|manifest-\d+\.json(\.\w+\.partial)?")
 
 
 @dataclass(frozen=True)
 class Segment:
     """A FAISS index and the rows of its images, as stored; its ids are below those of later segments.
 
-    first_id: the lowest. images, vectors: how many, dead ones included. files: piece -> name of its file.
+    first_id: the lowest. images, vectors: how many, dead ones included. files: piece -> name of its file. checksums:
+    of the files that FAISS wrote, by name; none of indices of before there were any.
     """
 
     kind: Kind
@@ -77,6 +77,7 @@ class Segment:
     images: int
     vectors: int
     files: dict[str, str]
+    checksums: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,9 @@ def read_images(store: Store, name: str, segments: Sequence[Segment]) -> pa.Tabl
 def read_part(store: Store, name: str, manifest: Manifest, segment: Segment, dead: pa.Table) -> Part:
     """A segment in memory, what DEAD rows name taken out of its answers. Raises JobError when a file of it is gone."""
     with _explained(store, name):
-        pieces = {piece: read_file(store, name, file) for piece, file in segment.files.items()}
+        pieces = {
+            piece: read_file(store, name, file, segment.checksums.get(file)) for piece, file in segment.files.items()
+        }
     images, cells = pieces.pop("images"), pieces.pop("cells", None)
     nearest = NearestIndex(segment.kind, manifest.dimension, pieces, ids_of(images), np.zeros(0, np.int64))
     if len(dead):
@@ -225,11 +228,14 @@ def read_parts(store: Store, name: str, manifest: Manifest, dead: pa.Table) -> l
     return _at_once(lambda segment: read_part(store, name, manifest, segment, dead), manifest.segments)
 
 
-def read_file(store: Store, name: str, file: str) -> Any:
-    """A file of an index: a FAISS index, or a table. Raises FileNotFoundError, and what the readers raise."""
+def read_file(store: Store, name: str, file: str, expected: str | None = None) -> Any:
+    """A file of an index: a FAISS index, or a table. expected: the checksum of the former, where it is known.
+
+    Raises FileNotFoundError, DamagedFile, and what the readers raise.
+    """
     uri, options = _uri(store, name, file), store.config.storage.options
     if file.endswith(".faiss"):
-        return _read_faiss(uri, options)
+        return read_faiss(uri, options, expected)
     with open_parquet(uri, options) as parquet:
         return parquet.read()
 
@@ -255,11 +261,15 @@ def write_part(store: Store, name: str, part: Part, run_id: str, files: set[str]
     named = {piece: f"{run_id}-{piece}.faiss" for piece in nearest.parts}
     named |= {piece: f"{run_id}-{piece}.parquet" for piece in tables}
     files |= set(named.values())
-    for piece, index in nearest.parts.items():
-        _write_faiss(index, _uri(store, name, named[piece]), options)
+    checksums = {
+        named[piece]: write_faiss(index, _uri(store, name, named[piece]), options)
+        for piece, index in nearest.parts.items()
+    }
     for piece, table in tables.items():
         _write_parquet(table, _uri(store, name, named[piece]), options)
-    return Segment(nearest.kind, part.images["first_id"][0].as_py(), len(part.images), len(nearest.ids), named)
+    return Segment(
+        nearest.kind, part.images["first_id"][0].as_py(), len(part.images), len(nearest.ids), named, checksums
+    )
 
 
 def write_dead(store: Store, name: str, dead: pa.Table, run_id: str, files: set[str]) -> str:
@@ -292,6 +302,13 @@ def publish(store: Store, name: str, manifest: Manifest, before: Manifest | None
         raise JobError(f"Another run updated the index {name} at the same time: run the same command again.")
     needed = manifest.files | (before.files | {manifest_file(number)} if before else set())
     remove_files(store, name, {file for file in present - needed if is_ours(file)})
+
+
+def live_files(store: Store, name: str) -> set[str]:
+    """Files that the manifest that is valid names, and those of the one before it, which searches may be reading."""
+    number = latest_manifest(store, name)
+    manifests = [read_numbered_manifest(store, name, one) for one in (number, number - 1) if one > 0]
+    return {file for manifest in manifests if manifest for file in (*manifest.files, manifest_file(manifest.number))}
 
 
 def manifest_file(number: int) -> str:
@@ -341,49 +358,15 @@ def _explained(store: Store, name: str) -> Iterator[None]:
             f"{error.filename or uri} is gone: the index {name} was updated at this moment or is damaged; "
             f"run the same command again, or remove {uri} and run `dinoray index` again."
         ) from None
-    except (RuntimeError, pa.ArrowException) as error:
+    except (RuntimeError, pa.ArrowException, DamagedFile) as error:
         # FAISS raises RuntimeError
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise JobError(
-            f"A file of the index {name} cannot be read ({said}): `dinoray verify {store.uri}` says which; remove "
-            f"{uri} and run `dinoray index` again."
+            f"A file of the index {name} cannot be read ({why_unreadable(error)}): `dinoray verify {store.uri}` says "
+            f"which; remove {uri} and run `dinoray index` again."
         ) from None
 
 
 def _write_parquet(table: pa.Table, uri: str, options: storage.Options) -> None:
     fs, path = storage.filesystem(uri, options)
     with fs.open(path, "wb") as sink:
-        pq.write_table(table, sink, compression="zstd")
-
-
-def _read_faiss(uri: str, options: storage.Options) -> Any:
-    import faiss
-
-    fs, path = storage.filesystem(uri, options)
-    if not fs.exists(path):
-        raise FileNotFoundError(2, "no such file", uri)
-    if storage.is_local(uri):
-        return faiss.read_index(path)
-    with _temporary_file() as copy:
-        fs.get_file(path, copy)
-        return faiss.read_index(copy)
-
-
-def _write_faiss(index: Any, uri: str, options: storage.Options) -> None:
-    """FAISS writes to a path only; a file of gigabytes is not held in memory a second time."""
-    import faiss
-
-    fs, path = storage.filesystem(uri, options)
-    if storage.is_local(uri):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        faiss.write_index(index, path)
-        return
-    with _temporary_file() as copy:
-        faiss.write_index(index, copy)
-        fs.put_file(copy, path)
-
-
-@contextmanager
-def _temporary_file() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="dinoray-index-") as folder:
-        yield f"{folder}/index.faiss"
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)

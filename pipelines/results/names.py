@@ -8,6 +8,8 @@ from pipelines import storage
 from pipelines.errors import RequestError
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+# Names of files and folders have at most 255 bytes, some of which are for what is written beside them.
+MAX_NAME_LENGTH = 200
 
 
 def result_uri(store: str, kind: str, name: str) -> str:
@@ -16,6 +18,8 @@ def result_uri(store: str, kind: str, name: str) -> str:
         raise RequestError(
             f"NAME is {name!r}, but it names a folder: give letters, digits, `_`, `-` and `.`, such as animals-4."
         )
+    if len(name) > MAX_NAME_LENGTH:
+        raise RequestError(f"NAME has {len(name)} characters, {name[:20]}...: give at most {MAX_NAME_LENGTH}.")
     return storage.join(store, kind, name)
 
 

@@ -20,13 +20,12 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
+from pipelines.storage.secrets import HIDDEN, hidden
+
 LOGGER = logging.getLogger("dinoray")
-HIDDEN = "..."
 # Replacing shorter ones would take whole words apart.
 SHORTEST_SECRET_CHARACTERS = 4
 
-_USER_AND_PASSWORD = re.compile(r"(?<=://)[^/\s@]+@")
-_IN_QUERY = re.compile(r"([?&][\w.-]*(?:sig|token|secret|password|credential|key)[\w.-]*=)[^&\s\"']+", re.IGNORECASE)
 _STORAGE_OVERRIDE = re.compile(r"\bstorage\w*\.([\w.]+)=([^\s'\"]+)")
 _HARMLESS_KEY_PARTS = ("endpoint", "region", "account_name", "project", "profile", "anon", "version", "style")
 
@@ -191,4 +190,4 @@ def _without_secrets(text: str) -> str:
     given = {value for key, value in _STORAGE_OVERRIDE.findall(text) if not _is_harmless(key)}
     for secret in sorted(_Open.secrets | given, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    return _IN_QUERY.sub(rf"\1{HIDDEN}", _USER_AND_PASSWORD.sub(f"{HIDDEN}@", text))
+    return hidden(text)

@@ -18,6 +18,7 @@ from pipelines.errors import InputError
 from pipelines.sources.listing import Rows
 from pipelines.storage.errors import failed_storage
 from pipelines.storage.filesystems import is_local, local_path, local_uri, open_filesystem, version_of
+from pipelines.storage.secrets import without_credentials
 
 # From here on, one listing of the folder is cheaper than asking for each object.
 MIN_URIS_TO_LIST_FOLDER = 32
@@ -101,7 +102,7 @@ def list_manifest(table: pa.Table, folder: str, asked: str, storage_options: dic
     empty = [number for number, uri in enumerate(uris) if not uri]
     if empty:
         raise InputError(f"The manifest {asked} has no uri in row {empty[0] + 1}: fill it in, or remove the row.")
-    ids = _strings(table, "id", asked) or uris
+    ids = _strings(table, "id", asked) or [without_credentials(str(uri)) for uri in uris]
     missing = [number for number, image_id in enumerate(ids) if not image_id]
     if missing:
         raise InputError(f"The manifest {asked} has no id in row {missing[0] + 1}: fill it in, or remove the column.")

@@ -8,6 +8,7 @@ from pipelines.storage.errors import said as said
 from pipelines.storage.files import filesystem as filesystem
 from pipelines.storage.files import join as join
 from pipelines.storage.files import normalise as normalise
+from pipelines.storage.files import partial_name as partial_name
 from pipelines.storage.files import read_json as read_json
 from pipelines.storage.files import sha256 as sha256
 from pipelines.storage.files import write_bytes as write_bytes

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def write_bytes(uri: str, data: bytes, options: Options | None = None) -> None:
             fs.pipe_file(path, data)  # a put is whole or absent
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    partial = f"{path}.{os.getpid()}.partial"
+    partial = partial_name(path)
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -88,7 +89,7 @@ def write_once(uri: str, data: bytes, options: Options | None = None) -> bool:
     fs, path = filesystem(uri, options)
     if is_local(uri):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        partial = f"{path}.{os.getpid()}.partial"
+        partial = partial_name(path)
         Path(partial).write_bytes(data)
         try:
             os.link(partial, path)  # atomic, and fails where the name is taken
@@ -107,6 +108,11 @@ def write_once(uri: str, data: bytes, options: Options | None = None) -> bool:
         except (TypeError, NotImplementedError, ValueError):
             fs.pipe_file(path, data)
     return True
+
+
+def partial_name(path: str) -> str:
+    """Where a file is written before it gets its name; process ids are the same in every container."""
+    return f"{path}.{uuid.uuid4().hex[:12]}.partial"
 
 
 def sha256(uri: str, options: Options | None = None) -> str:

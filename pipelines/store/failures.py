@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime as dt
 from typing import Any
 
+from pipelines.storage.secrets import hidden, without_credentials
+
 MESSAGE_LENGTH = 1000
 # Where the storage failed and not the image, the next run tries it again.
 STORAGE_ERROR = "StorageError"
@@ -17,11 +19,11 @@ def failure_row(
     return {
         "position": source["position"],
         "image_id": source["image_id"],
-        "uri": source["uri"],
+        "uri": without_credentials(source["uri"]),
         "source_version": source["source_version"],
         "stage": stage,
         "error": error if isinstance(error, str) else type(error).__name__,
-        "message": " ".join(message.split())[:MESSAGE_LENGTH],
+        "message": " ".join(hidden(message).split())[:MESSAGE_LENGTH],
         "attempts": attempts,
         "run_id": run_id,
         "failed_at": dt.datetime.now(dt.UTC),

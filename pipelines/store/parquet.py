@@ -15,8 +15,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.errors import JobError
+from pipelines.storage.errors import failed_storage, said
 from pipelines.storage.files import filesystem, join
 from pipelines.storage.filesystems import Options, is_local
+
+
+class DamagedFile(JobError, OSError):
+    """A file of a store that is there and cannot be read: cut short, overwritten, or with bits that flipped.
+
+    found: what its reader says of it.
+    """
+
+    def __init__(self, uri: str, found: str) -> None:
+        super().__init__(
+            f"{uri} is damaged ({found}): restore it from a copy. `dinoray verify` of the store finds all files that "
+            "are damaged."
+        )
+        self.uri = uri
+        self.found = found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.uri, self.found)
+
 
 _FILE_NAME = re.compile(r"part-(?P<run_id>.+)-[0-9a-f]{12}\.parquet")
 
@@ -40,6 +61,10 @@ class DataFile:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class MissingFile(JobError, FileNotFoundError):
+    """A file that a log names and that is not there."""
 
 
 def group_may_hold(row_group: Any, sorted_ids: Sequence[str]) -> bool:
@@ -70,18 +95,46 @@ def write_parquet(
 
 @contextlib.contextmanager
 def open_parquet(uri: str, options: Options | None = None) -> Iterator[pq.ParquetFile]:
-    """A Parquet file on any storage, through Arrow's plain reader.
+    """A Parquet file on any storage, through `checked_parquet`, for as long as it is read.
 
-    Its dataset reader, which pq.read_table uses too, lets go of Python's files in threads of its own, now and then
+    Raises:
+        DamagedFile: its footer, or a page that is read, is not what was written.
+        FileNotFoundError: there is none.
+    """
+    with damage_explained(uri):
+        if is_local(uri):
+            with checked_parquet(uri) as parquet:
+                yield parquet
+            return
+        fs, path = filesystem(uri, options)
+        with fs.open(path, "rb") as source, checked_parquet(source) as parquet:
+            yield parquet
+
+
+def checked_parquet(source: Any, *, pre_buffer: bool = False) -> pq.ParquetFile:
+    """A Parquet file through Arrow's plain reader, which compares pages with their checksums, where they have any.
+
+    Arrow's dataset reader, which pq.read_table uses too, lets go of Python's files in threads of its own, now and then
     after the interpreter has gone, which aborts a process that has done all its work.
     """
-    if is_local(uri):
-        with pq.ParquetFile(uri) as parquet:
-            yield parquet
-        return
-    fs, path = filesystem(uri, options)
-    with fs.open(path, "rb") as source, pq.ParquetFile(source) as parquet:
-        yield parquet
+    return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=pre_buffer)
+
+
+@contextlib.contextmanager
+def damage_explained(uri: str) -> Iterator[None]:
+    """Raises DamagedFile for what Arrow says of a file that it cannot read; errors of the storage pass through."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        of_the_system = isinstance(error, OSError) and error.errno is not None
+        if of_the_system or isinstance(error, DamagedFile) or failed_storage(error):
+            raise
+        raise DamagedFile(uri, said(error)) from None
+
+
+def why_unreadable(error: Exception) -> str:
+    """What a reader says of a file, on one line, to stand in a sentence that names the file."""
+    return error.found if isinstance(error, DamagedFile) else said(error)
 
 
 def key_range(image_ids: pa.ChunkedArray) -> tuple[str, str]:
@@ -95,7 +148,8 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
 
     Dictionaries on strings and on int8 values, which Parquet would store as four bytes (on floats they slow reads
     threefold), statistics on scalars only (those of lists and pictures are useless and cost time), bytes of floats
-    split so that zstd finds the zeros of half-precision values.
+    split so that zstd finds the zeros of half-precision values. Pages carry a CRC32, which costs some percent of
+    writing and of reading.
     """
     lists = [field for field in schema if pa.types.is_list(field.type)]
     strings = [field.name for field in schema if pa.types.is_string(field.type)]
@@ -109,6 +163,7 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
         "use_dictionary": strings + small_integers,
         "use_byte_stream_split": [f"{f.name}.list.element" for f in lists if pa.types.is_float32(f.type.value_type)],
         "write_statistics": scalars,
+        "write_page_checksum": True,
         # the Arrow schema would only repeat Parquet's
         "store_schema": False,
     }

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.errors import JobError
-from pipelines.store.parquet import group_may_hold
+from pipelines.store.parquet import checked_parquet, group_may_hold
 from pipelines.store.schemas import scale_column
 from pipelines.store.vectors import decode
 
@@ -82,7 +82,7 @@ def read_patch_maps(
                 fs.open(path, "rb", cache_type="none") as raw,
                 CountedFile(raw) as file,
                 # few large requests instead of one for each column
-                pq.ParquetFile(file, pre_buffer=True) as parquet,
+                checked_parquet(file, pre_buffer=True) as parquet,
             ):
                 _read_shard(maps, parquet, wanted, column, half)
                 maps.bytes_read += file.bytes_read

@@ -86,5 +86,5 @@ def write_projections(store: str, config: Config, projections: dict[str, PCA]) -
             for index, (component, variance) in enumerate(zip(pca.components, pca.explained_variance, strict=True))
         ]
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), buffer)
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), buffer, write_page_checksum=True)
     storage.write_once(projection_uri(store), buffer.getvalue(), config.storage.options)

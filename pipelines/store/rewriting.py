@@ -14,6 +14,8 @@ from pipelines.store.parquet import (
     IMAGES_PER_ROW_GROUP,
     ROWS_PER_ROW_GROUP,
     DataFile,
+    checked_parquet,
+    damage_explained,
     key_range,
     new_file_name,
     parquet_options,
@@ -70,8 +72,9 @@ def rewrite(table: Table, file: DataFile, run_id: str, change: Callable[[pa.Tabl
     _, target_path = storage.filesystem(storage.join(table.uri, name), table.options)
     kept = 0
     low, high = [], []
-    with fs.open(source_path, "rb") as source, fs.open(target_path, "wb") as sink:
-        parquet = pq.ParquetFile(source)
+    source_uri = storage.join(table.uri, file.path)
+    with damage_explained(source_uri), fs.open(source_path, "rb") as source, fs.open(target_path, "wb") as sink:
+        parquet = checked_parquet(source)
         schema = table.schema
         with pq.ParquetWriter(sink, schema, **parquet_options(schema)) as writer:
             for index in range(parquet.num_row_groups):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -25,6 +26,10 @@ from pipelines.store.schemas import FAILURES, IMAGES, SCHEMA_VERSION, descriptor
 from pipelines.store.spec import fingerprint, make_spec, spec_differences
 from pipelines.store.table import Table
 from pipelines.store.transaction_log import TransactionLog
+
+# delta-rs decodes the first, takes the second for a slash and refuses the others; in a URL, # and ? end the path.
+_AMBIGUOUS_LOCALLY = re.compile(r"%[0-9A-Fa-f]{2}|\\|[\x00-\x1f\x7f]")
+_AMBIGUOUS_REMOTELY = re.compile(rf"{_AMBIGUOUS_LOCALLY.pattern}|[#?]")
 
 
 class Store:
@@ -61,6 +66,7 @@ class Store:
         """
         uri = storage.normalise(uri)
         refuse_memory(uri, "STORE")
+        _refuse_ambiguous(uri)
         spec = make_spec(config)
         stored = read_description(uri, config)
         if stored is None:
@@ -106,6 +112,7 @@ class Store:
         """
         uri = storage.normalise(uri)
         refuse_memory(uri, "STORE")
+        _refuse_ambiguous(uri)
         stored = read_description(uri, config)
         if stored is None:
             raise RequestError(
@@ -313,6 +320,16 @@ def refuse_memory(uri: str, what: str) -> None:
     if uri.startswith("memory://"):
         raise RequestError(
             f"{what} {uri} exists only inside one process, and Ray's workers are others: give a folder or a bucket."
+        )
+
+
+def _refuse_ambiguous(uri: str) -> None:
+    """Paths that fsspec and delta-rs read differently: files and logs would lie in different folders."""
+    unsafe = _AMBIGUOUS_LOCALLY if storage.is_local(uri) else _AMBIGUOUS_REMOTELY
+    if found := unsafe.search(uri.partition("://")[2] or uri):
+        raise RequestError(
+            f"STORE {uri!r} has {found[0]!r} in its path, which not every reader of tables takes literally: give a "
+            "path without it."
         )
 
 

@@ -88,7 +88,7 @@ def _local_copy(uri: str, config: Config) -> str:
     target = os.path.join(folder, f"{key}-{uri.rsplit('/', 1)[1]}")
     if not os.path.exists(target):
         os.makedirs(folder, exist_ok=True)
-        partial = f"{target}.{os.getpid()}.partial"
+        partial = storage.partial_name(target)
         fs.get_file(path, partial)
         # whole or absent, also when two workers download at once
         os.replace(partial, target)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import struct
+import zipfile
+import zlib
 from typing import Any
 
 import torch
@@ -17,6 +20,20 @@ from pipelines import storage
 from pipelines.errors import JobError
 
 SCHEMA_VERSION = 1
+# What readers of zip files, of pickles and of their content raise where bytes are others than were written.
+UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    pickle.UnpicklingError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ValueError,
+)
 _NAME = re.compile(r"step-(\d{8})\.pt")
 
 
@@ -52,16 +69,39 @@ def read_checkpoint(output: str, step: int, options: storage.Options) -> tuple[d
     with storage.reaching(uri):
         data = fs.cat_file(path)
     try:
+        _check(data)
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         about = state.pop("dinoray")
         version, agreement = about["schema_version"], about["agreement"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError):
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+    ):
         raise JobError(
             f"The checkpoint {uri} is damaged: remove it, and the same command continues from the one before."
         ) from None
     if version > SCHEMA_VERSION:
         raise JobError(f"{uri} was written by a newer dinoray: update dinoray.")
     return state, agreement
+
+
+def _check(data: bytes) -> None:
+    """Compare what torch saved with the checksums that it saved too, at which torch itself does not look.
+
+    Raises zipfile.BadZipFile, zlib.error.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} has another checksum")
 
 
 def remove_old(output: str, keep: int, options: storage.Options) -> None:

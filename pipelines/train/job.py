@@ -192,7 +192,7 @@ def _train(training: TrainSetup, images: pa.Table, validation: pa.Table | None, 
 
         from pipelines.train.accuracy import K, choose_labelled
         from pipelines.train.monitor import Monitor
-        from pipelines.train.worker import WorkerSetup
+        from pipelines.train.worker import TrainWorkerSetup
 
         layout = plan_layout(resources, config, training.recipe.batch_size)
         result.workers, result.device = layout.workers, layout.device
@@ -205,7 +205,7 @@ def _train(training: TrainSetup, images: pa.Table, validation: pa.Table | None, 
                 )
         known_bad = read_unreadable(training.output, config.storage.options) if result.resumed_from else []
         monitor = ray.remote(Monitor).options(num_cpus=0).remote(known_bad)
-        setup = WorkerSetup(
+        setup = TrainWorkerSetup(
             training=training,
             listing=ray.put(images),
             labelled=None if labelled is None else ray.put(labelled),

@@ -30,7 +30,7 @@ MEANS = ("loss", "teacher_entropy", "divergence", "centre_norm")
 
 
 @dataclass(frozen=True)
-class WorkerSetup:
+class TrainWorkerSetup:
     """What a process is given.
 
     listing, labelled: object references. monitor: the actor. threads: for torch. crop_workers: how many actors make
@@ -52,7 +52,7 @@ def train_worker(given: dict[str, Any]) -> None:
     import ray
     import ray.train
 
-    setup: WorkerSetup = given["setup"]
+    setup: TrainWorkerSetup = given["setup"]
     context = ray.train.get_context()
     try:
         Worker(setup, context.get_world_rank(), context.get_world_size()).run()
@@ -64,7 +64,7 @@ def train_worker(given: dict[str, Any]) -> None:
 class Worker:
     """A process's part of the training."""
 
-    def __init__(self, setup: WorkerSetup, rank: int, processes: int) -> None:
+    def __init__(self, setup: TrainWorkerSetup, rank: int, processes: int) -> None:
         import ray
 
         self._setup, self._rank, self._processes = setup, rank, processes

@@ -7,6 +7,7 @@ import io
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,17 +16,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.errors import counted
+from pipelines.errors import JobError, counted
 from pipelines.results.all_kinds import all_results, check_result
 from pipelines.results.stored import StoredResult
 from pipelines.running.reports import JobResult, new_run_id, recorded
 from pipelines.settings.sections import Config
-from pipelines.store.parquet import DataFile
+from pipelines.store.parquet import DataFile, checked_parquet, open_parquet, why_unreadable
 from pipelines.store.schemas import descriptor_columns
 from pipelines.store.store import Store
 from pipelines.store.table import Table
 
 MOST_PROBLEMS_OF_A_KIND = 20
+FILES_READ_AT_ONCE = 4
+# FAISS raises RuntimeError.
+UNREADABLE = (OSError, RuntimeError, pa.ArrowException, JobError)
 
 RowsByVectorLength = dict[str, dict[str, Counter[int | None]]]
 """descriptor column -> patches file -> rows by length of vector"""
@@ -50,8 +54,14 @@ class Result(JobResult):
         return super().as_dict() | {"sound": not self.problems}
 
 
-def run(config: Config, *, store: str) -> Result:
-    """Check a store; reads every row of images and the keys of patches. Raises RequestError when there is no store."""
+def run(config: Config, *, store: str, deep: bool = False) -> Result:
+    """Check a store; reads every row of images, and the keys and descriptors of patches.
+
+    deep: read every page of every table, and compare it with its checksum. Files written before 0.1.0 had checksums
+    have none; what is damaged there is found where it cannot be unpacked.
+
+    Raises RequestError when there is no store.
+    """
     started = time.monotonic()
     opened = Store.open(store, config)
     result = Result(new_run_id(), opened.uri)
@@ -61,6 +71,9 @@ def run(config: Config, *, store: str) -> Result:
         for one in results:
             tables |= {f"{one.path}/{name}": table for name, table in one.tables.items()}
         _check_files(tables, result)
+        if deep:
+            for name, table in tables.items():
+                _some(result.problems, _damaged(table, name))
         # rows cannot be judged while files are missing or damaged
         if not result.problems:
             _check_rows(opened, results, result)
@@ -94,8 +107,8 @@ def _check_rows(store: Store, results: list[StoredResult], result: Result) -> No
     try:
         images = store.images.read(["image_id", "run_id", "shard", "grid_height", "grid_width"])
         failures = store.failures.read(["image_id"])["image_id"]
-    except (OSError, pa.ArrowException) as error:
-        problems.append(f"images or failures cannot be read ({_first_line(error)})")
+    except UNREADABLE as error:
+        problems.append(f"images or failures cannot be read ({why_unreadable(error)})")
         return
     result.images, result.failures = len(images), len(failures)
     _some(problems, (f"images: {image_id} has {count} rows" for image_id, count in _repeated(images["image_id"])))
@@ -138,9 +151,9 @@ def _unreadable(table: Table, name: str, files: list[DataFile]) -> Iterator[str]
         fs, path = storage.filesystem(storage.join(table.uri, file.path), table.options)
         try:
             with fs.open(path, "rb") as source:
-                footer = pq.ParquetFile(source).metadata
-        except (OSError, pa.ArrowException) as error:
-            yield f"{name}: {file.path} cannot be read as Parquet ({_first_line(error)})"
+                footer = checked_parquet(source).metadata
+        except UNREADABLE as error:
+            yield f"{name}: {file.path} cannot be read as Parquet ({why_unreadable(error)})"
             continue
         if footer.num_rows != file.rows:
             yield f"{name}: {file.path} has {counted(footer.num_rows, 'row')}, the log says {file.rows:,}"
@@ -153,6 +166,22 @@ def _unreadable(table: Table, name: str, files: list[DataFile]) -> Iterator[str]
         if not file.min_id <= low <= high <= file.max_id:
             # readers skip files by this range
             yield f"{name}: {file.path} has keys {low!r} to {high!r}, the log says {file.min_id!r} to {file.max_id!r}"
+
+
+def _damaged(table: Table, name: str) -> Iterator[str]:
+    """Files of which a page is not what was written; those without a footer are told of elsewhere."""
+
+    def found_in(path: str) -> str:
+        try:
+            with open_parquet(storage.join(table.uri, path), table.options) as parquet:
+                for group in range(parquet.num_row_groups):
+                    parquet.read_row_group(group)
+        except UNREADABLE as error:
+            return f"{name}: {path} is damaged ({why_unreadable(error)})"
+        return ""
+
+    with ThreadPoolExecutor(FILES_READ_AT_ONCE) as pool:
+        yield from filter(None, pool.map(found_in, sorted(table.files().keys() & table.present_files().keys())))
 
 
 def _schema_as_parquet(schema: pa.Schema) -> pq.FileMetaData:
@@ -194,7 +223,7 @@ def _check_shard(
     previous = ""
     try:
         with fs.open(path, "rb") as source:
-            parquet = pq.ParquetFile(source)
+            parquet = checked_parquet(source)
             for index in range(parquet.num_row_groups):
                 rows = parquet.read_row_group(index, columns=["image_id", "row", "col", *columns])
                 for column in columns:
@@ -206,8 +235,8 @@ def _check_shard(
                 if any(later <= earlier for earlier, later in zip([previous, *ids], ids, strict=False)):
                     yield f"patches: {file.path} does not hold whole images in key order (row group {index})"
                 previous = ids[-1] if ids else previous
-    except (OSError, pa.ArrowException) as error:
-        yield f"patches: {file.path} cannot be read ({_first_line(error)})"
+    except UNREADABLE as error:
+        yield f"patches: {file.path} cannot be read ({why_unreadable(error)})"
         return
     rows = pa.concat_tables(groups) if groups else table.schema.empty_table()
     yield from _check_grids(rows, file, images, config)
@@ -264,8 +293,8 @@ def _check_embeddings(images: Table, config: Config) -> Iterator[str]:
     for path in images.files() if config.features.embedding else ():
         try:
             rows = images.read_file(path, ["image_id", "embedding"])
-        except (OSError, pa.ArrowException) as error:
-            yield f"images: {path} cannot be read ({_first_line(error)})"
+        except UNREADABLE as error:
+            yield f"images: {path} cannot be read ({why_unreadable(error)})"
             continue
         lengths = pc.list_value_length(rows["embedding"]).to_pylist()
         for image_id, length in zip(rows["image_id"].to_pylist(), lengths, strict=True):
@@ -280,10 +309,6 @@ def _repeated(ids: pa.ChunkedArray) -> Iterator[tuple[str, int]]:
     for entry in pc.value_counts(ids):
         if entry["counts"].as_py() > 1:
             yield entry["values"].as_py(), entry["counts"].as_py()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _some(problems: list[str], found: Iterable[str]) -> None:

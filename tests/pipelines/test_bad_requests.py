@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 from deltalake import DeltaTable
 from file_systems import mounted
-from hand_made import finished_store
+from hand_made import add_images, finished_store
+from hand_made import source as listing_row
 from small_runs import as_options, photo, settings
 from typer.testing import CliRunner, Result
 
 from pipelines.cli import app
+from pipelines.store.store import Store
 from pipelines.upkeep import verify
 
 
@@ -177,6 +179,34 @@ def test_a_store_inside_the_input_is_not_listed_as_images(source: Path) -> None:
 @pytest.mark.parametrize("uri", ["foo://bucket/store", "memory://store"])
 def test_a_store_that_no_worker_can_reach(uri: str, source: Path) -> None:
     says(sentence(extract(source, uri)), uri)
+
+
+@pytest.mark.parametrize("name", ["a%20b", "50%25", "a\\b", "%2e%2e", "a\nb", "a\tb"])
+def test_a_store_whose_path_is_read_in_two_ways(name: str, source: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    says(sentence(extract(source, tmp_path / "places" / name / "store")), "STORE", "in its path", "without it")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/a#b", "s3://bucket/a?b", "s3://bucket/a%20b"])
+def test_a_prefix_that_would_be_cut(uri: str, source: Path) -> None:
+    says(sentence(extract(source, uri)), "STORE", "in its path", "without it")
+
+
+@pytest.mark.parametrize("name", ["a b", "100%", "a%zz", "a#b", "a?b", "ä", "a'b", 'a"b', "[a]", "a;b", "-a", " a "])
+def test_other_names_of_stores_work(name: str, tmp_path: Path) -> None:
+    uri = str(tmp_path / name / "store")
+    add_images(Store.create(uri, settings()), "r1", [listing_row("a")])
+    found = verify.run(settings(), store=uri)
+    assert (found.images, found.problems) == (1, [])
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_name_that_is_too_long_for_a_folder(tmp_path: Path) -> None:
+    uri = str(tmp_path / "store")
+    add_images(Store.create(uri, settings()), "r1", [listing_row("a")])
+    for command in ("index", "cluster", "cosegment"):
+        says(sentence(CliRunner().invoke(app, [command, uri, "n" * 300])), "300 characters", "at most 200")
 
 
 def test_a_store_that_cannot_be_written(source: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pipelines import cli
 from pipelines.extract import job as extract
 from pipelines.extract import layout, stages, streaming
 from pipelines.extract.stages import FusedWorker
-from pipelines.features.extractor import WorkerSetup
+from pipelines.features.extractor import ExtractorSetup
 from pipelines.settings.sections import Config
 from pipelines.store.extraction import ShardReport
 from pipelines.store.store import Store
@@ -33,7 +33,7 @@ class Colours:
 
     patch_size, embed_dim, device, precision = PATCH_PIXELS, DIMENSIONS, "none", "exact"
 
-    def __init__(self, setup: WorkerSetup) -> None:
+    def __init__(self, setup: ExtractorSetup) -> None:
         pass
 
     def extract(self, prepared: list[Any]) -> list[Any]:
@@ -68,7 +68,7 @@ def stream_reports(
     rows: pa.Table, block_size: int, plan: layout.ExtractionLayout, store: Store, config: Config, run_id: str, **_: Any
 ) -> Iterator[ShardReport]:
     """As streaming.stream_reports does it, one block after the other."""
-    worker = FusedWorker(WorkerSetup(store.uri, run_id, config, "cpu", store.spec["model"]["weights"], threads=1))
+    worker = FusedWorker(ExtractorSetup(store.uri, run_id, config, "cpu", store.spec["model"]["weights"], threads=1))
     for begin in range(0, len(rows), block_size):
         for table in worker(rows.slice(begin, block_size)):
             yield from map(ShardReport.from_json, table["report"].to_pylist())

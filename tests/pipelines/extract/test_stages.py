@@ -19,7 +19,7 @@ from pipelines.extract import stages
 from pipelines.extract.layout import ModelFacts, model_facts
 from pipelines.extract.layout import plan_extraction as plan_workers
 from pipelines.extract.stages import FusedWorker, ModelWorker, WriteWorker, decode_block
-from pipelines.features.extractor import WorkerSetup
+from pipelines.features.extractor import ExtractorSetup
 from pipelines.settings.sections import Config
 from pipelines.store.extraction import Committer, ShardReport
 from pipelines.store.store import Store
@@ -27,9 +27,9 @@ from pipelines.store.store import Store
 RANDOM = "random:0"
 
 
-def setup_of(store: Path, config: Config) -> WorkerSetup:
+def setup_of(store: Path, config: Config) -> ExtractorSetup:
     Store.create(str(store), config)
-    return WorkerSetup(str(store), "r1", config, "cpu", RANDOM, threads=1, progress_seconds=0)
+    return ExtractorSetup(str(store), "r1", config, "cpu", RANDOM, threads=1, progress_seconds=0)
 
 
 def listed(folder: Path) -> pa.Table:
@@ -144,7 +144,7 @@ def test_other_weights_than_the_stores_are_refused(photos: Callable[..., Path], 
     file.write_bytes(b"whatever it holds")
     config = settings(f"model.weights={file}")
     with pytest.raises(JobError, match="on this worker are other ones"):
-        FusedWorker(WorkerSetup(str(tmp_path), "r1", config, "cpu", "sha256:0123", threads=1))
+        FusedWorker(ExtractorSetup(str(tmp_path), "r1", config, "cpu", "sha256:0123", threads=1))
 
 
 def test_a_device_that_is_not_there_is_refused_on_the_worker(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_device_that_is_not_there_is_refused_on_the_worker(tmp_path: Path) -> 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ModelError, match="sees 0 GPUs"):
-        FusedWorker(WorkerSetup(str(tmp_path), "r1", settings(), "cuda", RANDOM, threads=1))
+        FusedWorker(ExtractorSetup(str(tmp_path), "r1", settings(), "cuda", RANDOM, threads=1))
 
 
 FACTS = ModelFacts(patch_size=16, dims={"descriptor": 384}, patches=252, depth=12, width=384)

@@ -25,6 +25,7 @@ from pipelines.results import indices as index_files
 from pipelines.settings.sections import Config
 from pipelines.store.extraction import Committer, ShardReport, drop_images
 from pipelines.store.store import Store
+from pipelines.upkeep import verify
 
 GRID, DIMENSION, PATCH = (3, 4), 8, 16
 KINDS = ("flat", "hnsw")  # ivfpq needs more vectors than are quick to store: see tests/dino_ops/test_nearest.py
@@ -211,6 +212,38 @@ def test_a_damaged_file_is_a_sentence(piece: str, make: Callable[..., Store]) ->
     assert result.exit_code == 1 and "is gone: the index main was updated at this moment or is damaged" in result.stderr
 
 
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_a_flipped_bit_of_an_index_is_a_sentence(kind: str, make: Callable[..., Store]) -> None:
+    store = make()
+    index.run(asked(f"kind={kind}"), store=store.uri, name="main")
+    manifest = index_files.read_manifest(store, "main")
+    assert manifest is not None
+    name = manifest.segments[0].files["vectors"]
+    file = Path(store.uri) / "index" / "main" / name
+    sound, random = file.read_bytes(), np.random.default_rng(0)
+    for at in random.choice(len(sound), 40, replace=False):
+        flipped = bytearray(sound)
+        flipped[at] ^= 1 << int(random.integers(8))
+        file.write_bytes(flipped)
+        with pytest.raises(JobError, match="cannot be read"):
+            index_files.read_parts(store, "main", manifest, index_files.read_dead(store, "main", manifest))
+    (problem,) = verify.run(store.config, store=store.uri).problems
+    assert name in problem and "its checksum is crc32:" in problem
+
+
+def test_an_index_of_before_has_no_checksums_and_is_read(make: Callable[..., Store]) -> None:
+    store = make()
+    index.run(asked(), store=store.uri, name="main")
+    (file,) = (Path(store.uri) / "index" / "main").glob("manifest-*.json")
+    content = json.loads(file.read_text())
+    for segment in content["segments"]:
+        assert segment.pop("checksums")
+    file.write_text(json.dumps(content))
+
+    assert verify.run(store.config, store=store.uri).problems == []
+    assert dinoray("search", store.uri, "main", "001").exit_code == 0
+
+
 def test_another_kind_builds_the_index_anew(make: Callable[..., Store]) -> None:
     store = make()
     first = index.run(asked(), store=store.uri, name="main")
@@ -220,7 +253,7 @@ def test_another_kind_builds_the_index_anew(make: Callable[..., Store]) -> None:
     assert index.run(asked(), store=store.uri, name="main").status == "unchanged", "auto keeps what there is"
 
 
-@pytest.mark.parametrize("dies_in", ["_write_faiss", "pq.write_table", "storage.write_once"])
+@pytest.mark.parametrize("dies_in", ["write_faiss", "pq.write_table", "storage.write_once"])
 def test_a_run_that_dies_between_files_leaves_the_old_index(
     dies_in: str, make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +279,30 @@ def test_a_run_that_dies_between_files_leaves_the_old_index(
     assert len(part.nearest) == 20
     assert index.run(asked(), store=store.uri, name="main").added == 5
     assert len(answers(store, "main", ["005"])[0]) == len(before[0])
+
+
+def test_a_run_that_fails_after_it_has_published_removes_nothing_that_others_build_on(
+    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make()
+    index.run(asked(), store=store.uri, name="main")
+    add(store, "r3", *names(5, 20))
+    clean = index_files.remove_files
+
+    def interrupted(*arguments: Any) -> None:
+        """Another run updates the index while the first one cleans up."""
+        monkeypatch.setattr(index_files, "remove_files", clean)
+        add(store, "r4", *names(5, 25))
+        assert index.run(asked(), store=store.uri, name="main").added == 5
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index_files, "remove_files", interrupted)
+    assert index.run(asked(), store=store.uri, name="main").status == "interrupted"
+
+    assert index.run(asked(), store=store.uri, name="main").status == "unchanged"
+    assert verify.run(store.config, store=store.uri).problems == []
+    for image_id in ("004", "022", "027"):
+        assert answers(store, "main", [image_id])[0][0]
 
 
 def test_the_next_update_removes_what_killed_runs_left(make: Callable[..., Store]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from typer.testing import CliRunner
 
 from pipelines import report
 from pipelines.cli import app
-from pipelines.errors import RequestError
+from pipelines.errors import JobError, RequestError
 from pipelines.index import job as index
 from pipelines.report.choose import Choice, choose
 from pipelines.report.colours import KINDS, PARTS, amounts, rgb
@@ -144,6 +146,48 @@ def test_images_are_chosen_by_a_query(full: Store) -> None:
 def test_a_wrong_choice_is_one_sentence(full: Store, asked: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         choice_of(full, **asked)
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("SELECT content AS image_id FROM read_text('{secret}')", "Permission"),
+        ("SELECT filename AS image_id FROM read_text('{folder}/*')", "Permission"),
+        ("SELECT file AS image_id FROM glob('{folder}/*')", "Permission"),
+        ("SELECT image_id FROM '{secret}'", "cannot be run"),
+        ("COPY images TO '{written}'", "one SELECT, but COPY"),
+        ("SELECT image_id FROM images; COPY images TO '{written}'", "one SELECT, but SELECT and COPY"),
+        ("SELECT image_id FROM images; SELECT 1", "one SELECT, but SELECT and SELECT"),
+        ("SET enable_external_access = true", "one SELECT, but SET"),
+        ("ATTACH '{written}'", "one SELECT, but ATTACH"),
+        ("INSTALL httpfs", "one SELECT, but LOAD"),
+        (";", "one SELECT, but nothing"),
+    ],
+)
+def test_a_query_sees_the_tables_and_nothing_else(full: Store, tmp_path: Path, query: str, says: str) -> None:
+    (tmp_path / "folder").mkdir()
+    secret, written = tmp_path / "folder" / "secret.csv", tmp_path / "written"
+    secret.write_text("image_id\nnobody should see this\n")
+    with pytest.raises(RequestError, match=says) as caught:
+        choice_of(full, query=query.format(secret=secret, folder=secret.parent, written=written))
+
+    assert "nobody should see this" not in str(caught.value) and not written.exists()
+
+
+def test_a_query_of_empty_tables_runs(full: Store) -> None:
+    assert full.failures.files() == {}
+    assert choice_of(full, query="SELECT image_id FROM images ANTI JOIN failures USING (image_id) LIMIT 1").image_ids
+
+
+def test_a_query_reads_no_file_outside_that_a_log_names(tmp_path: Path) -> None:
+    store = shown_store(tmp_path, scenes(["a/0.png"]))
+    (inside,) = store.images.files()
+    outside = tmp_path / "outside.parquet"
+    shutil.copy(Path(store.images.uri, inside), outside)
+    for log in Path(store.images.uri, "_delta_log").glob("*.json"):
+        log.write_text(log.read_text().replace(inside, os.path.relpath(outside, store.images.uri)))
+    with pytest.raises(JobError, match="lies outside"):
+        choice_of(Store.open(store.uri, store.config), query="SELECT image_id FROM images")
 
 
 def test_only_files_of_the_images_shown_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -358,6 +358,28 @@ def test_checkpoints_come_back_and_the_latest_stay(tmp_path: Path) -> None:
     assert list_checkpoints(output, {}) == [30, 100] and (tmp_path / "checkpoints" / "notes.txt").exists()
 
 
+def test_a_flipped_bit_of_a_checkpoint_is_a_sentence_or_changes_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = {"student": {"weight": torch.randn(64, 32)}, "epoch": 3}
+    write_checkpoint(str(tmp_path), state, 5, {"model.name": "x"}, {})
+    file = tmp_path / "checkpoints" / "step-00000005.pt"
+    sound, random = file.read_bytes(), np.random.default_rng(0)
+    found = 0
+    for at in random.choice(len(sound), 300, replace=False):
+        flipped = bytearray(sound)
+        flipped[at] ^= 1 << int(random.integers(8))
+        file.write_bytes(flipped)
+        try:
+            read, agreement = read_checkpoint(str(tmp_path), 5, {})
+        except JobError as error:
+            assert "is damaged: remove it" in str(error)
+            found += 1
+        else:
+            assert torch.equal(read["student"]["weight"], state["student"]["weight"]), f"byte {at}"
+            assert (read["epoch"], agreement) == (3, {"model.name": "x"})
+    assert found > 150
+
+
 class Bomb:
     def __reduce__(self) -> Any:
         return (Path.touch, (Path("executed"),))
