@@ -20,6 +20,7 @@ from dino_ops.cosegmentation import inliers
 from pipelines import storage
 from pipelines.cosegment.made_with import settings_of_parts
 from pipelines.cosegment.masks import MOST_PARTS_IN_A_MASK, SetImage
+from pipelines.cosegment.set_versions import SetVersions
 from pipelines.cosegment.sets import ImageSets, choose_sets, set_version
 from pipelines.cosegment.tasks import PendingSet, plan_segmentation, stream_reports
 from pipelines.cosegment.worker import SegmentSetup
@@ -37,8 +38,7 @@ from pipelines.running.tasks import as_task, finished_tasks
 from pipelines.settings.sections import Config, CosegmentSettings
 from pipelines.store.originals import locate
 from pipelines.store.patches import ImagePlace
-from pipelines.store.schemas import IMAGES, PARTS_IMAGES
-from pipelines.store.snapshots import Snapshot
+from pipelines.store.schemas import PARTS_IMAGES
 from pipelines.store.store import Store
 from pipelines.store.transactions import open_for_writing
 
@@ -294,35 +294,6 @@ def _export(
     for _, files in finished_tasks(lambda: next(upcoming, None), layout.workers, "the export of masks"):
         result.exported += files
     result.seconds["export"] = time.monotonic() - began
-
-
-class SetVersions:
-    """The set_version of each set in a snapshot: as it was planned, and from the images anew where they changed."""
-
-    def __init__(self, store: Store, asked: str, pending: list[PendingSet]) -> None:
-        self._store = store
-        self._asked = asked
-        self._of_version: dict[int | None, dict[str, str]] = {
-            store.images.version: {one.set_id: one.version for one in pending}
-        }
-
-    def __call__(self, current: Snapshot) -> dict[str, str]:
-        version = current.version("images")
-        if version not in self._of_version:
-            self._of_version = {version: self._look(current)}
-        return self._of_version[version]
-
-    def _look(self, current: Snapshot) -> dict[str, str]:
-        table = current.table("images", IMAGES)
-        if table is None:
-            return {}
-        images = table.read(["image_id", "label", "shard", "run_id"])
-        images = images.filter(pc.is_valid(images["shard"])).sort_by("image_id").combine_chunks()
-        try:
-            chosen = choose_sets(self._asked, self._store.uri, images, self._store.config.storage.options)
-        except RequestError:
-            return {}  # there are no such sets any more
-        return {set_id: set_version(images, members) for set_id, members in chosen.members.items()}
 
 
 class SetImages:
