@@ -14,7 +14,8 @@ from deltalake import Schema
 from pipelines.errors import JobError, RequestError
 from pipelines.store.parquet import DataFile
 
-FORMAT = 1  # of a transaction's file; one with a higher format is a newer dinoray's
+# A transaction's file with a higher format is a newer dinoray's.
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Transaction:
     """A file of the log.
 
     token: of this attempt alone, so that its writer knows it again. previous: the token of the transaction before,
-    by which a writer finds out whether others went on from its own. pointers: all that are in force, so that one
+    by which a writer finds out whether others went on from its own. created_at: by its writer's clock, UTC; nothing is
+    decided by it. pointers: all that are in force, so that one
     file says what the results of a store are.
     """
 
@@ -91,7 +93,7 @@ class Transaction:
     previous: str
     run_id: str
     command: str
-    created_at: str  # by its writer's clock, UTC; nothing is decided by it
+    created_at: str
     tables: tuple[TableEntry, ...] = ()
     pointers: dict[str, Pointer] = field(default_factory=dict)
     sweep: tuple[str, ...] = ()

@@ -17,7 +17,8 @@ from pipelines.store.snapshots import Snapshot
 from pipelines.store.transaction_log import FOLDER
 
 _LOG = "_delta_log"
-_OURS = (".faiss", ".parquet", ".json", ".npz", ".partial")  # beside what pointers name
+# Of files beside those that pointers name.
+_ENDINGS = (".faiss", ".parquet", ".json", ".npz", ".partial")
 
 
 def garbage(current: Snapshot, retention_hours: float) -> list[str]:
@@ -67,7 +68,7 @@ def _may_go(path: str, tables: set[str], folders: set[str]) -> bool:
         return name.endswith(".partial") or name.startswith("probe-")
     if folder.endswith(f"/{_LOG}"):
         return "#" in name  # a commit that delta-rs had not given its name yet
-    return (folder in tables and name.endswith(".parquet")) or (folder in folders and name.endswith(_OURS))
+    return (folder in tables and name.endswith(".parquet")) or (folder in folders and name.endswith(_ENDINGS))
 
 
 def _is_older(modified: float | None, began: float) -> bool:

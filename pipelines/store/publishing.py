@@ -28,7 +28,7 @@ from pipelines.storage.files import filesystem, join
 from pipelines.storage.filesystems import delta_options, is_local, local_path
 from pipelines.store.changes import TableEntry, Transaction
 from pipelines.store.table import CONTENT_VERSION_KEY, Table
-from pipelines.store.transaction_log import FIRST_PAUSE_SECONDS, TRIES, TransactionLog
+from pipelines.store.transaction_log import FIRST_PAUSE_SECONDS, PUTS_TRIED, TransactionLog
 
 APP = "dinoray"  # whose numbers the commits of a table carry
 NEWEST_LOG_FILES = 16  # among which are those of the last commit: one, and a checkpoint now and then
@@ -120,7 +120,7 @@ def open_delta(log: TransactionLog, table: str) -> DeltaTable | None:
 
 def repeated(read: Callable[[], _T], uri: str) -> _T:
     """Read from a table's log; from remote storage again when an answer broke off, which delta-rs does not repeat."""
-    for attempt in range(TRIES - 1):
+    for attempt in range(PUTS_TRIED - 1):
         try:
             return read()
         except (FileNotFoundError, PermissionError):
@@ -160,13 +160,13 @@ def _publish_table(
             if explained := explain_write_error(error, uri):
                 raise explained from None
             failures += 1
-            if failures >= TRIES and not _moved(log, entry.table, before.version()):
+            if failures >= PUTS_TRIED and not _moved(log, entry.table, before.version()):
                 raise JobError(
                     f"The change to {uri} is in the log of the store and could not be made in the table "
                     f"({said(error)}): run the same command again, which completes it."
                 ) from None
             if not isinstance(error, CommitFailedError):
-                time.sleep(FIRST_PAUSE_SECONDS * 2 ** min(failures, TRIES))
+                time.sleep(FIRST_PAUSE_SECONDS * 2 ** min(failures, PUTS_TRIED))
 
 
 def _moved(log: TransactionLog, table: str, version: int) -> bool:
@@ -219,7 +219,8 @@ def _commit(log: TransactionLog, delta: DeltaTable, transaction: Transaction, en
         schema=delta.schema(),
         partition_by=[],
         commit_properties=CommitProperties(
-            max_commit_retries=0,  # on top of the version that was read, and of no other
+            # the commit goes on top of the version that was read, and of no other
+            max_commit_retries=0,
             custom_metadata=about,
             app_transactions=[AppTransaction(APP, transaction.number)],
         ),

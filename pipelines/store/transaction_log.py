@@ -23,10 +23,13 @@ from pipelines.storage.filesystems import Options, is_local, modified_at
 from pipelines.store.changes import Transaction
 
 FOLDER = "transactions"
-TRIES = 4  # of a put whose answer is lost
-FIRST_PAUSE_SECONDS = 0.2  # doubled from try to try
-SHORTEST_KEPT_SECONDS = 3600.0  # of files of the log, which are small, whatever compact.retention_hours says
-RETENTION_HOURS = 168.0  # compact.retention_hours where nobody says
+PUTS_TRIED = 4
+# Doubled from try to try.
+FIRST_PAUSE_SECONDS = 0.2
+# Files of the log are small: they stay for an hour, whatever compact.retention_hours says.
+SHORTEST_KEPT_SECONDS = 3600.0
+# As compact.retention_hours has it.
+RETENTION_HOURS = 168.0
 
 _NAME = re.compile(r"(\d{20})\.(json|published)")
 
@@ -155,20 +158,20 @@ class TransactionLog:
                     f"The storage of {self.uri} cannot put a file only where there is none: give one command that "
                     "writes to this store at a time."
                 )
-        for attempt in range(TRIES):
+        for attempt in range(PUTS_TRIED):
             try:
                 if self._put_once(uri, transaction.to_json()):
                     return True
             except Exception as error:
                 if explained := explain_write_error(error, uri):
                     raise explained from None
-                if attempt == TRIES - 1:
+                if attempt == PUTS_TRIED - 1:
                     raise
             if found := self.read(transaction.number):
                 return found.token == transaction.token
             time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
         raise JobError(
-            f"{uri} could neither be written nor read back in {TRIES} attempts: run the same command again, which "
+            f"{uri} could neither be written nor read back in {PUTS_TRIED} attempts: run the same command again, which "
             "finds what is done."
         )
 

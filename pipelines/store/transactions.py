@@ -28,8 +28,9 @@ from pipelines.store.snapshots import Snapshot
 from pipelines.store.transaction_log import TransactionLog
 
 LOOKS_AT_ONCE = 16
-CUT_EVERY = 100  # transactions: so that a listing of the log stays short where nobody compacts
-LONGEST_PAUSE_SECONDS = 1.0  # after others were first again and again
+# So that a listing of the log stays short where nobody compacts.
+CUT_EVERY_TRANSACTIONS = 100
+LONGEST_PAUSE_SECONDS = 1.0
 
 Build = Callable[[Snapshot], Change | None]
 
@@ -103,7 +104,7 @@ def _is_in_force(current: Snapshot, transaction: Transaction) -> bool:
             return False
         return True  # others have published it, or they could not have gone on
     publish(log, transaction, current.opened)
-    if number % CUT_EVERY == 0:
+    if number % CUT_EVERY_TRANSACTIONS == 0:
         with contextlib.suppress(OSError, JobError):  # the change is made; the next hundredth cuts more
             log.cut()
     return True

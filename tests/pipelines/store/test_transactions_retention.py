@@ -168,7 +168,7 @@ def test_a_transaction_that_is_not_published_keeps_the_one_before(log: Transacti
 
 
 def test_a_long_log_is_cut_by_the_way(log: TransactionLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.store.transactions.CUT_EVERY", 5)
+    monkeypatch.setattr("pipelines.store.transactions.CUT_EVERY_TRANSACTIONS", 5)
     late = aged(log, 8)
     for at in range(5):
         put_images(late, {str(at): 0})
