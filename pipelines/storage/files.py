@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def write_bytes(uri: str, data: bytes, options: Options | None = None) -> None:
             fs.pipe_file(path, data)  # a put is whole or absent
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    partial = f"{path}.{os.getpid()}.partial"
+    partial = f"{path}.{uuid.uuid4().hex}.partial"
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -88,7 +89,7 @@ def write_once(uri: str, data: bytes, options: Options | None = None) -> bool:
     fs, path = filesystem(uri, options)
     if is_local(uri):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        partial = f"{path}.{os.getpid()}.partial"
+        partial = f"{path}.{uuid.uuid4().hex}.partial"  # process ids repeat from machine to machine
         Path(partial).write_bytes(data)
         try:
             os.link(partial, path)  # atomic, and fails where the name is taken
