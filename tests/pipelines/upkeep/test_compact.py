@@ -201,6 +201,7 @@ def test_what_was_killed_before_there_were_transactions_is_neither_merged_nor_sw
 def test_nothing_outside_the_tables_is_swept(tmp_path: Path) -> None:
     """Neither what jobs keep beside tables nor what others keep in the folder, however old."""
     store = small_runs_store(tmp_path)
+    patches = sorted_patches(tmp_path)
     folders = ["", "index/photos", "clusters/words", "projection", "models", "weights", "runs", "parts/x", "mine"]
     names = ["a.parquet", "model-1.npz", "manifest-1.json", "a.faiss", "settings.json", "w.safetensors", "x.partial"]
     kept = [tmp_path / folder / name for folder in folders for name in names]
@@ -228,7 +229,7 @@ def test_nothing_outside_the_tables_is_swept(tmp_path: Path) -> None:
     assert swept and all(path.parent.name in ("images", "patches") and path.suffix == ".parquet" for path in swept)
     assert result.vacuumed == len(swept)
     assert all(path.exists() for path in kept)
-    sound(tmp_path)
+    assert sorted_patches(tmp_path).equals(patches)
 
 
 def test_stores_without_patches_and_failures(tmp_path: Path) -> None:
