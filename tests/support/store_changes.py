@@ -34,10 +34,16 @@ def new_store(folder: Path) -> Store:
 
 def commit(store: Store, run_id: str, rows: list[tuple[str, str]], failed: list[str]) -> None:
     """One shard an image, given as (image_id, version), and failures."""
+    written(store, run_id, rows, failed)()
+
+
+def written(store: Store, run_id: str, rows: list[tuple[str, str]], failed: list[str]) -> Callable[[], object]:
+    """The same in two steps: workers have written, and what is returned commits it."""
     reports = [write_shard(store, run_id, [source(image_id, version=version)], 2.0) for image_id, version in rows]
     failures = [failure_row(source(image_id), "decode", "ImageError", "broken", 1, run_id) for image_id in failed]
     versions = {image_id: (10, version) for image_id, version in rows} | dict.fromkeys(failed, (10, "v1"))
-    Committer(store, run_id, set()).commit([*reports, ShardReport("progress", failures=failures)], versions)
+    reports.append(ShardReport("progress", failures=failures))
+    return lambda: Committer(store, run_id, set()).commit(reports, versions)
 
 
 def opened(uri: str) -> Store:
@@ -47,7 +53,11 @@ def opened(uri: str) -> Store:
 def extract(uri: str) -> None:
     store = opened(uri)
     store.repair("20260104T000000Z-000004")
-    commit(store, "20260104T000000Z-000004", [("c", "v2"), ("e", "v1")], ["x"])
+    extract_written(store)()
+
+
+def extract_written(store: Store) -> Callable[[], object]:
+    return written(store, "20260104T000000Z-000004", [("c", "v2"), ("e", "v1")], ["x"])
 
 
 def prune(uri: str) -> None:
