@@ -125,3 +125,14 @@ def version_of(info: dict[str, Any]) -> str:
         if value:
             return str(int(float(value) * 1e9)) if isinstance(value, int | float) else str(value)
     return ""
+
+
+def modified_at(info: dict[str, Any]) -> float | None:
+    """When a file was last written, in seconds since 1970 by the clock of its storage; None where that is not known."""
+    for key in _TIME_KEYS:
+        value = info.get(key)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return None

@@ -43,14 +43,17 @@ class CommitConflict(Exception):
 class Table:
     """One Delta table of a store, at the version of the last `refresh`."""
 
-    def __init__(self, uri: str, schema: pa.Schema, options: Options | None = None) -> None:
+    def __init__(
+        self, uri: str, schema: pa.Schema, options: Options | None = None, delta: DeltaTable | None = None
+    ) -> None:
+        """delta: the table, opened before, at the version that counts; without it the newest is opened, or made."""
         self.uri = normalise(uri)
         self.schema = schema
         # files are in the order of the key, and their log entries carry its range
         self.key = schema.names[0]
         self.options = options or {}
         self._storage_options = delta_options(self.uri, options)
-        self._delta = self._open_or_create()
+        self._delta = self._open_or_create() if delta is None else delta
         self._version_and_its_content_version: tuple[int, int] | None = None
 
     def _open_or_create(self) -> DeltaTable:

@@ -1,0 +1,265 @@
+"""Publishing a transaction: what it says is done to the tables, once, whoever does it and however often.
+
+Every table gets one commit that carries the transaction's number. A publisher reads the newest number of a table and
+commits on top of the version that it read: where the number is there already nothing is left to do, and where another
+commit came first it reads again. So two publishers, one that slept, and one whose answer was lost all come to the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Schema
+from deltalake import Transaction as AppTransaction
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, PostCommitHookProperties, RemoveAction
+
+from pipelines.errors import JobError
+from pipelines.storage.durable import sync_files, sync_folders
+from pipelines.storage.errors import explain_write_error, reaching, said
+from pipelines.storage.files import filesystem, join
+from pipelines.storage.filesystems import delta_options, is_local, local_path
+from pipelines.store.changes import TableEntry, Transaction
+from pipelines.store.table import CONTENT_VERSION_KEY, Table
+from pipelines.store.transaction_log import FIRST_PAUSE_SECONDS, TRIES, TransactionLog
+
+APP = "dinoray"  # whose numbers the commits of a table carry
+NEWEST_LOG_FILES = 16  # among which are those of the last commit: one, and a checkpoint now and then
+REMOVED_AT_ONCE = 16
+TORN_AFTER_SECONDS = 10.0  # less than a machine takes to start again
+
+_T = TypeVar("_T")
+
+
+def publish(
+    log: TransactionLog, transaction: Transaction, opened: Mapping[str, DeltaTable | None] | None = None
+) -> None:
+    """Do what a transaction says, unless it is done, and make it durable. Killed at any point, anybody may go on.
+
+    opened: tables that were opened a moment ago, which saves opening them again; older ones cost a try.
+
+    Raises:
+        JobError: a table's log is damaged, or could not be written for good; a leftover lies outside the store.
+        OSError: the storage failed for good. In either case the transaction has happened, and the next writer
+            completes it.
+    """
+    log.make_durable()  # or a power cut could leave a table with a change that the log does not know
+    new: list[str] = []
+    for entry in transaction.tables:
+        new += _publish_table(log, transaction, entry, (opened or {}).get(entry.table))
+    _sweep(log, transaction.sweep)
+    _make_durable(log, new)
+    log.mark_published(transaction.number)
+
+
+def _make_durable(log: TransactionLog, files: Iterable[str]) -> None:
+    """Have files of tables' logs on a local disk; delta-rs leaves that to the system."""
+    files = list(files)
+    sync_files(files)
+    sync_folders({path.rpartition("/")[0] for path in files}, log.uri, log.durable_folders)
+
+
+def _newest_files(log: TransactionLog, table: str) -> list[str]:
+    """Newest files of a table's log: commits and checkpoints, whose names begin with their version, and
+    `_last_checkpoint`, which sorts behind them; none on storage that is not local."""
+    folder = join(log.uri, table, "_delta_log")
+    if not is_local(folder) or not os.path.isdir(local_path(folder)):
+        return []
+    names = [name for name in os.listdir(local_path(folder)) if name.endswith((".json", ".parquet", "_checkpoint"))]
+    return [join(folder, name) for name in sorted(names)[-NEWEST_LOG_FILES:]]
+
+
+def _files_since(log: TransactionLog, table: str, version: int) -> list[str]:
+    """Those of a version and later."""
+    found = [path for path in _newest_files(log, table) if path.rpartition("/")[2][:20] >= f"{version:020}"]
+    if any(path.endswith(".parquet") for path in found):
+        return found
+    return [path for path in found if path.endswith(".json")]  # `_last_checkpoint` is of a version before
+
+
+def _remove_torn_files(log: TransactionLog, table: str) -> None:
+    """Remove files without content from a table's log, which a power cut leaves of a commit that was on its way.
+
+    delta-rs gives a file its name when it is whole, and what was made durable is not empty: these are of a transaction
+    that is published now. `_last_checkpoint` is a hint, which may name what goes.
+    """
+    torn = [path for path in map(local_path, _newest_files(log, table)) if _is_torn(path)]
+    for path in [*torn, *(os.path.join(os.path.dirname(path), "_last_checkpoint") for path in torn[:1])]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _is_torn(path: str) -> bool:
+    """Empty, and not only just now as a folder of another machine may show it."""
+    found = os.stat(path)
+    return found.st_size == 0 and time.time() - found.st_mtime > TORN_AFTER_SECONDS
+
+
+def open_delta(log: TransactionLog, table: str) -> DeltaTable | None:
+    """A table of a store, or None where there is none. Nothing is made.
+
+    Raises JobError for a log that cannot be read.
+    """
+    uri = join(log.uri, table)
+    try:
+        return repeated(lambda: DeltaTable(uri, storage_options=delta_options(uri, log.options)), uri)
+    except TableNotFoundError:
+        return None
+    except DeltaError as error:
+        raise JobError(
+            f"The log of {uri} is damaged or out of reach ({said(error)}): run `dinoray repair {log.uri}`."
+        ) from None
+
+
+def repeated(read: Callable[[], _T], uri: str) -> _T:
+    """Read from a table's log; from remote storage again when an answer broke off, which delta-rs does not repeat."""
+    for attempt in range(TRIES - 1):
+        try:
+            return read()
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError:
+            if is_local(uri):
+                raise
+            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
+    return read()
+
+
+def number_of(delta: DeltaTable) -> int:
+    """The number of the last transaction that touched a table, at the version that is open; 0 before any."""
+    return delta.transaction_version(APP) or 0
+
+
+def _publish_table(
+    log: TransactionLog, transaction: Transaction, entry: TableEntry, delta: DeltaTable | None
+) -> list[str]:
+    """One commit to one table; files of its log that may be new."""
+    uri = join(log.uri, entry.table)
+    if delta is None:
+        _remove_torn_files(log, entry.table)
+    failures = 0
+    while True:
+        delta = delta or open_delta(log, entry.table) or _create(log, entry)
+        if delta is None:
+            return []
+        if number_of(delta) >= transaction.number or not (entry.add or entry.remove):
+            return _newest_files(log, entry.table)
+        before, delta = delta, None
+        try:
+            _commit(log, before, transaction, entry)
+            return _files_since(log, entry.table, 0 if entry.schema else before.version() + 1)
+        except (OSError, DeltaError) as error:
+            # another publisher was first, or the answer was lost, or the storage failed: the next look tells
+            if explained := explain_write_error(error, uri):
+                raise explained from None
+            failures += 1
+            if failures >= TRIES and not _moved(log, entry.table, before.version()):
+                raise JobError(
+                    f"The change to {uri} is in the log of the store and could not be made in the table "
+                    f"({said(error)}): run the same command again, which completes it."
+                ) from None
+            if not isinstance(error, CommitFailedError):
+                time.sleep(FIRST_PAUSE_SECONDS * 2 ** min(failures, TRIES))
+
+
+def _moved(log: TransactionLog, table: str, version: int) -> bool:
+    delta = open_delta(log, table)
+    return delta is not None and delta.version() > version
+
+
+def _create(log: TransactionLog, entry: TableEntry) -> DeltaTable | None:
+    """A table that the transaction begins; None where its folder was removed since, by hand."""
+    uri = join(log.uri, entry.table)
+    if entry.schema is None or (entry.add and not _exists(log, join(entry.table, entry.add[0].path))):
+        return None
+    with contextlib.suppress(DeltaError):  # another publisher made it: it is opened in either case
+        DeltaTable.create(
+            uri,
+            schema=Schema.from_json(entry.schema),
+            mode="ignore",
+            # readers through Arrow would take absent statistics of other columns for bounds
+            configuration={"delta.dataSkippingStatsColumns": entry.key},
+            storage_options=delta_options(uri, log.options),
+            commit_properties=CommitProperties(max_commit_retries=0),
+        )
+    made = open_delta(log, entry.table)
+    if made is None:
+        raise JobError(f"The table {uri} cannot be made: check that the place can be written.")
+    return made
+
+
+def _commit(log: TransactionLog, delta: DeltaTable, transaction: Transaction, entry: TableEntry) -> None:
+    """The same commit whoever makes it, on top of the version that is open and no other."""
+    changes_rows = not entry.rearranges
+    actions: list[Any] = []
+    for file in entry.add:
+        statistics = {
+            "numRecords": file.rows,
+            "minValues": {entry.key: file.min_id},
+            "maxValues": {entry.key: file.max_id},
+            "nullCount": {entry.key: 0},
+        }
+        actions.append(
+            AddAction(file.path, file.size, {}, transaction.created_ms, changes_rows, json.dumps(statistics))
+        )
+    actions += [RemoveAction(path, changes_rows, transaction.created_ms) for path in entry.remove]
+    about = {"run_id": transaction.run_id, "command": transaction.command, "token": transaction.token}
+    if entry.rearranges:
+        about[CONTENT_VERSION_KEY] = str(as_table(log, entry.table, delta).content_version)
+    delta.create_write_transaction(
+        actions,
+        mode="append",
+        schema=delta.schema(),
+        partition_by=[],
+        commit_properties=CommitProperties(
+            max_commit_retries=0,  # on top of the version that was read, and of no other
+            custom_metadata=about,
+            app_transactions=[AppTransaction(APP, transaction.number)],
+        ),
+        # readers of older snapshots need the log, and a checkpoint replaces it only when it is on the disk
+        post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
+    )
+
+
+def as_table(log: TransactionLog, table: str, delta: DeltaTable, schema: pa.Schema | None = None) -> Table:
+    """A Table at the version that is open. schema: as the reader wants the columns; the log's own where nobody says."""
+    return Table(join(log.uri, table), schema or pa.schema(delta.schema().to_arrow()), log.options, delta)
+
+
+def _sweep(log: TransactionLog, paths: Iterable[str]) -> None:
+    """Remove files that nobody names. A transaction that would name one cannot be written: its number comes after
+    this one's, by which time the file is gone, and it looks."""
+
+    def remove(path: str) -> None:
+        uri = join(log.uri, path)
+        if is_local(uri) and os.path.realpath(os.path.dirname(local_path(uri))) != os.path.join(
+            os.path.realpath(local_path(log.uri)), *path.split("/")[:-1]
+        ):
+            raise JobError(f"{uri} lies behind a link that leads out of its folder: it is not removed.")
+        fs, place = filesystem(uri, log.options)
+        with contextlib.suppress(FileNotFoundError), reaching(uri):
+            fs.rm_file(place)
+
+    paths = list(paths)
+    if is_local(log.uri) or len(paths) < 2:
+        for path in paths:
+            remove(path)
+        return
+    with ThreadPoolExecutor(REMOVED_AT_ONCE) as pool:
+        list(pool.map(remove, paths))
+
+
+def _exists(log: TransactionLog, path: str) -> bool:
+    fs, place = filesystem(join(log.uri, path), log.options)
+    try:
+        fs.info(place)  # `exists` of some drivers says no whenever the storage fails
+    except FileNotFoundError:
+        return False
+    return True

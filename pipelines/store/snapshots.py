@@ -1,0 +1,106 @@
+"""A store as one transaction left it: versions of tables that belong together, and what results point at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import pyarrow as pa
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
+
+from pipelines.errors import JobError
+from pipelines.storage.errors import said
+from pipelines.store.changes import Pointer, Transaction
+from pipelines.store.parquet import DataFile
+from pipelines.store.publishing import as_table, number_of, open_delta, repeated
+from pipelines.store.table import Table
+from pipelines.store.transaction_log import TransactionLog
+
+
+@dataclass
+class Snapshot:
+    """The store after the transaction `number`, which every table has; 0 is the store before any.
+
+    Tables are opened when they are asked for, whenever that is: each at its newest version that no later transaction
+    made. Nothing is written. opened: what was opened so far.
+    """
+
+    log: TransactionLog
+    transaction: Transaction | None
+    opened: dict[str, DeltaTable | None] = field(default_factory=dict)
+    _files: dict[str, dict[str, DataFile]] = field(default_factory=dict)
+
+    @property
+    def number(self) -> int:
+        return self.transaction.number if self.transaction else 0
+
+    @property
+    def pointers(self) -> Mapping[str, Pointer]:
+        return self.transaction.pointers if self.transaction else {}
+
+    def table(self, path: str, schema: pa.Schema | None = None) -> Table | None:
+        """A table at the version of this snapshot, or None where there is none.
+
+        path: in the store, such as `patches`. schema: as the columns are wanted; the table's own where nobody says.
+
+        Raises JobError for a log that is damaged, or does not reach back to this snapshot.
+        """
+        delta = self._delta(path)
+        return None if delta is None else as_table(self.log, path, delta, schema)
+
+    def files(self, path: str) -> Mapping[str, DataFile]:
+        """The files of a table by their paths in it; none where there is no table."""
+        if path not in self._files:
+            table = self.table(path)
+            self._files[path] = {} if table is None else table.files()
+        return self._files[path]
+
+    def version(self, path: str) -> int | None:
+        """The Delta version of a table, for readers of their own; None where there is no table."""
+        delta = self._delta(path)
+        return None if delta is None else delta.version()
+
+    def _delta(self, path: str) -> DeltaTable | None:
+        if path not in self.opened:
+            delta = open_delta(self.log, path)
+            self.opened[path] = delta if delta is None else self._went_back(path, delta)
+            if delta is not None and delta.version() and number_of(delta) < self._number_expected(path):
+                raise JobError(
+                    f"{self.log.uri}/{path} does not have transaction {self.number}, which {self.log.folder} says it "
+                    "has: the store was copied while it was written to, or a part of it was put back. Copy or restore "
+                    "it whole."
+                )
+        return self.opened[path]
+
+    def _number_expected(self, path: str) -> int:
+        """What the snapshot's own transaction says of a table; one at version 0 was removed and begun anew since."""
+        entries = self.transaction.tables if self.transaction else ()
+        return self.number if any(entry.table == path and (entry.add or entry.remove) for entry in entries) else 0
+
+    def _went_back(self, path: str, delta: DeltaTable) -> DeltaTable:
+        """The version before those of later transactions, which is mostly the newest or the one before."""
+        if number_of(delta) > self.number and number_of(delta) > (newest := self.log.listing().newest):
+            raise JobError(
+                f"{self.log.uri}/{path} has transaction {number_of(delta)}, and {self.log.folder} ends at {newest}: "
+                "files of it were removed, or the store was copied while it was written to. Copy or restore it whole."
+            )
+        while number_of(delta) > self.number:
+            before = delta.version() - 1
+            try:
+                repeated(partial(delta.load_as_version, before), self.log.uri)
+            except DeltaError as error:
+                raise JobError(
+                    f"The log of {self.log.uri}/{path} does not reach back to transaction {self.number} "
+                    f"({said(error)}): run the same command again."
+                ) from None
+        return delta
+
+
+def snapshot(log: TransactionLog) -> Snapshot:
+    """What readers see: the newest transaction that every table has. Nothing is written, repaired or made.
+
+    Raises JobError for a damaged log, RequestError for one of a newer dinoray.
+    """
+    return Snapshot(log, log.published())

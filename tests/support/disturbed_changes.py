@@ -1,0 +1,92 @@
+"""Changes that are killed, paused, or raced by others, and the stores that they leave."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from small_changes import (
+    TABLES,
+    Images,
+    compact,
+    fresh,
+    holds,
+    in_other_words,
+    put_images,
+    seen_by_a_reader,
+    sweep,
+    write,
+)
+from trials import KILLED, Trials, at_step
+
+from pipelines.store import transaction_log
+from pipelines.store.transaction_log import TransactionLog
+
+LONGEST = 200  # steps of one change
+
+CHANGES: dict[str, tuple[str, dict[str, Any], Images]] = {
+    "the first change of a new store": ("put", {"images": [{"c": 0}]}, {"c": 0}),
+    "new, replaced and copied rows": ("put", {"images": [{"a": 1, "c": 0}]}, {"a": 1, "b": 0, "c": 0, "d": 0}),
+    "compact": ("compact", {}, {"a": 0, "b": 0, "d": 0}),
+    "sweep": ("sweep", {}, {"a": 0, "b": 0, "d": 0}),
+}
+
+
+def kill_everywhere(trials: Trials, new_store: Callable[[], TransactionLog], name: str) -> int:
+    """Kill a change at each of its steps, each time in a store of its own; the number of steps."""
+    change, arguments, wanted = CHANGES[name]
+    for step in itertools.count():
+        log = new_store()
+        before = seen_by_a_reader(log)
+        if name == "sweep":
+            leftovers = [write(log, table, {"x": 9}).path for table in TABLES]
+        code = trials.run(change, store=log.uri, options=log.options, die_at=step, **arguments)
+        assert code in (0, KILLED), f"step {step}"
+        found = seen_by_a_reader(log)
+        assert found in (before, wanted), f"step {step}: a reader sees {found}"
+        put_images(fresh(log), {"z": 0})  # another process opens the store, finishes, and does something of its own
+        assert seen_by_a_reader(log) in (before | {"z": 0}, wanted | {"z": 0}), f"step {step}"
+        if change == "put":
+            put_images(fresh(log), arguments["images"][0])  # and the same command again
+        if change == "compact":
+            compact(fresh(log))
+        if name == "sweep":
+            sweep(fresh(log))
+            fs, _ = transaction_log.filesystem(log.uri, log.options)
+            gone = [f"{log.uri}/{table}/{path}" for table, path in zip(TABLES, leftovers, strict=True)]
+            assert not any(fs.exists(path) for path in gone)
+        holds(log, wanted | {"z": 0})
+        if code == 0:
+            return step
+        assert step < LONGEST
+    raise AssertionError("unreachable")
+
+
+def pause_everywhere(
+    tmp_path: Path, start: Images, change: Callable[[TransactionLog], Any], other: Callable[[TransactionLog], Any]
+) -> Iterator[tuple[TransactionLog, list[str]]]:
+    """Stores in which `other` ran whole while `change` stood at one of its steps, reading ones too."""
+    for step in range(LONGEST):
+        log = TransactionLog(str(tmp_path / uuid.uuid4().hex))
+        in_other_words(log, start)
+        # what is bound now is bound for the steps that follow
+        with at_step(step, lambda log=log: other(fresh(log)), reads=True) as taken:  # type: ignore[misc]
+            change(fresh(log))
+        if len(taken) <= step:
+            return
+        yield log, taken
+    raise AssertionError(f"more than {LONGEST} steps")
+
+
+def race(trials: Trials, log: TransactionLog, each: int) -> None:
+    """Two processes, each with images of its own in every transaction, and one that both replace."""
+    children = [
+        trials.start("put", store=log.uri, options=log.options, images=[{f"{name}{at:02}": 0} for at in range(each)])
+        for name in "pq"
+    ]
+    assert [trials.wait(child) for child in children] == [0, 0]
+    holds(log, {f"{name}{at:02}": 0 for name in "pq" for at in range(each)})
+    assert log.listing().newest == 2 * each
