@@ -7,22 +7,26 @@ With `update` the centroids stay: images that are new or changed are assigned to
 
 from __future__ import annotations
 
+import contextlib
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from pipelines import storage
 from pipelines.cluster import actors
 from pipelines.cluster.result import ClusterJob
 from pipelines.cluster.result import Result as Result
-from pipelines.cluster.update import find_changes, update_clusters
+from pipelines.cluster.update import AnotherTraining, find_changes, update_clusters
 from pipelines.cluster.vectors import (
     check_store,
     clustered_images,
+    clustered_images_of,
     digest,
 )
-from pipelines.errors import RequestError
-from pipelines.results.cluster_models import Model, Progress, checkpoint_uri, model_uri, write_model
+from pipelines.errors import JobError, RequestError
+from pipelines.results.cluster_models import Model, Progress, checkpoint_uri, model_uri, read_model, write_model
 from pipelines.results.cluster_statistics import Statistics
 from pipelines.results.clusters import ClusterTables, checkpoint, clusters_uri
 from pipelines.running.interrupts import uninterrupted
@@ -30,7 +34,10 @@ from pipelines.running.reports import RunReport, new_run_id, recorded
 from pipelines.settings.differences import differences
 from pipelines.settings.loading import make_config
 from pipelines.settings.sections import ClusterSettings, Config
+from pipelines.store.schemas import IMAGES
+from pipelines.store.snapshots import Snapshot
 from pipelines.store.store import Store
+from pipelines.store.transactions import open_for_writing
 
 # Amir et al. 2021, supplementary material.
 PUBLISHED_ELBOW = 0.975
@@ -57,9 +64,13 @@ def run(
         given = config.cluster.model_dump(include=config.cluster.model_fields_set)
         config = make_config({**config.model_dump(exclude={"cluster"}), "cluster": {**given, "elbow": PUBLISHED_ELBOW}})
     opened = Store.open(store, config)
+    if not dry_run:
+        # what a run that died has left half done is there before anything is read
+        open_for_writing(opened.log)
+        opened.images.refresh()
     options = config.storage.options
     uri = clusters_uri(opened.uri, name)
-    tables = ClusterTables.open_existing(opened.uri, name, options)
+    tables = ClusterTables.open_existing(opened.uri, name, options, opened.log)
     model = tables.model() if tables else None
     asked = _settings(config.cluster, model, name) if update else config.cluster
     check_store(opened, asked)
@@ -83,9 +94,10 @@ def run(
         result.seconds["plan"] = time.monotonic() - started
         if result.what == "update":
             assert tables is not None and model is not None
-            update_clusters(job, tables, model)
+            _update(job, tables, model)
         else:
             _train(job, model)
+        result.messages += opened.log.messages
     return result
 
 
@@ -144,12 +156,32 @@ def _plan(job: ClusterJob, tables: ClusterTables | None, model: Model | None) ->
         result.messages.append(f"The clusters {result.name} would be trained anew, {_why_again(job, model)}.")
 
 
+def _update(job: ClusterJob, tables: ClusterTables, model: Model) -> None:
+    """Update the clusters, and those of another training where one replaced them meanwhile."""
+    while True:
+        try:
+            return update_clusters(job, tables, model)
+        except AnotherTraining:
+            tables.refresh()
+            found = tables.model()
+        if found is None:
+            raise JobError(f"{job.uri} was removed while it was updated: run the same command again.")
+        model, name = found, job.result.name
+        asked = _settings(job.config.cluster, model, name)
+        _refuse_another_kind(job.uri, name, model, asked)
+        for table in (job.store.images, job.store.patches):
+            table.refresh()
+        job = replace(job, asked=asked, images=clustered_images(job.store, asked))
+        job.result.images = len(job.images)
+        job.result.messages.append(f"The clusters {name} were trained anew meanwhile: this run updated the new ones.")
+
+
 def _train(job: ClusterJob, before: Model | None) -> None:
     """Train, assign everything, and put the result in place of what was there."""
     result, options = job.result, job.config.storage.options
     model = checkpoint(job.uri, options)
     if before is not None and _same(job, before):
-        # that run was killed between its two commits
+        # a run of an older dinoray was killed between its two commits
         model = before
     if model is None or not _same(job, model):
         model = Model(Progress(result.run_id, job.settings, digest(job.images)), [])
@@ -173,17 +205,55 @@ def _train(job: ClusterJob, before: Model | None) -> None:
         result.pass_seconds = float(np.median(workers.pass_seconds)) if workers.pass_seconds else None
         result.messages += model.progress.messages
         line.show("assigning")
+        # whoever ends a training gives it its name, so that of two that continue one none writes over the other's model
+        model.progress.run_id = result.run_id
         written = actors.assign(job, workers, model)
     total = sum((file.statistics for file in written), Statistics.zeros(model.k))
     model.progress.mean_distance = result.mean_distance
     began = time.monotonic()
     with uninterrupted():
         write_model(model_uri(job.uri, model.progress.run_id), model, options)
-        tables = ClusterTables(job.store.uri, result.name, options)
-        tables.replace(model, [file.file for file in written], total, job.has_saliency)
-        tables.remove_leftovers()
+        tables = ClusterTables(job.store.uri, result.name, options, job.store.log)
+        files, gives_way = [file.file for file in written], _GivesWay(job, tables, before)
+        if not tables.replace(model, files, total, job.has_saliency, gives_way):
+            assert gives_way.to
+            model, total = gives_way.to, tables.stored_statistics()
+            result.messages.append(f"Another run trained the same clusters {result.name} at the same time: they stand.")
+        _remove_checkpoint(job)
     result.seconds["commit"] = time.monotonic() - began
     result.describe(model, total)
+
+
+class _GivesWay:
+    """Whether a training gives way to one that another run ended since this one was planned: where that one has the
+    same settings, and the same images or those that the store holds now. to: that one."""
+
+    def __init__(self, job: ClusterJob, tables: ClusterTables, before: Model | None) -> None:
+        self._job = job
+        self._tables = tables
+        self._known = before.progress.run_id if before else ""
+        self.to: Model | None = None
+
+    def __call__(self, current: Snapshot, training: str) -> bool:
+        if training in ("", self._known):
+            return False
+        job = self._job
+        self.to = read_model(model_uri(job.uri, training), self._tables.options)
+        if self.to is None or self.to.progress.settings != job.settings:
+            return False
+        images = current.table("images", IMAGES)
+        now = digest(clustered_images_of(images, job.asked)) if images is not None else ""
+        return self.to.progress.images in (digest(job.images), now)
+
+
+def _remove_checkpoint(job: ClusterJob) -> None:
+    """Remove what this training would have continued from, and not that of another one."""
+    options = job.config.storage.options
+    left = checkpoint(job.uri, options)
+    if left is not None and _same(job, left):
+        fs, path = storage.filesystem(checkpoint_uri(job.uri), options)
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(path)
 
 
 class _Checkpoints:

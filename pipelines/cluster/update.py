@@ -2,68 +2,131 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.cluster import actors
 from pipelines.cluster.result import ClusterJob, Result
+from pipelines.cluster.vectors import clustered_images_of
 from pipelines.errors import counted
 from pipelines.results.cluster_models import Model
-from pipelines.results.cluster_statistics import Counting, Statistics
-from pipelines.results.clusters import ClusterTables
+from pipelines.results.clusters import ClusterTables, Update
 from pipelines.running.interrupts import uninterrupted
-from pipelines.store.table import CommitConflict
+from pipelines.store.parquet import DataFile
+from pipelines.store.schemas import IMAGES
+from pipelines.store.snapshots import Snapshot
+
+if TYPE_CHECKING:
+    from pipelines.cluster.worker import WrittenFile
 
 # The mean distance of new images to their centroids, divided by that of the training.
 DRIFT_WORTH_A_MESSAGE = 1.1
 
 
+class AnotherTraining(Exception):
+    """The clusters were trained anew while an update was at work."""
+
+
 def update_clusters(job: ClusterJob, tables: ClusterTables, model: Model) -> None:
-    """Assign what is new to the centroids; after a conflict with another run, look again at what is left."""
-    counting = job.counting(model.k)
-    # a run may have been killed between its two commits
-    if not tables.centroids_agree():
-        tables.write_centroids(model, tables.statistics(counting), job.has_saliency)
-        job.result.messages.append("An earlier run was killed between its two commits: this run made the second one.")
-    while True:
-        with contextlib.suppress(CommitConflict):
-            _update_once(job, tables, model, counting)
-            return
+    """Assign what is new to the centroids, and take out what is gone.
 
+    What changes is decided on what the store holds in the end: images that another update assigned meanwhile are not
+    assigned twice, and those that were extracted again meanwhile are left for the next one.
 
-def _update_once(job: ClusterJob, tables: ClusterTables, model: Model, counting: Counting) -> None:
-    """Raises CommitConflict when another run changed the assignments meanwhile; nothing of this one is left then."""
+    Raises AnotherTraining where the clusters are no longer those of the model; nothing was changed then.
+    """
     result = job.result
-    covered = tables.covered()
-    fresh, gone = find_changes(job.images, covered)
-    result.added, result.removed = len(fresh), len(gone)
-    if not len(fresh) and not len(gone):
-        result.describe(model, tables.stored_statistics())
-        result.status = "unchanged"
-        return
-    written = []
+    fresh, _ = find_changes(job.images, tables.covered())
+    written: list[WrittenFile] = []
     if len(fresh):
         with actors.started_workers(job, fresh) as (workers, line):
             line.show(f"assigning {counted(len(fresh), 'image')}")
             written = actors.assign(job, workers, model)
+    assigned = {one.file.path: tables.covered_by(one.file.path) for one in written}
+    ended: list[_Update] = []
+
+    def decide(current: Snapshot) -> Update | None:
+        ended.clear()
+        if tables.training_in(current) != model.progress.run_id:
+            raise AnotherTraining
+        images = current.table("images", IMAGES)
+        now = job.images.slice(0, 0) if images is None else clustered_images_of(images, job.asked)
+        covered = tables.covered(current)
+        fresh_now, gone = find_changes(now, covered)
+        update = _Update(job, tables, model, current)
+        update.take_out(covered, gone)
+        result.added = sum(update.add(one, assigned[one.file.path], fresh_now) for one in written)
+        result.removed = len(gone)
+        ended.append(update)
+        return update.asked() if update.changes else None
+
     began = time.monotonic()
-    copies, replaced, taken = tables.without(covered, set(gone.to_pylist()), counting)
-    added = sum((file.statistics for file in written), Statistics.zeros(model.k))
-    total = tables.stored_statistics() + added - taken
-    files = [file.file for file in written] + copies
     with uninterrupted():
-        try:
-            tables.assignments.commit(files, replaced, model.progress.run_id)
-        except CommitConflict:
-            tables.discard(files)
-            raise
-        tables.write_centroids(model, total, job.has_saliency)
+        tables.update(result.run_id, decide)
+    result.describe(model, ended[0].statistics)
+    if ended[0].counted_anew:
+        result.messages.append(
+            f"The clusters {result.name} were counted anew, since an earlier run was killed before it said how large "
+            "they are."
+        )
+    if not ended[0].changes:
+        result.status = "unchanged"
+        return
     result.seconds["commit"] = time.monotonic() - began
-    result.describe(model, total)
     _say_drift(result, model)
+
+
+class _Update:
+    """What an update changes, as one snapshot has it."""
+
+    def __init__(self, job: ClusterJob, tables: ClusterTables, model: Model, current: Snapshot) -> None:
+        self._tables = tables
+        self._model = model
+        self._has_saliency = job.has_saliency
+        self._counting = job.counting(model.k)
+        self._files = current.files(tables.path_of("assignments"))
+        self._add: list[DataFile] = []
+        self._remove: list[str] = []
+        # a run of an older dinoray may have been killed between its commits to the two tables
+        self.changes = self.counted_anew = not tables.centroids_agree(current)
+        if self.counted_anew:
+            self.statistics = tables.statistics(self._counting, self._files)
+        else:
+            self.statistics = tables.stored_statistics(current)
+
+    def take_out(self, covered: pa.Table, gone: pa.ChunkedArray) -> None:
+        """Images that are assigned, from the files that hold them. covered: image_id, file."""
+        rows = covered.filter(pc.is_in(covered["image_id"], value_set=gone.combine_chunks()))
+        by_file: dict[str, set[str]] = {}
+        for image_id, path in zip(rows["image_id"].to_pylist(), rows["file"].to_pylist(), strict=True):
+            by_file.setdefault(path, set()).add(image_id)
+        for path, ids in sorted(by_file.items()):
+            copy, taken = self._tables.copy_without(self._files[path], ids, self._counting)
+            self._remove.append(path)
+            self._add += [copy] if copy else []
+            self.statistics -= taken
+            self.changes = True
+
+    def add(self, written: WrittenFile, assigned: pa.Table, fresh: pa.Table) -> int:
+        """A file of workers, without what is not to be assigned any more; how many images come with it."""
+        unknown, _ = find_changes(assigned, fresh)
+        late = set(unknown["image_id"].to_pylist())
+        file: DataFile | None = written.file
+        coming = written.statistics
+        if late:
+            file, taken = self._tables.copy_without(written.file, late, self._counting)
+            coming -= taken
+        if file is not None:
+            self._add.append(file)
+            self.statistics += coming
+            self.changes = True
+        return len(assigned) - len(late)
+
+    def asked(self) -> Update:
+        return Update(self._add, self._remove, self._model, self.statistics, self._has_saliency)
 
 
 def find_changes(images: pa.Table, covered: pa.Table) -> tuple[pa.Table, pa.ChunkedArray]:

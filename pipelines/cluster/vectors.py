@@ -82,7 +82,12 @@ def check_store(store: Store, asked: ClusterSettings) -> None:
 
 def clustered_images(store: Store, asked: ClusterSettings) -> pa.Table:
     """image_id, run_id, shard of the images that have something to cluster, in key order."""
-    images = store.images.read(["image_id", "run_id", "shard"])
+    return clustered_images_of(store.images, asked)
+
+
+def clustered_images_of(table: Table, asked: ClusterSettings) -> pa.Table:
+    """The same, of a table of images at any version."""
+    images = table.read(["image_id", "run_id", "shard"])
     if asked.of == "patches":
         images = images.filter(pc.is_valid(images["shard"]))
     return images.sort_by("image_id").combine_chunks()

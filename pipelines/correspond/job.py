@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from pipelines.correspond.made_with import settings_of_matches
 from pipelines.correspond.pairs import Pairs, choose_pairs, embeddings_of, scores, unordered_keys
+from pipelines.errors import counted
 from pipelines.results.matches import PAIR_VERSION_COLUMNS, MatchTables, matches_uri
 from pipelines.running.commits import WaitingReports
 from pipelines.running.interrupts import interruptible
@@ -25,8 +26,9 @@ from pipelines.running.progress import ProgressLine
 from pipelines.running.ray_session import ray_session
 from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
-from pipelines.store.schemas import PAIRS, descriptor_columns
+from pipelines.store.schemas import descriptor_columns
 from pipelines.store.store import Store
+from pipelines.store.transactions import open_for_writing
 
 if TYPE_CHECKING:
     from pipelines.results.matches import MatchReport
@@ -38,8 +40,9 @@ class Result(JobResult):
 
     source: knn, all or file. images: in the store. pairs: those asked for. matched, matches: pairs and rows, by this
     run. without_matches: matched pairs with kept = 0. outdated: pairs removed because an image was extracted again or
-    is gone. done_elsewhere: pairs that another run committed at the same time. pairs_per_second: from the start of Ray
-    to the last pair; steady_pairs_per_second: once workers are warm. bytes_read: of patches.
+    is gone. done_elsewhere: pairs that another run committed at the same time. changed_meanwhile: pairs not kept, since
+    an image was extracted again, or removed, while they were matched. pairs_per_second: from the start of Ray to the
+    last pair; steady_pairs_per_second: once workers are warm. bytes_read: of patches.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Result(JobResult):
     without_matches: int = 0
     outdated: int = 0
     done_elsewhere: int = 0
+    changed_meanwhile: int = 0
     pairs_per_second: float = 0.0
     steady_pairs_per_second: float = 0.0
     bytes_read: int = 0
@@ -77,6 +81,10 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
         config = config.model_copy(update={"correspond": config.correspond.model_copy(update={"pairs": pairs})})
     asked, options = config.correspond, config.storage.options
     opened = Store.open(store, config)
+    if not dry_run:
+        # what a run that died has left half done is there before anything is read
+        open_for_writing(opened.log)
+        opened.images.refresh()
     result = Result(run_id=new_run_id(), store=opened.uri, name=name)
     matches_uri(opened.uri, name)
     opened.requires(
@@ -100,13 +108,20 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
     report = RunReport("correspond", opened.uri, config, result.run_id, {"name": name, "pairs": asked.pairs})
     with recorded(report, result, started, fingerprint=opened.fingerprint):
         made_with.check(record=True)
-        tables = MatchTables(opened.uri, name, options)
+        tables = MatchTables(opened.uri, name, options, opened.log)
         result.repaired = {what: count for what, count in tables.repair(result.run_id).items() if count}
-        pending, outdated = _plan(tables, chosen, images, result)
-        tables.drop(outdated, result.run_id)
+        outdated = tables.drop_outdated(result.run_id)
+        pending = _plan(tables, chosen, images, result)
+        result.outdated = outdated
         result.seconds["plan"] = time.monotonic() - started
         if len(pending):
             _match_pending(opened, tables, pending, images, config, result)
+        if result.changed_meanwhile:
+            result.messages.append(
+                f"{counted(result.changed_meanwhile, 'pair')} had an image that was extracted again, or removed, "
+                "meanwhile, and nothing of them was kept: run the same command again."
+            )
+        result.messages += opened.log.messages
     return result
 
 
@@ -117,12 +132,9 @@ def _images(store: Store, *, with_embeddings: bool) -> pa.Table:
     return table.sort_by("image_id").combine_chunks()
 
 
-def _plan(tables: MatchTables | None, chosen: Pairs, images: pa.Table, result: Result) -> tuple[Pairs, pa.Table]:
-    """Pairs that are left, and pairs in the table whose images were extracted again since, or are gone."""
-    kept, outdated = (
-        np.ones(len(chosen), bool),
-        pa.schema([PAIRS.field(name) for name in PAIR_VERSION_COLUMNS]).empty_table(),
-    )
+def _plan(tables: MatchTables | None, chosen: Pairs, images: pa.Table, result: Result) -> Pairs:
+    """Pairs that are left; pairs in the table whose images were extracted again since, or are gone, are counted."""
+    kept = np.ones(len(chosen), bool)
     if tables is not None:
         rows = tables.pairs.read(PAIR_VERSION_COLUMNS)
         a, current_a = _current(rows["image_a"], rows["run_id_a"], images)
@@ -130,11 +142,10 @@ def _plan(tables: MatchTables | None, chosen: Pairs, images: pa.Table, result: R
         current = current_a & current_b
         done = unordered_keys(a[current], b[current], len(images))
         kept = ~np.isin(chosen.keys(len(images)), done)
-        outdated = rows.filter(pa.array(~current))
+        result.outdated = int((~current).sum())
     result.pending = int(kept.sum())
     result.already_done = len(chosen) - result.pending
-    result.outdated = len(outdated)
-    return chosen.take(kept), outdated
+    return chosen.take(kept)
 
 
 def _current(ids: pa.ChunkedArray, runs: pa.ChunkedArray, images: pa.Table) -> tuple[np.ndarray, np.ndarray]:
@@ -200,7 +211,10 @@ class Commits:
         started = time.monotonic()
         kept = [rows for report in self._tables.commit(reports, self._result.run_id) for rows in report.kept.values()]
         result = self._result
-        result.done_elsewhere += sum(len(report.kept) for report in reports) - len(kept)
+        result.changed_meanwhile += self._tables.changed_meanwhile
+        result.done_elsewhere += (
+            sum(len(report.kept) for report in reports) - len(kept) - self._tables.changed_meanwhile
+        )
         result.matched += len(kept)
         result.matches += sum(kept)
         result.without_matches += kept.count(0)

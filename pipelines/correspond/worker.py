@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.results.matches import MatchReport
+from pipelines.results.matches import PAIR_VERSION_COLUMNS, MatchReport
 from pipelines.settings.sections import Config
 from pipelines.store.parquet import new_file_name, write_parquet
 from pipelines.store.patches import ImagePlace, PatchMap, PatchMaps, read_patch_maps
@@ -84,6 +84,7 @@ def match_pairs(setup: MatchSetup, pairs: list[PairRow], *blocks: LoadedImages) 
     written = write_parquet(storage.join(setup.tables, "pairs"), name, table, setup.config.storage.options)
     return MatchReport(
         kept={(pair.image_a, pair.image_b): len(rows) for pair, (_, rows) in zip(pairs, found, strict=True)},
+        rows=table.select(PAIR_VERSION_COLUMNS),
         pairs=written,
         matches=matches,
         bytes_written=written.size + (matches.size if matches else 0),

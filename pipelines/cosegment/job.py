@@ -37,8 +37,10 @@ from pipelines.running.tasks import as_task, finished_tasks
 from pipelines.settings.sections import Config, CosegmentSettings
 from pipelines.store.originals import locate
 from pipelines.store.patches import ImagePlace
-from pipelines.store.schemas import PARTS_IMAGES
+from pipelines.store.schemas import IMAGES, PARTS_IMAGES
+from pipelines.store.snapshots import Snapshot
 from pipelines.store.store import Store
+from pipelines.store.transactions import open_for_writing
 
 MOST_FAILED_SHOWN = 3
 
@@ -50,8 +52,9 @@ class Result(JobResult):
     source: label, directory, cluster:NAME or file. sets: those asked for. images: in the sets. segmented: images, by
     this run; of them, without_foreground have nothing in mask_png, and noted have a note in their row. outdated: rows
     removed because the members of their set, or an extraction, changed. done_elsewhere: images that another run
-    committed at the same time. failed_sets: set_id -> why. exported: files that --masks and --overlays wrote.
-    images_per_second: from the start of Ray to the last image. bytes_read: of patches.
+    committed at the same time. changed_meanwhile: images not kept, since members of their set changed while it was
+    segmented. failed_sets: set_id -> why. exported: files that --masks and --overlays wrote. images_per_second: from
+    the start of Ray to the last image. bytes_read: of patches.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Result(JobResult):
     noted: int = 0
     outdated: int = 0
     done_elsewhere: int = 0
+    changed_meanwhile: int = 0
     failed_sets: dict[str, str] = field(default_factory=dict)
     exported: int = 0
     images_per_second: float = 0.0
@@ -102,6 +106,10 @@ def run(
         config = config.model_copy(update={"cosegment": config.cosegment.model_copy(update={"sets": sets})})
     asked, options = config.cosegment, config.storage.options
     opened = Store.open(store, config)
+    if not dry_run:
+        # what a run that died has left half done is there before anything is read
+        open_for_writing(opened.log)
+        opened.images.refresh()
     result = Result(run_id=new_run_id(), store=opened.uri, name=name)
     parts_uri(opened.uri, name)
     _check_store(opened, config)
@@ -122,10 +130,15 @@ def run(
     report = RunReport("cosegment", opened.uri, config, result.run_id, {"name": name, "sets": asked.sets})
     with recorded(report, result, started, fingerprint=opened.fingerprint):
         made_with.check(record=True)
-        tables = PartTables(opened.uri, name, options)
+        tables = PartTables(opened.uri, name, options, opened.log)
         result.repaired = {what: count for what, count in tables.repair(result.run_id).items() if count}
         pending, outdated = _plan(tables, chosen, images, asked, result)
-        tables.drop(outdated, result.run_id)
+        while tables.drop(outdated, result.run_id, planned_on=opened.images.version) is None:
+            opened.images.refresh()
+            images = _images(opened, with_embeddings=asked.remove_outliers)
+            chosen = choose_sets(asked.sets, opened.uri, images, options)
+            pending, outdated = _plan(tables, chosen, images, asked, result)
+        tables.set_versions = SetVersions(opened, asked.sets, pending)
         result.seconds["plan"] = time.monotonic() - started
         if pending or masks or overlays:
             with ray_session(config.run) as resources, interruptible():
@@ -133,6 +146,12 @@ def run(
                 _segment_pending(opened, tables, pending, images, spec, layout, resources, result)
                 if masks or overlays:
                     _export(tables, images, masks, overlays, layout, by_set=not chosen.whole, result=result)
+        if result.changed_meanwhile:
+            result.messages.append(
+                f"{counted(result.changed_meanwhile, 'image')} of sets whose members were extracted again, or changed "
+                "otherwise, meanwhile were not kept: run the same command again."
+            )
+        result.messages += opened.log.messages
         if result.failed_sets:
             raise JobError(_about_failed(result))
     return result
@@ -277,6 +296,35 @@ def _export(
     result.seconds["export"] = time.monotonic() - began
 
 
+class SetVersions:
+    """The set_version of each set in a snapshot: as it was planned, and from the images anew where they changed."""
+
+    def __init__(self, store: Store, asked: str, pending: list[PendingSet]) -> None:
+        self._store = store
+        self._asked = asked
+        self._of_version: dict[int | None, dict[str, str]] = {
+            store.images.version: {one.set_id: one.version for one in pending}
+        }
+
+    def __call__(self, current: Snapshot) -> dict[str, str]:
+        version = current.version("images")
+        if version not in self._of_version:
+            self._of_version = {version: self._look(current)}
+        return self._of_version[version]
+
+    def _look(self, current: Snapshot) -> dict[str, str]:
+        table = current.table("images", IMAGES)
+        if table is None:
+            return {}
+        images = table.read(["image_id", "label", "shard", "run_id"])
+        images = images.filter(pc.is_valid(images["shard"])).sort_by("image_id").combine_chunks()
+        try:
+            chosen = choose_sets(self._asked, self._store.uri, images, self._store.config.storage.options)
+        except RequestError:
+            return {}  # there are no such sets any more
+        return {set_id: set_version(images, members) for set_id, members in chosen.members.items()}
+
+
 class SetImages:
     """What tasks need to know of the images of sets, made when a task needs it."""
 
@@ -348,9 +396,10 @@ class Commits:
     def _commit(self, reports: list[SegmentReport]) -> None:
         started = time.monotonic()
         kept = sum(len(report.keys) for report in self._tables.commit(reports, self._result.run_id))
-        result = self._result
+        result, changed = self._result, self._tables.changed_meanwhile
         result.segmented += kept
-        result.done_elsewhere += sum(len(report.keys) for report in reports) - kept
+        result.changed_meanwhile += changed
+        result.done_elsewhere += sum(len(report.keys) for report in reports) - kept - changed
         result.without_foreground += sum(report.without_foreground for report in reports)
         result.noted += sum(report.noted for report in reports)
         seconds = time.monotonic() - started

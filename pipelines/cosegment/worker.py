@@ -23,7 +23,7 @@ from pipelines.cosegment.spill import SpilledArrays
 from pipelines.errors import JobError
 from pipelines.features.image_spec import image_spec
 from pipelines.results.masks import foreground_png, part_png
-from pipelines.results.parts import SegmentReport, keys_of
+from pipelines.results.parts import VERSIONED, SegmentReport, keys_of
 from pipelines.settings.sections import Config, CosegmentSettings
 from pipelines.store.parquet import ROWS_PER_ROW_GROUP, new_file_name, write_parquet
 from pipelines.store.patches import PatchMap, read_patch_maps
@@ -316,6 +316,7 @@ class _Rows:
             )
             report.images = write_parquet(storage.join(tables, "images"), self._name, images, options)
             report.keys = keys_of(images).to_pylist()
+            report.rows = images.select([*VERSIONED, "run_id"])
             report.without_foreground = sum(row["foreground_fraction"] == 0 for row in self._images)
             report.noted = sum(row["note"] is not None for row in self._images)
             report.bytes_written = report.patches.size + report.images.size

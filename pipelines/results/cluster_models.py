@@ -1,13 +1,14 @@
 """The centroids of clusters/NAME in full precision, as a training leaves and continues them.
 
     model/checkpoint.npz    of a training that has not ended: centroids after its last iterations
-    model/RUN_ID.npz        of a training that has ended; files of both tables carry its RUN_ID in their names
+    model/RUN_ID.npz        of a training that has ended; files of both tables carry the RUN_ID of the run that ended it
 
 The tables are what users read; these files are what a job computes with.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import zipfile
@@ -38,11 +39,11 @@ class Level:
 class Progress:
     """How far a training is, and what it trains on.
 
-    settings: those that decide which clusters come out. images: a digest of the images. ks: clusters of each level, as
-    asked for or chosen. level: the one that is being trained. iteration: the last finished one of that level.
-    objectives: mean inertia a vector, after every iteration of every level. vectors: how many the images have.
-    trained_on: how many of them the centroids are fitted to. mean_distance: of all vectors to their centroids, at the
-    end of the training.
+    run_id: of the run that ended it, or began it until then. settings: those that decide which clusters come out.
+    images: a digest of the images. ks: clusters of each level, as asked for or chosen. level: the one that is being
+    trained. iteration: the last finished one of that level. objectives: mean inertia a vector, after every iteration of
+    every level. vectors: how many the images have. trained_on: how many of them the centroids are fitted to.
+    mean_distance: of all vectors to their centroids, at the end of the training.
     """
 
     run_id: str
@@ -96,13 +97,27 @@ def write_model(uri: str, model: Model, options: storage.Options) -> int:
     return len(data)
 
 
-def read_model(uri: str, options: storage.Options) -> Model | None:
-    """The model at `uri`, or None when there is none. Raises JobError for one that is damaged."""
+def checksum_of(uri: str, options: storage.Options) -> str:
+    """Of a model's file, as a pointer to it has it. Raises FileNotFoundError where there is none."""
+    fs, path = storage.filesystem(uri, options)
+    return _checksum(fs.cat_file(path))
+
+
+def read_model(uri: str, options: storage.Options, checksum: str | None = None) -> Model | None:
+    """The model at `uri`, or None when there is none. checksum: what it must have, where that is known.
+
+    Raises JobError for one that is damaged.
+    """
     fs, path = storage.filesystem(uri, options)
     try:
         data = fs.cat_file(path)
     except FileNotFoundError:
         return None
+    if checksum is not None and _checksum(data) != checksum:
+        raise JobError(
+            f"{uri} is damaged (its bytes are not those that were written): remove {uri.rpartition('/model/')[0]} and "
+            "cluster again."
+        )
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             about = json.loads(str(arrays["about"]))
@@ -115,3 +130,7 @@ def read_model(uri: str, options: storage.Options) -> Model | None:
         raise JobError(
             f"{uri} is damaged: remove it and run the same command again, which trains from scratch."
         ) from None
+
+
+def _checksum(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"

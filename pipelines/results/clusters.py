@@ -1,15 +1,14 @@
 """clusters/NAME in a store: the tables `assignments` and `centroids`, and the training that made them.
 
-Both tables are replaced together: assignments first, then centroids, whose rows say how many assignments there are. The
-names of their files carry the run_id of the training, which finds its model. What a killed run left between the two
-commits shows in that, and `repair` completes it.
+Both tables and a pointer to the model change in one transaction. The names of the tables' files carry the run_id of the
+training, which finds its model; the pointer has the model's checksum, and keeps it from being taken for a leftover.
 """
 
 from __future__ import annotations
 
-import datetime as dt
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,24 +17,37 @@ import pyarrow.compute as pc
 
 from pipelines import storage
 from pipelines.errors import JobError, counted
-from pipelines.results.cluster_models import Model, checkpoint_uri, model_uri, read_model
+from pipelines.results.cluster_models import Model, checkpoint_uri, checksum_of, model_uri, read_model
 from pipelines.results.cluster_statistics import Counting, Statistics
 from pipelines.results.names import result_uri
 from pipelines.results.stored import ResultTables
-from pipelines.store.commit import retry_on_conflict
+from pipelines.store.changes import Change, Pointer, TableChange
 from pipelines.store.linked_tables import LinkedTables
 from pipelines.store.parquet import DataFile, new_file_name, open_parquet, run_id_of
+from pipelines.store.publishing import number_of
 from pipelines.store.rewriting import rewrite_without
 from pipelines.store.rows import row_count
 from pipelines.store.schemas import ASSIGNMENTS, CENTROIDS, vector
+from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.table import READS_AT_ONCE, Table
-
-LEFTOVER_MODEL_KEPT_DAYS = 1
+from pipelines.store.transaction_log import TransactionLog
+from pipelines.store.transactions import transact
 
 
 def clusters_uri(store: str, name: str) -> str:
     """Raises RequestError for a name that cannot be a folder's."""
     return result_uri(store, "clusters", name)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Files of assignments that come and go, and the statistics of all clusters after it."""
+
+    add: list[DataFile]
+    remove: list[str]
+    model: Model
+    statistics: Statistics
+    has_saliency: bool
 
 
 class ClusterTables(ResultTables):
@@ -44,6 +56,18 @@ class ClusterTables(ResultTables):
     kind = "clusters"
     schemas: ClassVar = {"assignments": ASSIGNMENTS, "centroids": CENTROIDS}
     leading = "assignments"
+
+    def __init__(
+        self,
+        store: str,
+        name: str,
+        options: storage.Options,
+        log: TransactionLog | None = None,
+        tables: Mapping[str, Table] | None = None,
+    ) -> None:
+        super().__init__(store, name, options, log, tables)
+        self._covered: dict[str, pa.Table] = {}
+        self._copies: dict[tuple[str, frozenset[str]], tuple[DataFile | None, Statistics]] = {}
 
     @property
     def assignments(self) -> Table:
@@ -75,68 +99,115 @@ class ClusterTables(ResultTables):
     def model(self) -> Model | None:
         """The model that the tables were made with, or None for empty tables.
 
-        Raises JobError when its file is gone.
+        Raises JobError when its file is gone or damaged.
         """
         runs = {training_of(path) for path in self.assignments.files()}
         if not runs:
             return None
         if len(runs) > 1:
             raise JobError(f"{self.assignments.uri} mixes several trainings: remove {self.uri} and cluster again.")
-        uri = model_uri(self.uri, runs.pop())
-        model = read_model(uri, self.options)
+        run_id = runs.pop()
+        uri = model_uri(self.uri, run_id)
+        pointer = snapshot(self.log).pointers.get(self.path)
+        checksum = pointer.checksum if pointer and pointer.file == self._model_path(run_id) else None
+        model = read_model(uri, self.options, checksum)
         if model is None:
             raise JobError(f"{uri} is gone, and {self.uri} was made with it: remove {self.uri} and cluster again.")
         return model
 
-    def covered(self) -> pa.Table:
-        """The images that are assigned: image_id, run_id (of the extraction), file (of assignments)."""
+    def training_in(self, current: Snapshot) -> str:
+        """The run_id of the training that the tables of a snapshot come from; "" for empty tables.
 
-        def one(path: str) -> pa.Table:
-            found = []
-            uri = storage.join(self.assignments.uri, path)
-            with open_parquet(uri, self.options) as parquet:
-                for group in range(parquet.num_row_groups):
-                    rows = parquet.read_row_group(group, columns=["image_id", "run_id"]).combine_chunks()
-                    stretches = pc.run_end_encode(rows["image_id"].combine_chunks())
-                    starts = np.concatenate([[0], np.asarray(stretches.run_ends, np.int64)])[:-1]
-                    found.append(rows.take(pa.array(starts)))
-            rows = pa.concat_tables(found).group_by(["image_id", "run_id"]).aggregate([])
-            return rows.append_column("file", pa.array([path] * len(rows), pa.string()))
-
-        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            found = list(pool.map(one, self.assignments.files()))
-        schema = pa.schema([("image_id", pa.string()), ("run_id", pa.string()), ("file", pa.string())])
-        return pa.concat_tables([schema.empty_table(), *(rows.select(schema.names).cast(schema) for rows in found)])
-
-    def replace(self, model: Model, files: list[DataFile], statistics: Statistics, has_saliency: bool) -> None:
-        """Make a training's clusters visible in place of what was there.
-
-        Raises JobError when another run did the same at the same time and finished later.
+        Raises JobError for several.
         """
+        runs = {training_of(path) for path in current.files(self.path_of("assignments"))}
+        if len(runs) > 1:
+            raise JobError(f"{self.assignments.uri} mixes several trainings: remove {self.uri} and cluster again.")
+        return runs.pop() if runs else ""
+
+    def _model_path(self, run_id: str) -> str:
+        return model_uri(self.path, run_id)
+
+    def covered(self, current: Snapshot | None = None) -> pa.Table:
+        """The images that are assigned: image_id, run_id (of the extraction), file (of assignments).
+
+        current: default the newest; of each only the files that are new are read.
+        """
+        files = (current or snapshot(self.log)).files(self.path_of("assignments"))
+        new = [path for path in files if path not in self._covered]
+        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            self._covered |= dict(zip(new, pool.map(self.covered_by, new), strict=True))
+        self._covered = {path: self._covered[path] for path in files}
+        schema = pa.schema([("image_id", pa.string()), ("run_id", pa.string()), ("file", pa.string())])
+        return pa.concat_tables([schema.empty_table(), *(rows.cast(schema) for rows in self._covered.values())])
+
+    def covered_by(self, path: str) -> pa.Table:
+        """The images that a file of assignments holds: image_id, run_id, file."""
+        found = []
+        with open_parquet(storage.join(self.assignments.uri, path), self.options) as parquet:
+            for group in range(parquet.num_row_groups):
+                rows = parquet.read_row_group(group, columns=["image_id", "run_id"]).combine_chunks()
+                stretches = pc.run_end_encode(rows["image_id"].combine_chunks())
+                starts = np.concatenate([[0], np.asarray(stretches.run_ends, np.int64)])[:-1]
+                found.append(rows.take(pa.array(starts)))
+        rows = pa.concat_tables(found).group_by(["image_id", "run_id"]).aggregate([])
+        return rows.select(["image_id", "run_id"]).append_column("file", pa.array([path] * len(rows), pa.string()))
+
+    def replace(
+        self,
+        model: Model,
+        files: list[DataFile],
+        statistics: Statistics,
+        has_saliency: bool,
+        gives_way: Callable[[Snapshot, str], bool] = lambda current, training: False,
+    ) -> bool:
+        """Make a training's clusters visible in place of what is there. Returns whether it did.
+
+        gives_way: whether this training should, to the one in a snapshot.
+        """
+        done = [True]
+        centroids = self._centroids_file(model, statistics, has_saliency)
         run_id = model.progress.run_id
+        file = self._model_path(run_id)
+        pointer = Pointer(file, checksum_of(storage.join(self.log.uri, file), self.options))
 
-        def assign() -> None:
-            self.assignments.commit(files, list(self.assignments.files()), run_id)
+        def build(current: Snapshot) -> Change | None:
+            done[0] = not gives_way(current, self.training_in(current))
+            if not done[0]:
+                return None
+            old = {table: list(current.files(self.path_of(table))) for table in self.schemas}
+            return Change(self._changes({"centroids": [centroids], "assignments": files}, old), {self.path: pointer})
 
-        retry_on_conflict(assign)
-        self.write_centroids(model, statistics, has_saliency)
+        transact(self.log, build, run_id=run_id, command="cluster")
+        self.refresh()
+        return done[0]
 
-    def write_centroids(self, model: Model, statistics: Statistics, has_saliency: bool) -> None:
-        """Replace the table of centroids."""
-        run_id = model.progress.run_id
+    def update(self, run_id: str, decide: Callable[[Snapshot], Update | None]) -> None:
+        """Change assignments, and the centroids with them. decide: what changes, from a snapshot; it may be asked again
+        about a newer one. run_id: of who asks."""
+
+        def build(current: Snapshot) -> Change | None:
+            asked = decide(current)
+            if asked is None:
+                return None
+            centroids = self._centroids_file(asked.model, asked.statistics, asked.has_saliency)
+            old = {"centroids": list(current.files(self.path_of("centroids"))), "assignments": asked.remove}
+            return Change(self._changes({"centroids": [centroids], "assignments": asked.add}, old))
+
+        transact(self.log, build, run_id=run_id, command="cluster --update")
+        self.refresh()
+
+    def _changes(self, add: Mapping[str, list[DataFile]], remove: Mapping[str, list[str]]) -> list[TableChange]:
+        """Assignments last: they say which images are done."""
+        return [
+            TableChange(self.path_of(table), self.schemas[table], add[table], remove[table])
+            for table in ("centroids", "assignments")
+            if add[table] or remove[table]
+        ]
+
+    def _centroids_file(self, model: Model, statistics: Statistics, has_saliency: bool) -> DataFile:
         rows = centroid_rows(model, statistics, has_saliency)
-        file = self.centroids.write_file(new_file_name(run_id), rows)
-
-        def commit() -> None:
-            self.assignments.refresh()
-            if {training_of(path) for path in self.assignments.files()} != {run_id}:
-                raise JobError(
-                    f"Another run replaced the clusters at {self.uri} at the same time, and its result stands: run the "
-                    "same command again if it should be this one's."
-                )
-            self.centroids.commit([file], list(self.centroids.files()), run_id)
-
-        retry_on_conflict(commit)
+        return self.centroids.write_file(new_file_name(model.progress.run_id), rows)
 
     def statistics(self, counting: Counting, files: Iterable[str] | None = None) -> Statistics:
         """Statistics of the rows of some files of assignments, or of all."""
@@ -152,54 +223,55 @@ class ClusterTables(ResultTables):
                 total += found
         return total
 
-    def stored_statistics(self) -> Statistics:
-        """Statistics as the table of centroids has them."""
-        rows = self.centroids.read(["cluster_id", "size", "inertia", "salient_votes"]).sort_by("cluster_id")
+    def stored_statistics(self, current: Snapshot | None = None) -> Statistics:
+        """Statistics as the table of centroids has them. current: default the newest."""
+        table = (current or snapshot(self.log)).table(self.path_of("centroids"), CENTROIDS) or self.centroids
+        rows = table.read(["cluster_id", "size", "inertia", "salient_votes"]).sort_by("cluster_id")
         votes = pc.fill_null(rows["salient_votes"], 0)
         return Statistics(rows["size"].to_numpy(), rows["inertia"].to_numpy(), votes.to_numpy())
 
-    def centroids_agree(self) -> bool:
-        """Whether the centroids come from the same training as the assignments, and their sizes count all of them."""
-        files = self.assignments.files()
-        runs = {training_of(path) for path in self.centroids.files()}
-        if runs != {training_of(path) for path in files}:
-            return False
-        return int(self.stored_statistics().sizes.sum()) == sum(file.rows for file in files.values())
+    def centroids_agree(self, current: Snapshot | None = None) -> bool:
+        """Whether the centroids come from the same training as the assignments, and their sizes count all of them.
 
-    def without(
-        self, covered: pa.Table, image_ids: set[str], counting: Counting
-    ) -> tuple[list[DataFile], list[str], Statistics]:
-        """What removing images takes: (files to add, files to remove, statistics of the rows that go).
-
-        covered: what `covered` returned, whose files hold the images.
+        Centroids that came by a transaction do. Those of an older dinoray may not, which changed the tables one after
+        the other: their assignments are counted.
         """
-        gone = pa.array(sorted(image_ids), pa.string())
-        affected = pc.unique(covered["file"].filter(pc.is_in(covered["image_id"], value_set=gone))).to_pylist()
-        add, removed = [], Statistics.zeros(counting.k)
-        files = self.assignments.files()
-        for path in affected:
-            rows = self.assignments.read_file(path, ["image_id", "cluster_id", "distance", "saliency"])
-            removed += Statistics.of(rows.filter(pc.is_in(rows["image_id"], value_set=gone)), counting)
-            copy = rewrite_without(self.assignments, files[path], image_ids, training_of(path))
-            add += [copy] if copy else []
-        return add, affected, removed
+        current = current or snapshot(self.log)
+        assignments, centroids = (current.files(self.path_of(table)) for table in ("assignments", "centroids"))
+        if {training_of(path) for path in centroids} != {training_of(path) for path in assignments}:
+            return False
+        if changed_by_transaction(current, self.path_of("centroids")):
+            return True
+        sizes = self.stored_statistics(current).sizes
+        if int(sizes.sum()) != sum(file.rows for file in assignments.values()):
+            return False
+        counted_ones = np.zeros(len(sizes), np.int64)
+        for path in assignments:
+            clusters = self.assignments.read_file(path, ["cluster_id"])["cluster_id"].to_numpy()
+            counted_ones += np.bincount(clusters, minlength=len(sizes))[: len(sizes)]
+        return bool(np.array_equal(sizes, counted_ones))
 
-    def remove_leftovers(self) -> None:
-        """Remove the checkpoint, and models of earlier trainings, but not those of a run that may be at work now."""
-        fs, folder = storage.filesystem(storage.join(self.uri, "model"), self.options)
-        in_use = {f"{training_of(path)}.npz" for path in self.assignments.files()}
-        before = f"{dt.datetime.now(dt.UTC) - dt.timedelta(days=LEFTOVER_MODEL_KEPT_DAYS):%Y%m%dT%H%M%SZ}"
-        for path in fs.ls(folder, detail=False):
-            name = path.rsplit("/", 1)[-1]
-            if name == "checkpoint.npz" or (name not in in_use and name < before):
-                fs.rm_file(path)
+    def copy_without(
+        self, file: DataFile, image_ids: set[str], counting: Counting
+    ) -> tuple[DataFile | None, Statistics]:
+        """(a file of assignments without some images, None where nothing is left; statistics of the rows that go).
 
-    def discard(self, files: Iterable[DataFile]) -> None:
-        """Remove files of assignments that were never committed."""
-        for file in files:
-            fs, path = storage.filesystem(storage.join(self.assignments.uri, file.path), self.options)
-            if fs.exists(path):
-                fs.rm_file(path)
+        Made once, however often it is asked for.
+        """
+        known = (file.path, frozenset(image_ids))
+        if known not in self._copies:
+            rows = self.assignments.read_file(file.path, ["image_id", "cluster_id", "distance", "saliency"])
+            rows = rows.filter(pc.is_in(rows["image_id"], value_set=pa.array(sorted(image_ids), pa.string())))
+            copy = rewrite_without(self.assignments, file, image_ids, training_of(file.path))
+            self._copies[known] = copy, Statistics.of(rows, counting)
+        return self._copies[known]
+
+
+def changed_by_transaction(current: Snapshot, table: str) -> bool:
+    """Whether any transaction has changed a table yet."""
+    current.version(table)  # opens it
+    delta = current.opened[table]
+    return delta is not None and number_of(delta) > 0
 
 
 def checkpoint(clusters: str, options: storage.Options) -> Model | None:

@@ -16,7 +16,9 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.results.names import result_names, result_uri
 from pipelines.store.linked_tables import LinkedTables
+from pipelines.store.snapshots import snapshot
 from pipelines.store.table import Table
+from pipelines.store.transaction_log import TransactionLog
 
 
 @dataclass
@@ -75,26 +77,52 @@ class ResultTables(StoredResult):
     schemas: ClassVar[Mapping[str, pa.Schema]]
     leading: ClassVar[str]
 
-    def __init__(self, store: str, name: str, options: storage.Options) -> None:
+    def __init__(
+        self,
+        store: str,
+        name: str,
+        options: storage.Options,
+        log: TransactionLog | None = None,
+        tables: Mapping[str, Table] | None = None,
+    ) -> None:
+        """log: of the store, for those who change the tables. tables: opened before; else the newest, or made."""
         self.name = name
+        self.log = log or TransactionLog(store, options)
         self.uri = result_uri(store, self.kind, name)
         self.options = options
-        self.tables = {
-            table: Table(storage.join(self.uri, table), schema, options) for table, schema in self.schemas.items()
-        }
+        if tables is None:
+            places = {table: storage.join(self.uri, table) for table in self.schemas}
+            tables = {table: Table(uri, self.schemas[table], options) for table, uri in places.items()}
+        self.tables = dict(tables)
 
     @classmethod
-    def open_existing(cls, store: str, name: str, options: storage.Options) -> Self | None:
-        """The tables of NAME, or None where there are none yet; nothing is written."""
-        uri = result_uri(store, cls.kind, name)
-        exist = all(Table.exists(storage.join(uri, table), options) for table in cls.schemas)
-        return cls(store, name, options) if exist else None
+    def open_existing(
+        cls, store: str, name: str, options: storage.Options, log: TransactionLog | None = None
+    ) -> Self | None:
+        """The tables of NAME, or None where there are none yet; nothing is written.
+
+        They belong together, also where a run was killed while it changed them, or is at it.
+        """
+        result_uri(store, cls.kind, name)
+        log = log or TransactionLog(store, options)
+        current = snapshot(log)
+        tables: dict[str, Table] = {}
+        for table, schema in cls.schemas.items():
+            found = current.table(f"{cls.kind}/{name}/{table}", schema)
+            if found is None:
+                return None
+            tables[table] = found
+        return cls(store, name, options, log, tables)
 
     @classmethod
     def all_in(cls, store: str, options: storage.Options) -> dict[str, Self]:
         """Every result of this kind in a store, by NAME."""
         found = {name: cls.open_existing(store, name, options) for name in result_names(store, cls.kind, options)}
         return {name: result for name, result in found.items() if result is not None}
+
+    def path_of(self, table: str) -> str:
+        """A table's path in the store: clusters/words/centroids."""
+        return f"{self.path}/{table}"
 
     def refresh(self) -> None:
         """See what others committed."""

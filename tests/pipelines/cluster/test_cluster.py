@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pytest
 from deltalake import DeltaTable
 from documents import python_of_section
 from hand_made import add_described, described
+from local_clusters import use_local_workers
 from s3_server import BUCKET, S3Server
 from small_runs import as_options, settings
 from typer.testing import CliRunner, Result
@@ -28,19 +28,17 @@ from pipelines.cli import app
 from pipelines.cluster import actors
 from pipelines.cluster import job as cluster
 from pipelines.cluster import training as cluster_training
-from pipelines.cluster.vectors import list_units, split_units
-from pipelines.cluster.worker import ClusterWorker
 from pipelines.errors import JobError, RequestError
 from pipelines.results.cluster_models import checkpoint_uri, read_model
-from pipelines.results.clusters import ClusterTables
-from pipelines.running.interrupts import interruptible
+from pipelines.results.clusters import ClusterTables, training_of
 from pipelines.running.layout import Layout
-from pipelines.running.progress import StatusLine
 from pipelines.settings.loading import load_config
 from pipelines.settings.sections import Config
 from pipelines.store.extraction import drop_images
 from pipelines.store.parquet import new_file_name
+from pipelines.store.schemas import CENTROIDS
 from pipelines.store.store import Store
+from pipelines.store.table import Table
 from pipelines.upkeep import verify
 
 DIMENSION = 16
@@ -65,31 +63,9 @@ def add(store: Store, run: int, images: range, of: np.ndarray | None = None, ver
     add_described(store, f"2020010{run}T000000Z-00000{run}", made, version)
 
 
-class LocalWorkers(cluster_training.Workers):
-    """Workers in this process."""
-
-    def _start(self, method: str, *args: Any) -> list[Any]:
-        return [getattr(actor, method)(*args) for actor in self._actors]
-
-    def _ask(self, method: str, *args: Any) -> list[Any]:
-        return self._start(method, *args)
-
-    def _add(self, sums: list[Any]) -> Any:
-        return sum(sums[1:], sums[0])
-
-
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers without Ray, whose processes would take longer to start than these tests."""
-
-    @contextmanager
-    def workers(job: Any, images: pa.Table) -> Iterator[tuple[LocalWorkers, StatusLine]]:
-        setup = actors.worker_setup(job, "cpu", 2, 1e9)
-        shares = split_units(list_units(job.store, job.asked, images), 2)
-        with interruptible(), StatusLine() as line:
-            yield LocalWorkers([ClusterWorker(setup, share) for share in shares]), line
-
-    monkeypatch.setattr(actors, "started_workers", workers)
+    use_local_workers(monkeypatch)
 
 
 @pytest.fixture
@@ -288,22 +264,28 @@ def test_update_without_clusters_trains(store: Store, here: None) -> None:
     check_tables(store)
 
 
-def test_a_run_killed_between_its_two_commits_is_completed(
-    store: Store, here: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("swapped", [False, True], ids=["more patches", "as many patches as before"])
+def test_what_an_older_dinoray_left_between_its_two_commits_is_completed(
+    store: Store, here: None, swapped: bool
 ) -> None:
+    """S5: assignments are there that no size counts, also where their sum is the same."""
     run(store)
-    add(store, 3, range(40, 45))
-    with monkeypatch.context() as patch:
-        patch.setattr("pipelines.results.clusters.ClusterTables.write_centroids", _die)
-        with pytest.raises(MemoryError):
-            run(store, update=True)
+    tables = ClusterTables.open_existing(store.uri, "words", {})
+    assert tables is not None
+    sizes = tables.centroids.read(list(CENTROIDS.names))
+    wrong = pc.subtract(sizes["size"], pa.array([1, -1, *[0] * 10] if swapped else [1] * 12))
+    name = new_file_name(training_of(next(iter(tables.centroids.files()))))
+    centroids = tables.centroids.write_file(name, sizes.set_column(1, "size", wrong))
+    shutil.rmtree(Path(store.uri, "transactions"))  # no transaction has changed anything yet
+    for table, files in ((tables.assignments, tables.assignments.files().values()), (tables.centroids, [centroids])):
+        shutil.rmtree(Path(table.uri, "_delta_log"))
+        Table(table.uri, table.schema).commit(files, [], "older")
+    assert verified(store) != []
     result = run(store, update=True)
-    assert any("killed between its two commits" in message for message in result.messages)
+    assert (result.status, result.added) == ("done", 0)
+    assert any("counted anew" in message for message in result.messages)
     check_tables(store)
-
-
-def _die(*args: object) -> None:
-    raise MemoryError
+    assert run(store, update=True).status == "unchanged"
 
 
 def test_a_tree_of_clusters(store: Store, here: None) -> None:

@@ -39,9 +39,11 @@ from pipelines.errors import RequestError
 from pipelines.extract import job as extract
 from pipelines.extract.shards import ShardWriter
 from pipelines.results.matches import MatchReport, MatchTables
+from pipelines.store.changes import Transaction
 from pipelines.store.extraction import Committer, ShardReport, drop_images
 from pipelines.store.patches import ImagePlace
 from pipelines.store.store import Store
+from pipelines.store.transaction_log import TransactionLog
 from pipelines.upkeep import stats, verify
 
 IMAGES = 8
@@ -447,22 +449,19 @@ def test_lost_matches_come_back_or_are_done_anew(tmp_path: Path) -> None:
     assert pairs_of(store.uri, "m") == []
 
 
-@pytest.mark.parametrize("table", ["matches", "pairs"])
-def test_two_runs_do_every_pair_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str) -> None:
-    """The other run commits just before this one's commit of either table."""
+def test_two_runs_do_every_pair_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other run's transaction takes the number that this one was about to take."""
     store = hand_made_store(tmp_path, "abcd")
     ours, report = by_hand(store, "m", ["ab", "ac", "ad"])
     theirs, other = by_hand(store, "m", ["ca", "da", "cd"])
-    raced = getattr(ours, table)
-    original: Callable[..., None] = raced.commit
+    original: Callable[..., bool] = TransactionLog.put
 
-    def commit(*arguments: object, **more: object) -> None:
-        if raced.commit is commit:
-            monkeypatch.setattr(raced, "commit", original)
+    def put(log: TransactionLog, transaction: Transaction) -> bool:
+        if log is ours.log and not theirs.pairs.files():
             theirs.commit([other], "r10")
-        original(*arguments, **more)
+        return original(log, transaction)
 
-    monkeypatch.setattr(raced, "commit", commit)
+    monkeypatch.setattr(TransactionLog, "put", put)
     (left,) = ours.commit([report], "r9")
     assert list(left.kept) == [("a", "b")]
     assert pairs_of(store.uri, "m") == ["ab", "ca", "cd", "da"]

@@ -378,6 +378,69 @@ def test_two_runs_at_once_leave_every_image_once(store: Store, monkeypatch: pyte
     assert len(rows(store)) == 10
 
 
+@pytest.mark.parametrize("step", ["drop", "commit"])
+def test_images_change_while_a_run_is_at_work(store: Store, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """And another run does their sets before this one goes on, which was to do them with the images of before."""
+    run(store)
+    add_scenes(store, 3, {"cat/00.jpg": scene(900)}, version="v2")
+    original, entered = getattr(PartTables, step), []
+
+    def other_run_first(self: PartTables, *args: Any, **named: Any) -> Any:
+        if not entered:
+            entered.append(True)
+            add_scenes(store, 4, {"cat/00.jpg": scene(901), "cat/05.jpg": scene(902)}, version="v3")
+            assert run(store).segmented == 6
+        return original(self, *args, **named)
+
+    monkeypatch.setattr(PartTables, step, other_run_first)
+    result = run(store)
+    assert (result.segmented, result.done_elsewhere) == (0, 5 if step == "commit" else 0)
+    assert len({row["set_version"] for (set_id, _), row in rows(store).items() if set_id == "cat"}) == 1
+    again = run(store)
+    assert (again.pending, again.outdated, len(rows(store))) == (0, 0, 11)
+
+
+def test_what_was_made_of_changed_images_is_not_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit, entered = PartTables.commit, []
+
+    def images_change_first(self: PartTables, *args: Any) -> Any:
+        if not entered:
+            entered.append(True)
+            add_scenes(store, 3, {"cat/00.jpg": scene(900)}, version="v2")
+        return commit(self, *args)
+
+    monkeypatch.setattr(PartTables, "commit", images_change_first)
+    result = run(store)
+    assert (result.segmented, result.changed_meanwhile, result.done_elsewhere) == (5, 5, 0)
+    assert any(message.startswith("5 images of sets whose members") for message in result.messages)
+    assert {set_id for set_id, _ in rows(store)} == {"dog"}
+    again = run(store)
+    assert (again.segmented, again.outdated, len(rows(store))) == (5, 0, 10)
+
+
+def test_a_run_replaces_what_another_made_of_fewer_images(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That one was planned before the set got a new image, and committed after this one was."""
+    commit, entered = PartTables.commit, []
+
+    def older_run_first(self: PartTables, *args: Any) -> Any:
+        if not entered:
+            entered.append(True)
+            with monkeypatch.context() as patched:
+                patched.setattr(cosegment, "_images", lambda *_, **__: older)
+                patched.setattr(cosegment.SetVersions, "__call__", lambda *_: None)
+                patched.setattr(PartTables, "are_current", lambda self, current, rows: np.ones(len(rows), bool))
+                assert run(store).segmented == 10
+        return commit(self, *args)
+
+    older = cosegment._images(store, with_embeddings=False)
+    add_scenes(store, 3, {"cat/05.jpg": scene(902)})
+    store.refresh()
+    monkeypatch.setattr(PartTables, "commit", older_run_first)
+    assert run(store).segmented == 6
+    again = run(store)
+    assert (again.pending, again.outdated, len(rows(store))) == (0, 0, 11)
+
+
 def test_sets_without_a_common_object(tmp_path: Path) -> None:
     store = new_store(tmp_path / "store")
     few = scene(3, size=1, empty=True)
