@@ -63,6 +63,10 @@ class DataFile:
         return asdict(self)
 
 
+class MissingFile(JobError, FileNotFoundError):
+    """A file that a log names and that is not there."""
+
+
 def group_may_hold(row_group: Any, sorted_ids: Sequence[str]) -> bool:
     """Whether any of `sorted_ids` lies in the key range of a row group, as its metadata say."""
     statistics = row_group.column(0).statistics

@@ -24,7 +24,7 @@ from pipelines.errors import JobError
 from pipelines.storage.errors import explain_write_error, said
 from pipelines.storage.files import filesystem, join, normalise
 from pipelines.storage.filesystems import Options, delta_options, is_local
-from pipelines.store.parquet import DataFile, open_parquet, write_parquet
+from pipelines.store.parquet import DataFile, MissingFile, open_parquet, write_parquet
 
 READS_AT_ONCE = 16
 # delta-rs repeats refused requests itself, but not what remote storage left half done.
@@ -253,13 +253,13 @@ class Table:
         return write_parquet(self.uri, name, rows, self.options)
 
     def read_file(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """Raises JobError for a file that is gone, DamagedFile for one that cannot be read."""
+        """Raises MissingFile for one that is gone, DamagedFile for one that cannot be read."""
         uri = self.place(name)
         try:
             with open_parquet(uri, self.options) as parquet:
                 return parquet.read(columns)
         except FileNotFoundError:
-            raise JobError(f"{uri} is gone: run the same command again, or `dinoray verify` of the store.") from None
+            raise MissingFile(f"{uri} is gone: run the same command again, or `dinoray verify` of the store.") from None
 
     def has_file(self, name: str) -> bool:
         fs, path = filesystem(self.place(name), self.options)
