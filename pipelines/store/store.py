@@ -18,7 +18,7 @@ from pipelines.errors import JobError, RequestError
 from pipelines.settings.loading import make_config
 from pipelines.settings.sections import Config
 from pipelines.storage.durable import sync_files, sync_folders
-from pipelines.storage.errors import explain_write_error
+from pipelines.storage.errors import explain_write_error, reaching
 from pipelines.store.changes import Change, TableChange
 from pipelines.store.extraction import Plan
 from pipelines.store.failures import STORAGE_ERROR
@@ -250,7 +250,7 @@ def _make_tables(uri: str, config: Config) -> None:
     """
     schemas = {"patches": patches_schema(config), "images": IMAGES, "failures": FAILURES}
     options = config.storage.options
-    if all(Table.exists(storage.join(uri, name), options) for name in schemas):
+    if all(_has_log(storage.join(uri, name), options) for name in schemas):
         return
 
     def build(current: Snapshot) -> Change | None:
@@ -258,6 +258,15 @@ def _make_tables(uri: str, config: Config) -> None:
         return Change(missing) if missing else None
 
     transact(_log_of(uri, config), build, run_id="", command="extract")
+
+
+def _has_log(table: str, options: storage.Options) -> bool:
+    fs, folder = storage.filesystem(storage.join(table, "_delta_log"), options)
+    try:
+        with reaching(table):
+            return any(name.endswith(".json") for name in fs.ls(folder, detail=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def read_description(uri: str, config: Config) -> dict[str, Any] | None:

@@ -57,6 +57,23 @@ def store(tmp_path: Path) -> Store:
     return Store.create(str(tmp_path / "store"), settings())
 
 
+def test_two_runs_that_create_one_store(tmp_path: Path) -> None:
+    """One stands at any of its steps while the other creates the store and commits to it."""
+    for step in range(LONGEST):
+        uri = str(tmp_path / str(step))
+        beside = lambda uri=uri: add(Store.create(uri, settings()), "r2", ["b"])  # noqa: E731
+        with at_step(step, beside, reads=True) as taken:
+            store = Store.create(uri, settings())
+        if len(taken) <= step:
+            assert step > 10
+            return
+        add(store, "r1", ["a", "b"])
+        assert rows(store) == versions_only(["a", "b"])
+        sound(store)
+        shutil.rmtree(uri)
+    raise AssertionError(f"more than {LONGEST} steps")
+
+
 def test_a_shard_becomes_visible_whole(store: Store) -> None:
     report = shard(store, "r1", ["a", "b", "c"])
     assert rows(store) == {}

@@ -177,6 +177,31 @@ def test_a_run_that_commits_meanwhile_wins(tmp_path: Path, monkeypatch: pytest.M
     assert sound(tmp_path).unreferenced_files == 0 and len(live(tmp_path, "patches")) == 1
 
 
+def test_rows_that_come_to_name_a_file_while_it_is_merged_keep_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file of images that compact has not seen."""
+    store = small_runs_store(tmp_path, runs=2)
+    merge = compact.merge_files
+    shard = min(store.patches.files())
+    calls = []
+
+    def merging(*args: object, **options: object) -> object:
+        if not calls:
+            other = Store.open(str(tmp_path), settings())
+            rows = other.images.read_file(min(other.images.files())).slice(0, 1)
+            rows = rows.set_column(rows.schema.get_field_index("image_id"), "image_id", pa.array(["003/x.jpg"]))
+            rows = rows.set_column(rows.schema.get_field_index("shard"), "shard", pa.array([shard]))
+            other.images.commit([other.images.write_file(new_file_name("r"), rows.cast(IMAGES))], [], "r")
+        calls.append(args)
+        return merge(*args, **options)
+
+    monkeypatch.setattr(compact, "merge_files", merging)
+    assert compact.run(settings(), store=str(tmp_path)).conflicts == 1
+    store.refresh()
+    assert shard in store.patches.files()
+
+
 def test_what_was_killed_before_there_were_transactions_is_neither_merged_nor_swept(tmp_path: Path) -> None:
     """S2 and S3: patches that no image names, and patches that images name and the log lost, wait for extract."""
     store = small_runs_store(tmp_path)
