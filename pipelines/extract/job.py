@@ -130,6 +130,7 @@ def run(
             extract_pending(opened, plan, config, result, facts or _check_model(config))
         _record_damage(opened, listing, result)
         _judge(result, config)
+        result.messages += opened.log.messages
     return result
 
 
@@ -179,7 +180,7 @@ class PendingWork:
         self.pending = plan.pending
         self.settled = np.zeros(len(plan.pending), bool)
         self.attempt = 0
-        self._committer = Committer(store, result.run_id, plan.changed)
+        self._committer = Committer(store, result.run_id, plan.changed, plan.seen)
         self._result = result
         self._store = store
         self._waiting = WaitingReports(config.run.commit_seconds, self._commit)

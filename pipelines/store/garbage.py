@@ -14,7 +14,7 @@ from pipelines.storage.errors import reaching
 from pipelines.storage.files import filesystem, join
 from pipelines.storage.filesystems import is_local, local_path, modified_at
 from pipelines.store.snapshots import Snapshot
-from pipelines.store.transaction_log import FOLDER
+from pipelines.store.transaction_log import FOLDER, SHORTEST_KEPT_SECONDS
 
 _LOG = "_delta_log"
 # Of files beside those that pointers name.
@@ -27,7 +27,7 @@ def garbage(current: Snapshot, retention_hours: float) -> list[str]:
     current: the newest snapshot, as a `build` gets it. Spared is what
     - a table of the snapshot names, or what its pointers stand on;
     - a transaction of the last `retention_hours` brought, took away or pointed at, since readers may be at it;
-    - was written in that time, since its writer may be about to name it;
+    - was written in that time, since its writer may be about to name it (what belongs to a log: within an hour, too);
     - lies behind a link, or in a folder that is no table's and no pointer's.
     Nothing is listed where the log of transactions does not reach back that far: in a store of before, until then.
 
@@ -57,8 +57,14 @@ def garbage(current: Snapshot, retention_hours: float) -> list[str]:
     tables = {path.partition(f"/{_LOG}/")[0] for path in found if f"/{_LOG}/" in path}
     for table in tables:
         named |= {f"{table}/{path}" for path in current.files(table)}
+    # what a log's writer is at this moment about to give its name has none yet
+    began_of_logs = min(began, log.clock() - SHORTEST_KEPT_SECONDS)
     ours = [path for path in found if _may_go(path, tables, folders)]
-    return sorted(path for path in ours if path not in named and _is_older(found[path], began))
+    return sorted(
+        path
+        for path in ours
+        if path not in named and _is_older(found[path], began_of_logs if _is_of_a_log(path) else began)
+    )
 
 
 def _may_go(path: str, tables: set[str], folders: set[str]) -> bool:
@@ -69,6 +75,11 @@ def _may_go(path: str, tables: set[str], folders: set[str]) -> bool:
     if folder.endswith(f"/{_LOG}"):
         return "#" in name  # a commit that delta-rs had not given its name yet
     return (folder in tables and name.endswith(".parquet")) or (folder in folders and name.endswith(_ENDINGS))
+
+
+def _is_of_a_log(path: str) -> bool:
+    folder = path.rpartition("/")[0]
+    return folder == FOLDER or folder.endswith(f"/{_LOG}")
 
 
 def _is_older(modified: float | None, began: float) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
-import time
 from collections.abc import Iterator
 from functools import cached_property
 from importlib import metadata
@@ -18,14 +17,18 @@ from pipelines import storage
 from pipelines.errors import JobError, RequestError
 from pipelines.settings.loading import make_config
 from pipelines.settings.sections import Config
-from pipelines.storage.errors import explain_write_error
-from pipelines.store.commit import ORPHAN_GRACE_SECONDS, FileChange, apply_remaining, describe_file
-from pipelines.store.extraction import Plan, drop_images
+from pipelines.storage.durable import sync_files, sync_folders
+from pipelines.storage.errors import explain_write_error, reaching
+from pipelines.store.changes import Change, TableChange
+from pipelines.store.extraction import Plan
 from pipelines.store.failures import STORAGE_ERROR
+from pipelines.store.mending import mend
 from pipelines.store.schemas import FAILURES, IMAGES, SCHEMA_VERSION, descriptor_columns, patches_schema
+from pipelines.store.snapshots import Snapshot
 from pipelines.store.spec import fingerprint, make_spec, spec_differences
 from pipelines.store.table import Table
 from pipelines.store.transaction_log import TransactionLog
+from pipelines.store.transactions import transact
 
 # delta-rs decodes the first, takes the second for a slash and refuses the others; in a URL, # and ? end the path.
 _AMBIGUOUS_LOCALLY = re.compile(r"%[0-9A-Fa-f]{2}|\\|[\x00-\x1f\x7f]")
@@ -54,8 +57,7 @@ class Store:
     @cached_property
     def log(self) -> TransactionLog:
         """What `transact` writes changes of this store to."""
-        hours = self.config.compact.retention_hours
-        return TransactionLog(self.uri, self.config.storage.options, retention_hours=hours)
+        return _log_of(self.uri, self.config)
 
     @classmethod
     def open_existing(cls, uri: str, config: Config) -> Store | None:
@@ -96,7 +98,10 @@ class Store:
         }
         try:
             data = json.dumps(description, indent=2).encode()
-            storage.write_once(storage.join(uri, "store.json"), data, config.storage.options)
+            description_uri = storage.join(uri, "store.json")
+            storage.write_once(description_uri, data, config.storage.options)
+            sync_files([description_uri])
+            sync_folders([uri], uri, set())
         except OSError as error:
             explained = explain_write_error(error, uri) or storage.explain_failed_storage(error, uri)
             raise explained or JobError(f"The store {uri} cannot be created: {error}.") from None
@@ -123,11 +128,9 @@ class Store:
     @classmethod
     def _with_tables(cls, uri: str, config: Config, stored: dict[str, Any], *, make_all: bool = False) -> Store:
         try:
-            store = cls(uri, config, stored)
             if make_all:
-                # other tools are to find every table, even an empty one
-                store.refresh()
-            return store
+                _make_tables(uri, config)
+            return cls(uri, config, stored)
         except OSError as error:
             raise explain_write_error(error, uri) or storage.explain_failed_storage(error, uri) or error from None
 
@@ -187,57 +190,10 @@ class Store:
             table.refresh()
 
     def repair(self, run_id: str) -> dict[str, int]:
-        """Undo what a killed run left between its commits; the images table decides what is true.
-
-        Patch files that no image names are removed; files that images name but the log lost are added again while
-        they exist, or else those images are extracted again; failures of images that are done are removed.
-        Safe while a job is running: its files are given time to be named, and after its own commit each side looks at
-        what the other did, so that the last one puts right what crossed.
-        """
+        """Publish what a dead writer left, and put right what kills left in stores of before; see `mend`."""
         for table in (self.images, self.patches, self.failures):
             table.complete_properties()
-        named = self._named_shards()
-        orphans = self.patches.files().keys() - named
-        if orphans:
-            time.sleep(ORPHAN_GRACE_SECONDS)
-            self.refresh()
-            named = self._named_shards()
-            orphans = self.patches.files().keys() - named
-        lost = named - self.patches.files().keys()
-        found = [shard for shard in lost if self.patches.has_file(shard)]
-        removed = {shard: file for shard, file in self.patches.files().items() if shard in orphans}
-        change = FileChange([describe_file(self.patches, shard) for shard in found], sorted(orphans))
-        apply_remaining(self.patches, change, run_id)
-        if orphans:
-            # a job whose commits were slow may have named them after we looked, and checked before we removed them
-            self.images.refresh()
-            late = orphans & self._named_shards()
-            apply_remaining(self.patches, FileChange(add=[removed[shard] for shard in sorted(late)]), run_id)
-            orphans -= late
-        without_patches = sorted(lost.difference(found))
-        if without_patches:
-            rows = self.images.read(["image_id", "shard"])
-            gone = rows.filter(pc.is_in(rows["shard"], value_set=pa.array(without_patches, pa.string())))
-            drop_images(self, gone["image_id"].to_pylist(), run_id)
-        stale = self._drop_settled_failures(run_id)
-        return {
-            "orphans_removed": len(orphans),
-            "shards_restored": len(found),
-            "shards_lost": len(without_patches),
-            "failures_settled": stale,
-        }
-
-    def _named_shards(self) -> set[str]:
-        return set(pc.unique(self.images.read(["shard"])["shard"]).to_pylist()) - {None}
-
-    def _drop_settled_failures(self, run_id: str) -> int:
-        failed = self.failures.read(["image_id"])["image_id"]
-        if not len(failed):
-            return 0
-        settled = failed.filter(pc.is_in(failed, value_set=self.images.read(["image_id"])["image_id"]))
-        if len(settled):
-            drop_images(self, settled.to_pylist(), run_id, tables=("failures",))
-        return len(settled)
+        return mend(self, run_id)
 
     def failed_in_listing(self) -> set[str]:
         """image_ids of failures from the time of listing: files that were missing, tars that were damaged."""
@@ -279,7 +235,38 @@ class Store:
                 *images["image_id"].filter(pc.invert(pc.is_in(images["image_id"], value_set=listed))).to_pylist(),
                 *recorded.filter(pc.invert(pc.is_in(recorded, value_set=listed))).to_pylist(),
             ],
+            seen=frozenset(self.images.files()),
         )
+
+
+def _log_of(uri: str, config: Config) -> TransactionLog:
+    return TransactionLog(uri, config.storage.options, retention_hours=config.compact.retention_hours)
+
+
+def _make_tables(uri: str, config: Config) -> None:
+    """Make the tables of the extraction that are not there: other tools are to find every one, even an empty one.
+
+    Of two runs that create one store together the second finds them made.
+    """
+    schemas = {"patches": patches_schema(config), "images": IMAGES, "failures": FAILURES}
+    options = config.storage.options
+    if all(_has_log(storage.join(uri, name), options) for name in schemas):
+        return
+
+    def build(current: Snapshot) -> Change | None:
+        missing = [TableChange(name, schema) for name, schema in schemas.items() if current.version(name) is None]
+        return Change(missing) if missing else None
+
+    transact(_log_of(uri, config), build, run_id="", command="extract")
+
+
+def _has_log(table: str, options: storage.Options) -> bool:
+    fs, folder = storage.filesystem(storage.join(table, "_delta_log"), options)
+    try:
+        with reaching(table):
+            return any(name.endswith(".json") for name in fs.ls(folder, detail=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def read_description(uri: str, config: Config) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from deltalake.exceptions import DeltaError
 
 from pipelines.errors import JobError
 from pipelines.storage.durable import sync_files, sync_folders
-from pipelines.storage.errors import explain_failed_storage, explain_write_error, reaching
+from pipelines.storage.errors import explain_failed_storage, explain_write_error, reaching, said
 from pipelines.storage.files import filesystem, join
 from pipelines.storage.filesystems import is_local
 from pipelines.store.changes import Change, TableChange, TableEntry, Transaction, checked_path, table_entry
@@ -55,14 +55,23 @@ def transact(log: TransactionLog, build: Build, *, run_id: str, command: str) ->
     restored from an image, not in one whose clock is wrong.
 
     Raises:
-        JobError: a file that the change brings is gone, the disk is full, a log is damaged or out of reach.
+        JobError: a file that the change brings, or that `build` reads, is gone; the disk is full; a log is damaged or
+            out of reach.
         ValueError: `build` removes a file that its snapshot does not have, or adds one that it has.
     """
     others_were_first = 0
     while True:
         try:
             current = open_for_writing(log)
-            change = build(current)
+            try:
+                change = build(current)
+            except FileNotFoundError as error:
+                if log.listing().newest > current.number:
+                    continue  # another transaction replaced a file that is read here, and it was swept at once
+                raise JobError(
+                    f"A file of {log.uri} is gone ({said(error)}): run the same command again, and `dinoray verify "
+                    f"{log.uri}` if it fails again."
+                ) from None
             if change is None:
                 return None
             transaction = _plan(current, change, run_id, command)

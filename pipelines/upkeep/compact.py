@@ -1,35 +1,39 @@
 """compact: merges the small files that many small runs leave, and removes what no snapshot needs any more.
 
-Every group of files is merged and committed on its own, compare-and-set, so that a run can be killed at any moment and
-be started beside others: the first to commit wins, and compact leaves those files for the next time. Rows, key order,
-encodings and the shape of row groups stay; images name the new file of their patches. The log says of each commit that
-it changed no row, so that indices and jobs stay up to date.
+Every group of files is merged in a transaction of its own, so that a run can be killed at any moment and be started
+beside others: where another transaction changed one of the files, or of those that name them, compact gives way and
+leaves them for the next time. Rows, key order, encodings and the shape of row groups stay; images name the new file of
+their patches. The log says of each commit that it changed no row, so that indices and jobs stay up to date.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import DeltaTable
 
-from pipelines import storage
 from pipelines.errors import counted
 from pipelines.results.all_kinds import all_results
 from pipelines.running.interrupts import interruptible, uninterrupted
 from pipelines.running.progress import StatusLine
 from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
-from pipelines.store.commit import FileChange, apply_remaining, commit_in_order
+from pipelines.store.changes import Change, TableChange
+from pipelines.store.garbage import garbage
 from pipelines.store.linked_tables import SMALL_FILE_SHARE_OF_TARGET, LinkedTables
 from pipelines.store.parquet import DataFile, new_file_name
 from pipelines.store.rewriting import merge_files, rewrite
+from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.store import Store
-from pipelines.store.table import CommitConflict, Table
+from pipelines.store.table import Table
+from pipelines.store.transaction_log import FOLDER
+from pipelines.store.transactions import open_for_writing, transact
+from pipelines.store.written_files import remove_files
+
+SWEEP_TRIES = 3
 
 
 @dataclass
@@ -60,31 +64,37 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
     started = time.monotonic()
     opened = Store.open(store, config)
     result = Result(new_run_id(), opened.uri)
-    tables = list(_tables(opened))
-    result.files_before = sum(len(pair.data.files()) for pair in tables)
     target, retention_hours = int(config.compact.target_mb * 1e6), config.compact.retention_hours
     if dry_run:
+        tables = list(_tables(opened))
+        result.files_before = sum(len(pair.data.files()) for pair in tables)
+        current = snapshot(opened.log)
         for pair in tables:
-            groups = pair.groups(target)
+            groups = _groups(opened, current, pair, target)
             result.merged += sum(len(group) for group in groups)
             result.written += len(groups)
-            result.vacuumed += len(_remove_unused(pair.data, retention_hours, dry_run=True))
+        result.vacuumed = len(_leftovers(opened, current, tables, retention_hours))
         result.files_after = result.files_before - result.merged + result.written
         return result.ended("dry_run", started)
 
     report = RunReport("compact", opened.uri, config, result.run_id, {})
     with recorded(report, result, started, fingerprint=opened.fingerprint), interruptible(), StatusLine() as line:
+        current = open_for_writing(opened.log)  # publishes what a dead writer left
+        opened.refresh()
+        tables = list(_tables(opened))
+        result.files_before = sum(len(pair.data.files()) for pair in tables)
         for pair in tables:
             pair.data.complete_properties()
-            for group in pair.groups(target):
-                line.show(f"merging {counted(len(group), 'file')} of {pair.data.uri.removeprefix(opened.uri + '/')}")
-                _merge(pair, group, target, result)
+            for group in _groups(opened, current, pair, target):
+                line.show(f"merging {counted(len(group), 'file')} of {_path(opened, pair.data)}")
+                _merge(opened, pair, group, target, result)
         result.seconds["merge"] = time.monotonic() - started
-        for pair in tables:
-            line.show(f"removing unused files of {pair.data.uri.removeprefix(opened.uri + '/')}")
-            result.vacuumed += len(_remove_unused(pair.data, retention_hours))
+        line.show("removing unused files")
+        result.vacuumed = _remove_leftovers(opened, tables, retention_hours, result.run_id)
+        opened.log.cut(retention_hours)
         result.seconds["vacuum"] = time.monotonic() - started - result.seconds["merge"]
         result.files_after = sum(len(pair.data.files()) for pair in tables)
+        result.messages += opened.log.messages
         if not result.merged and not result.vacuumed:
             result.status = "unchanged"
     return result
@@ -99,42 +109,85 @@ def _tables(store: Store) -> Iterator[LinkedTables]:
         yield from result.linked_tables()
 
 
-def _merge(tables: LinkedTables, group: list[DataFile], target: int, result: Result) -> None:
-    """Merge a group, and have the leading table name the new file; on a conflict leave everything as it was."""
+def _path(store: Store, table: Table) -> str:
+    """Of a table in its store, such as parts/animals/images."""
+    return table.uri.removeprefix(f"{store.uri}/")
+
+
+def _groups(store: Store, current: Snapshot, pair: LinkedTables, target: int) -> list[list[DataFile]]:
+    """Files to merge. One that the leading table does not name, as kills left it in stores of before, stays apart: rows
+    that nobody asks for are not to come among those that count."""
+    groups = pair.groups(target)
+    if pair.leading is None or not groups:
+        return groups
+    named = _named(current, _path(store, pair.leading), pair.leading.schema)
+    groups = [[file for file in group if file.path in named] for group in groups]
+    return [group for group in groups if len(group) > 1]
+
+
+def _named(current: Snapshot, leading: str, schema: pa.Schema) -> set[str]:
+    """Files of data that a leading table names."""
+    table = current.table(leading, schema)
+    return set() if table is None else set(pc.unique(table.read(["shard"])["shard"]).to_pylist()) - {None}
+
+
+def _merge(store: Store, tables: LinkedTables, group: list[DataFile], target: int, result: Result) -> None:
+    """Merge a group, and have the leading table name the new file, unless another run changed any of it meanwhile."""
     data, leading, run_id = tables.data, tables.leading, result.run_id
     written: list[tuple[Table, DataFile]] = []
+    naming: list[DataFile] = []
+    seen = set(leading.files()) if leading else set()
     try:
         merged = merge_files(data, group, tables.new_name(group, run_id))
         written.append((data, merged))
         old = [file.path for file in group]
-        change = FileChange([merged], old, rearranges=True)
-        if leading is None:
-            with uninterrupted():
-                data.commit(change.add, change.remove, run_id, rearranges=True)
-        else:
-            naming = _naming(leading, group)
+        changes = [TableChange(_path(store, data), data.schema, [merged], old, rearranges=True)]
+        if leading:
+            naming = _naming(leading, leading.files().values(), group)
             for copy in _renamed(leading, naming, dict.fromkeys(old, merged.path), target, run_id):
                 written.append((leading, copy))
             copies = [file for table, file in written if table is leading]
-            of_leading = FileChange(copies, [file.path for file in naming], rearranges=True)
-            with uninterrupted():
-                commit_in_order((data, change), (leading, of_leading), run_id)
-                # another run's repair may have taken the new file for an orphan just before it was named
-                data.refresh()
-                apply_remaining(data, FileChange(add=change.add, rearranges=True), run_id)
-            result.merged += len(naming)
-    except CommitConflict:
+            paths = [file.path for file in naming]
+            changes.append(TableChange(_path(store, leading), leading.schema, copies, paths, rearranges=True))
+    except FileNotFoundError:  # another run replaced it, and swept it away at once
+        remove_files(written)
         result.conflicts += 1
-        for table in tables.both:
-            table.refresh()
-        _discard(written)
+        _refresh(tables)
+        if all(file.path in data.files() for file in group):
+            raise
         return
     except BaseException:
-        _discard(written)
+        remove_files(written)
         raise
-    result.merged += len(group)
+
+    def build(current: Snapshot) -> Change | None:
+        gone = any(path not in current.files(change.table) for change in changes for path in change.remove)
+        if gone or (leading and _named_elsewhere(current, _path(store, leading), leading.schema, seen, group)):
+            return None
+        return Change([change for change in changes if change.remove])
+
+    with uninterrupted():
+        merge_made = transact(store.log, build, run_id=run_id, command="compact") is not None
+        _refresh(tables)
+    if not merge_made:
+        result.conflicts += 1
+        remove_files(written)
+        return
+    result.merged += len(group) + len(naming)
     result.written += len(written)
     result.bytes_written += sum(file.size for _, file in written)
+
+
+def _refresh(tables: LinkedTables) -> None:
+    for table in tables.both:
+        table.refresh()
+
+
+def _named_elsewhere(current: Snapshot, leading: str, schema: pa.Schema, seen: set[str], group: list[DataFile]) -> bool:
+    """Whether a leading file that has come since names a file of a group."""
+    table = current.table(leading, schema)
+    new = [file for path, file in current.files(leading).items() if path not in seen]
+    return bool(table and _naming(table, new, group))
 
 
 def _renamed(
@@ -152,13 +205,13 @@ def _renamed(
             yield copy
 
 
-def _naming(leading: Table, group: list[DataFile]) -> list[DataFile]:
-    """Files of the leading table with rows that name a file of the group."""
+def _naming(leading: Table, files: Iterable[DataFile], group: list[DataFile]) -> list[DataFile]:
+    """Those of some files of the leading table with rows that name a file of the group."""
     names = pa.array([file.path for file in group], pa.string())
     found = []
-    for path, file in leading.files().items():
+    for file in files:
         overlaps = any(one.min_id <= file.max_id and file.min_id <= one.max_id for one in group)
-        if overlaps and pc.any(pc.is_in(leading.read_file(path, ["shard"])["shard"], value_set=names)).as_py():
+        if overlaps and pc.any(pc.is_in(leading.read_file(file.path, ["shard"])["shard"], value_set=names)).as_py():
             found.append(file)
     return found
 
@@ -168,16 +221,32 @@ def _rename(rows: pa.Table, renamed: dict[str, str]) -> pa.Table:
     return rows.set_column(rows.schema.get_field_index("shard"), "shard", shards)
 
 
-def _discard(written: list[tuple[Table, DataFile]]) -> None:
-    """Remove files that no log names."""
-    for table, file in written:
-        with contextlib.suppress(OSError):
-            if file.path not in table.files():
-                fs, path = storage.filesystem(storage.join(table.uri, file.path), table.options)
-                fs.rm_file(path)
+def _remove_leftovers(store: Store, tables: list[LinkedTables], retention_hours: float, run_id: str) -> int:
+    """Remove files that no snapshot of the last `retention_hours` names. Returns how many."""
+    leftovers: list[str] = []
+    tries = 0
+
+    def build(current: Snapshot) -> Change | None:
+        nonlocal leftovers, tries
+        tries += 1  # looking at every file of a large store takes longer than others need for a transaction
+        leftovers = _leftovers(store, current, tables, retention_hours) if tries <= SWEEP_TRIES else []
+        return Change(sweep=leftovers) if leftovers else None
+
+    with uninterrupted():
+        transact(store.log, build, run_id=run_id, command="compact")
+    return len(leftovers)
 
 
-def _remove_unused(table: Table, retention_hours: float, *, dry_run: bool = False) -> list[str]:
-    """Remove files that no snapshot of the last `retention_hours` names, unless dry_run. Returns their paths."""
-    delta = DeltaTable(table.uri, storage_options=storage.delta_options(table.uri, table.options))
-    return delta.vacuum(int(retention_hours), dry_run=dry_run, enforce_retention_duration=False)
+def _leftovers(store: Store, current: Snapshot, tables: list[LinkedTables], retention_hours: float) -> list[str]:
+    """Garbage in the folders of the store's own tables and of its log, and nowhere else: what jobs keep beside tables
+    (models, indices, settings) no transaction names. A file that a leading table names stays, even where the log of the
+    data lost it: `extract` brings it back."""
+    folders, spared = {FOLDER}, set[str]()
+    for pair in tables:
+        data = _path(store, pair.data)
+        folders |= {data, f"{data}/_delta_log"}
+        if pair.leading:
+            named = _named(current, _path(store, pair.leading), pair.leading.schema)
+            spared |= {f"{data}/{path}" for path in named}
+    found = garbage(current, retention_hours)
+    return [path for path in found if path.rpartition("/")[0] in folders and path not in spared]

@@ -1,5 +1,5 @@
 """verify: does a store hold what it says? Every images row has all its patches, no patch lacks its image, files and
-log agree, dimensions match the spec; every match has its pair; every index has its files, and the table's images."""
+logs agree, dimensions match the spec; every match has its pair; every index has its files, and the table's images."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from pipelines.running.reports import JobResult, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.store.parquet import DataFile, checked_parquet, open_parquet, why_unreadable
 from pipelines.store.schemas import descriptor_columns
+from pipelines.store.snapshots import snapshot
 from pipelines.store.store import Store
 from pipelines.store.table import Table
 
@@ -67,6 +68,7 @@ def run(config: Config, *, store: str, deep: bool = False) -> Result:
     result = Result(new_run_id(), opened.uri)
     with recorded(None, result, started):
         results = list(all_results(opened))
+        _take_snapshot(opened, results, result)
         tables = {"images": opened.images, "patches": opened.patches, "failures": opened.failures}
         for one in results:
             tables |= {f"{one.path}/{name}": table for name, table in one.tables.items()}
@@ -79,6 +81,31 @@ def run(config: Config, *, store: str, deep: bool = False) -> Result:
             _check_rows(opened, results, result)
         result.exit_code = 1 if result.problems else 0
     return result
+
+
+def _take_snapshot(store: Store, results: list[StoredResult], result: Result) -> None:
+    """Have all tables as the newest transaction left them that is complete, so that rows of several can be compared."""
+    listing = store.log.listing()
+    if listing.newest not in listing.marked and (unfinished := store.log.read(listing.newest)):
+        result.messages.append(
+            f"Transaction {unfinished.number} ({unfinished.command}) is not completed: its writer is at work, or was "
+            "killed, and then the next command that writes completes it."
+        )
+    current = snapshot(store.log)
+
+    def taken(path: str, table: Table) -> Table:
+        try:
+            return current.table(path, table.schema) or table
+        except JobError as error:
+            result.problems.append(str(error))
+            return table
+
+    store.images = taken("images", store.images)
+    store.patches = taken("patches", store.patches)
+    store.failures = taken("failures", store.failures)
+    for one in results:
+        for name, table in one.tables.items():
+            one.tables[name] = taken(f"{one.path}/{name}", table)
 
 
 def _check_files(tables: dict[str, Table], result: Result) -> None:

@@ -153,7 +153,14 @@ def _sweep(arguments: dict[str, Any]) -> None:
         sweep(log_of(arguments))
 
 
+def _command(arguments: dict[str, Any]) -> None:
+    from store_changes import COMMANDS
+
+    COMMANDS[arguments["command"]](arguments["store"])
+
+
 CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "command": _command,
     "put": _put,
     "insist": _insist,
     "compact": _compact,
@@ -172,7 +179,7 @@ def _child(change: str, arguments: dict[str, Any]) -> None:
 
 
 def _serve() -> None:
-    import small_changes  # noqa: F401  imported before any fork, used after it
+    import store_changes  # noqa: F401  imported before any fork, used after it
 
     storage_steps()
     for line in sys.stdin:

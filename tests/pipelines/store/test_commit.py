@@ -1,23 +1,30 @@
-"""The commit protocol without Ray: shards written by hand, two committers, kills between any two commits."""
+"""What extract and prune change, without Ray: shards written by hand, and two commands at once, at every step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 from hand_made import source, write_shard
 from small_runs import settings
+from trials import at_step
 
+from pipelines.errors import JobError
 from pipelines.store.extraction import Committer, ShardReport, drop_images
 from pipelines.store.failures import failure_row
+from pipelines.store.rewriting import rewrite_without
 from pipelines.store.store import Store
 from pipelines.store.table import CommitConflict, Table
 from pipelines.upkeep import verify
+
+LONGEST = 200  # steps of one change
 
 
 def shard(store: Store, run_id: str, ids: list[str], version: str = "v1", value: float = 1.0) -> ShardReport:
@@ -48,6 +55,23 @@ def sound(store: Store) -> None:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store.create(str(tmp_path / "store"), settings())
+
+
+def test_two_runs_that_create_one_store(tmp_path: Path) -> None:
+    """One stands at any of its steps while the other creates the store and commits to it."""
+    for step in range(LONGEST):
+        uri = str(tmp_path / str(step))
+        beside = lambda uri=uri: add(Store.create(uri, settings()), "r2", ["b"])  # noqa: E731
+        with at_step(step, beside, reads=True) as taken:
+            store = Store.create(uri, settings())
+        if len(taken) <= step:
+            assert step > 10
+            return
+        add(store, "r1", ["a", "b"])
+        assert rows(store) == versions_only(["a", "b"])
+        sound(store)
+        shutil.rmtree(uri)
+    raise AssertionError(f"more than {LONGEST} steps")
 
 
 def test_a_shard_becomes_visible_whole(store: Store) -> None:
@@ -87,25 +111,97 @@ def test_two_runs_commit_the_same_images_once(store: Store) -> None:
     sound(store)
 
 
-@pytest.mark.parametrize("table", ["patches", "images"])
-def test_a_commit_that_lands_in_between_is_noticed(store: Store, table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def paused_at_every_step(
+    folder: Path, first: Callable[[Store], object], one: Callable[[Store], object], other: Callable[[Store], object]
+) -> Iterator[Store]:
+    """Stores in which `other` ran whole while `one` stood at one of its steps, reading ones too."""
+    for step in range(LONGEST):
+        made = Store.create(str(folder / f"step-{step}"), settings())
+        first(made)
+        opened, beside = (Store.open_existing(made.uri, made.config) for _ in range(2))
+        assert opened and beside
+        # what is bound now is bound for the steps that follow
+        with at_step(step, lambda beside=beside: other(beside), reads=True) as taken:  # type: ignore[misc]
+            one(opened)
+        if len(taken) <= step:
+            assert step > 15
+            return
+        yield made
+        shutil.rmtree(made.uri)
+    raise AssertionError(f"more than {LONGEST} steps")
+
+
+def add(store: Store, run_id: str, ids: list[str], version: str = "v1", value: float = 1.0) -> None:
+    Committer(store, run_id, set()).commit([shard(store, run_id, ids, version, value)], versions(ids, version))
+
+
+def test_a_commit_that_lands_in_between_is_noticed(tmp_path: Path) -> None:
+    """Two runs over some of the same images, of which one has changed for the second run only."""
+    paused = paused_at_every_step(
+        tmp_path,
+        lambda store: add(store, "r0", ["o", "p"]),
+        lambda store: add(store, "r1", ["a", "b", "o"], "v1"),
+        lambda store: add(store, "r2", ["b", "z"]),
+    )
+    for store in paused:
+        assert rows(store) == versions_only(["a", "b", "o", "p", "z"])
+        sound(store)
+
+
+def test_two_runs_that_replace_the_same_image_leave_one(tmp_path: Path) -> None:
+    paused = paused_at_every_step(
+        tmp_path,
+        lambda store: add(store, "r0", ["a", "b"]),
+        lambda store: add(store, "r1", ["b", "c"], "v2", 2.0),
+        lambda store: add(store, "r2", ["b", "d"], "v2", 2.0),
+    )
+    for store in paused:
+        assert rows(store) == {"a": "v1", "b": "v2", "c": "v2", "d": "v2"}
+        sound(store)
+
+
+def test_prune_beside_extract_takes_and_leaves_what_it_should(tmp_path: Path) -> None:
+    """S1 of both kinds: either stands at one of its steps while the other runs whole."""
+
+    def prune(store: Store) -> None:
+        drop_images(store, ["b", "f"], "r1")
+
+    def extract(store: Store) -> None:
+        reports = [shard(store, "r2", ["a"], "v2", 2.0), shard(store, "r2", ["c"], "v2")]
+        Committer(store, "r2", set()).commit(reports, versions(["a", "c"], "v2"))
+
+    def first(store: Store) -> None:
+        Committer(store, "r0", set()).commit(
+            [shard(store, "r0", ["a", "b"]), failed("f", "r0")], versions(["a", "b", "f"])
+        )
+
+    for number, (one, other) in enumerate([(prune, extract), (extract, prune)]):
+        for store in paused_at_every_step(tmp_path / str(number), first, one, other):
+            assert rows(store) == {"a": "v2", "c": "v2"}
+            assert store.failures.read(["image_id"]).num_rows == 0
+            sound(store)
+
+
+def test_images_that_another_run_added_after_the_plan_are_seen_whatever_was_refreshed(store: Store) -> None:
+    """A prune refreshes the tables between its plan and its commits."""
+    listing = sources_like(["a", "b", "c"])
     other = Store.open_existing(store.uri, store.config)
     assert other
-    raced = getattr(store, table)
-    original = raced.commit
-    calls = []
-
-    def commit(*arguments: object, **more: object) -> None:
-        if not calls:
-            calls.append(1)
-            Committer(other, "r2", set()).commit([shard(other, "r2", ["b", "z"])], versions(["b", "z"]))
-        original(*arguments, **more)
-
-    monkeypatch.setattr(raced, "commit", commit)
-    outcome = Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b"])], versions(["a", "b"]))
-    assert (outcome.extracted, outcome.done_elsewhere) == (1, 1)
-    assert rows(store) == versions_only(["a", "b", "z"])
+    plan = store.plan(listing)
+    add(other, "r2", ["a", "b"])
+    add(other, "r2", ["gone"])
+    assert drop_images(store, ["gone"], "r1") == 1
+    committer = Committer(store, "r1", plan.changed, plan.seen)
+    outcome = committer.commit([shard(store, "r1", ["a", "b", "c"])], versions(["a", "b", "c"]))
+    assert (outcome.extracted, outcome.done_elsewhere) == (1, 2)
+    assert rows(store) == versions_only(["a", "b", "c"])
     sound(store)
+
+
+def sources_like(ids: list[str]) -> pa.Table:
+    """A listing, as far as a plan looks at it."""
+    columns = {"image_id": ids, "source_size": [10] * len(ids), "source_version": ["v1"] * len(ids)}
+    return pa.table({**columns, "uri": [f"/in/{one}" for one in ids], "label": pa.nulls(len(ids), pa.string())})
 
 
 def test_a_stale_commit_is_refused_by_the_log(store: Store) -> None:
@@ -127,7 +223,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, raced: Table, error: Exception, *
     original, calls = DeltaTable.create_write_transaction, list[int]()
 
     def transaction(delta: DeltaTable, *arguments: object, **named: object) -> None:
-        if delta is raced._delta and not calls:
+        if delta.table_uri.rstrip("/").endswith(raced.uri.removeprefix("file://")) and not calls:
             calls.append(1)
             if landed:
                 original(delta, *arguments, **named)
@@ -135,7 +231,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, raced: Table, error: Exception, *
         original(delta, *arguments, **named)
 
     monkeypatch.setattr(DeltaTable, "create_write_transaction", transaction)
-    monkeypatch.setattr("pipelines.store.table.FIRST_PAUSE_SECONDS", 0)
+    monkeypatch.setattr("pipelines.store.publishing.FIRST_PAUSE_SECONDS", 0)
     return calls
 
 
@@ -178,36 +274,34 @@ def test_a_storage_that_stays_away_ends_the_commit(store: Store, monkeypatch: py
         raise BROKEN_OFF
 
     monkeypatch.setattr(DeltaTable, "create_write_transaction", transaction)
-    monkeypatch.setattr("pipelines.store.table.FIRST_PAUSE_SECONDS", 0)
-    with pytest.raises(OSError, match="Generic S3 error"):
-        Committer(store, "r1", set()).commit([shard(store, "r1", ["a"])], versions(["a"]))
-
-
-def test_a_repair_that_crosses_a_slow_commit_takes_nothing_from_it(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Images are committed, and their patches found in place, after the repair looked and before it removes them."""
-    monkeypatch.setattr("pipelines.store.store.ORPHAN_GRACE_SECONDS", 0)
-    other = Store.open_existing(store.uri, store.config)
-    assert other
-    report = shard(store, "r1", ["a"])
-    assert report.patches and report.images
-    store.patches.commit([report.patches], [], "r1")
-    other.refresh()
-    original: Callable[..., None] = other.patches.commit
-
-    def commit(*arguments: object, **more: object) -> None:
-        if not store.images.files():
-            assert report.patches and report.images
-            store.images.commit([report.images], [], "r1")
-            store.patches.refresh()
-            assert report.patches.path in store.patches.files(), "so the job has nothing to put right"
-        original(*arguments, **more)
-
-    monkeypatch.setattr(other.patches, "commit", commit)
-    assert other.repair("r2")["orphans_removed"] == 0
+    monkeypatch.setattr("pipelines.store.publishing.FIRST_PAUSE_SECONDS", 0)
+    with pytest.raises(JobError, match=r"Generic S3 error.*run the same command again, which completes it"):
+        add(store, "r1", ["a"])
+    monkeypatch.undo()
+    assert store.repair("r2") == dict.fromkeys(store.repair("r2"), 0), "it is completed, and nothing is mended"
     assert rows(store) == {"a": "v1"}
     sound(store)
+
+
+def test_a_repair_beside_a_commit_takes_nothing_from_it(tmp_path: Path) -> None:
+    """Nor does the commit keep it from mending what a kill left before there were transactions."""
+
+    def killed_before(store: Store) -> None:
+        add(store, "r0", ["a"])
+        orphan = shard(store, "r0", ["x"])
+        assert orphan.patches
+        store.patches.commit([orphan.patches], [], "r0")
+
+    def repair(store: Store) -> None:
+        store.repair("r1")
+
+    def extract(store: Store) -> None:
+        add(store, "r2", ["a", "b"], "v2", 2.0)
+
+    for number, (one, other) in enumerate([(repair, extract), (extract, repair)]):
+        for store in paused_at_every_step(tmp_path / str(number), killed_before, one, other):
+            assert rows(store) == {"a": "v2", "b": "v2"}
+            sound(store)
 
 
 def test_patches_whose_images_never_came_are_removed(store: Store) -> None:
@@ -221,23 +315,19 @@ def test_patches_whose_images_never_came_are_removed(store: Store) -> None:
     sound(store)
 
 
-def test_a_replacement_killed_half_way_is_put_back(store: Store) -> None:
-    Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b"])], versions(["a", "b"]))
-    committer = Committer(store, "r2", {"b"})
-
-    def dies(*arguments: object, **more: object) -> None:
-        raise KeyboardInterrupt
-
-    store.images.commit = dies  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        committer.commit([shard(store, "r2", ["b"], "v2")], versions(["b"], "v2"))
-    reopened = Store.open_existing(store.uri, store.config)
-    assert reopened
+def test_a_replacement_killed_half_way_before_transactions_is_put_back(store: Store) -> None:
+    """Its patches were committed, and its images were not."""
+    add(store, "r1", ["a", "b"])
+    (old,) = store.patches.files().values()
+    new = shard(store, "r2", ["b"], "v2").patches
+    copy = rewrite_without(store.patches, old, ["b"], "r2")
+    assert new and copy
+    store.patches.commit([new, copy], [old.path], "r2")
     assert verify.run(store.config, store=store.uri).problems
-    found = reopened.repair("r3")
+    found = store.repair("r3")
     assert found["orphans_removed"] == 2 and found["shards_restored"] == 1
-    assert rows(reopened) == versions_only(["a", "b"])
-    sound(reopened)
+    assert rows(store) == versions_only(["a", "b"])
+    sound(store)
 
 
 def test_images_whose_patches_are_lost_for_good_are_done_again(store: Store) -> None:
@@ -248,22 +338,6 @@ def test_images_whose_patches_are_lost_for_good_are_done_again(store: Store) -> 
     (Path(store.uri) / "patches" / first.patches.path).unlink()
     assert store.repair("r2")["shards_lost"] == 1
     assert rows(store) == {"b": "v1"}
-    sound(store)
-
-
-def test_another_runs_repair_cannot_take_our_patches(store: Store) -> None:
-    """A repair that sees our patches before our images removes them; we put them back."""
-    original = store.images.commit
-
-    def commit(*arguments: object, **more: object) -> None:
-        other = Store.open_existing(store.uri, store.config)
-        assert other
-        other.repair("r2")
-        original(*arguments, **more)
-
-    store.images.commit = commit  # type: ignore[method-assign]
-    Committer(store, "r1", set()).commit([shard(store, "r1", ["a"])], versions(["a"]))
-    assert rows(store) == {"a": "v1"}
     sound(store)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import duckdb
@@ -24,7 +26,7 @@ from pipelines.results.clusters import training_of
 from pipelines.results.matches import MatchTables
 from pipelines.store.extraction import Committer
 from pipelines.store.parquet import new_file_name
-from pipelines.store.schemas import ASSIGNMENTS, MATCHES, PAIRS
+from pipelines.store.schemas import ASSIGNMENTS, IMAGES, MATCHES, PAIRS
 from pipelines.store.store import Store
 from pipelines.store.table import Table
 from pipelines.upkeep import compact
@@ -175,22 +177,84 @@ def test_a_run_that_commits_meanwhile_wins(tmp_path: Path, monkeypatch: pytest.M
     assert sound(tmp_path).unreferenced_files == 0 and len(live(tmp_path, "patches")) == 1
 
 
-def test_killed_between_the_two_commits_it_is_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_come_to_name_a_file_while_it_is_merged_keep_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file of images that compact has not seen."""
+    store = small_runs_store(tmp_path, runs=2)
+    merge = compact.merge_files
+    shard = min(store.patches.files())
+    calls = []
+
+    def merging(*args: object, **options: object) -> object:
+        if not calls:
+            other = Store.open(str(tmp_path), settings())
+            rows = other.images.read_file(min(other.images.files())).slice(0, 1)
+            rows = rows.set_column(rows.schema.get_field_index("image_id"), "image_id", pa.array(["003/x.jpg"]))
+            rows = rows.set_column(rows.schema.get_field_index("shard"), "shard", pa.array([shard]))
+            other.images.commit([other.images.write_file(new_file_name("r"), rows.cast(IMAGES))], [], "r")
+        calls.append(args)
+        return merge(*args, **options)
+
+    monkeypatch.setattr(compact, "merge_files", merging)
+    assert compact.run(settings(), store=str(tmp_path)).conflicts == 1
+    store.refresh()
+    assert shard in store.patches.files()
+
+
+def test_what_was_killed_before_there_were_transactions_is_neither_merged_nor_swept(tmp_path: Path) -> None:
+    """S2 and S3: patches that no image names, and patches that images name and the log lost, wait for extract."""
     store = small_runs_store(tmp_path)
     before = every_row(tmp_path)
+    orphan = write_shard(store, "20260103T000000Z-000000", [source("new.jpg")]).patches
+    lost, *_ = store.patches.files().values()
+    assert orphan
+    store.patches.commit([orphan], [lost.path], "20260103T000000Z-000000")
 
-    def killed(first: tuple, last: tuple, run_id: str) -> None:
-        first[0].commit(first[1].add, first[1].remove, run_id)
-        raise KeyboardInterrupt
+    compact.run(settings(KEEP_NOTHING), store=str(tmp_path))
+    compact.run(settings(KEEP_NOTHING), store=str(tmp_path))
 
-    monkeypatch.setattr(compact, "commit_in_order", killed)
-    assert compact.run(settings(), store=str(tmp_path)).exit_code == 130
-    monkeypatch.undo()
     store.refresh()
-    store.repair("20260103T000000Z-000000")
+    assert orphan.path in store.patches.files() and store.patches.has_file(lost.path)
+    found = store.repair("20260104T000000Z-000000")
+    assert (found["orphans_removed"], found["shards_restored"], found["shards_lost"]) == (1, 1, 0)
     assert sound(tmp_path).images == RUNS * IMAGES_A_RUN
     compact.run(settings(KEEP_NOTHING), store=str(tmp_path))
     assert every_row(tmp_path) == before
+
+
+def test_nothing_outside_the_tables_is_swept(tmp_path: Path) -> None:
+    """Neither what jobs keep beside tables nor what others keep in the folder, however old."""
+    store = small_runs_store(tmp_path)
+    patches = sorted_patches(tmp_path)
+    folders = ["", "index/photos", "clusters/words", "projection", "models", "weights", "runs", "parts/x", "mine"]
+    names = ["a.parquet", "model-1.npz", "manifest-1.json", "a.faiss", "settings.json", "w.safetensors", "x.partial"]
+    kept = [tmp_path / folder / name for folder in folders for name in names]
+    Table(str(tmp_path / "mine"), IMAGES, {})  # somebody's own
+    kept += [tmp_path / "images" / "notes.txt", tmp_path / "clusters" / "words" / "assignments.parquet"]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    leftovers = [tmp_path / "patches" / new_file_name("20260101T000000Z-000009")]
+    leftovers += [tmp_path / "images" / "_delta_log" / f"{99:020}.json#1", Path(store.log.folder) / "1.json.x.partial"]
+    for path in leftovers:
+        path.write_bytes(b"x")
+    every = [Path(at) / name for at, _, names in os.walk(tmp_path) for name in names]
+    for path in every:
+        os.utime(path, (time.time() - 30 * 24 * 3600,) * 2)
+    assert compact.run(settings("compact.retention_hours=24"), store=str(tmp_path)).vacuumed == len(leftovers)
+    assert not any(path.exists() for path in leftovers)
+    for path in Path(store.log.folder).iterdir():  # a month later
+        os.utime(path, (time.time() - 30 * 24 * 3600,) * 2)
+
+    result = compact.run(settings("compact.retention_hours=24"), store=str(tmp_path))
+
+    gone = [path for path in every if not path.exists() and path.parent != Path(store.log.folder)]
+    swept = {path for path in gone if path.parent.name != "_delta_log"} - set(leftovers)
+    assert swept and all(path.parent.name in ("images", "patches") and path.suffix == ".parquet" for path in swept)
+    assert result.vacuumed == len(swept)
+    assert all(path.exists() for path in kept)
+    assert sorted_patches(tmp_path).equals(patches)
 
 
 def test_stores_without_patches_and_failures(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
 from hand_made import DIMENSIONS, GRID, add_failure, add_images, source
 from small_runs import settings
 from typer.testing import CliRunner
 
 from pipelines.cli import app
+from pipelines.store import publishing
 from pipelines.store.failures import failure_row
 from pipelines.store.parquet import DataFile, new_file_name, parquet_options
 from pipelines.store.schemas import FAILURES, vector
@@ -328,3 +331,44 @@ def test_many_problems_of_a_kind_are_summed_up(tmp_path: Path) -> None:
     damage(made, "patches", "000", lambda rows: rows.slice(0, 0))
     found = problems(made)
     assert len(found) == verify.MOST_PROBLEMS_OF_A_KIND + 1 and found[-1] == "... and 10 more like the last"
+
+
+# the log of transactions
+
+
+def test_a_change_whose_writer_was_killed_is_harmless(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is neither seen half nor called damage, and the next command that writes completes it."""
+    commit = publishing._commit
+
+    def killed(log: object, delta: DeltaTable, *more: Any) -> None:
+        if delta.table_uri.rstrip("/").endswith("images"):
+            raise KeyboardInterrupt
+        commit(log, delta, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(publishing, "_commit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        add_images(store, "r2", [source("f", 0)])
+    monkeypatch.undo()
+    found = verify.run(store.config, store=store.uri)
+    assert (found.problems, found.images, found.exit_code) == ([], 4, 0)
+    assert found.messages == [
+        "Transaction 5 (extract) is not completed: its writer is at work, or was killed, and then the next command "
+        "that writes completes it."
+    ]
+    store.repair("r3")
+    found = verify.run(store.config, store=store.uri)
+    assert (found.problems, found.images, found.messages) == ([], 5, [])
+
+
+def test_tables_that_are_ahead_of_the_log(store: Store) -> None:
+    for path in Path(store.log.folder).glob(f"{4:020}.*"):
+        path.unlink()
+    assert "failures has transaction 4, and" in only_problem(store) and "ends at 3" in only_problem(store)
+    shutil.rmtree(store.log.folder)
+    assert len(problems(store)) == 3 and all("ends at 0" in problem for problem in problems(store))
+
+
+def test_a_table_that_is_behind_the_log(store: Store) -> None:
+    add_images(store, "r2", [source("f", 0)])
+    (Path(store.images.uri) / "_delta_log" / f"{3:020}.json").unlink()
+    assert "images does not have transaction 5, which" in only_problem(store)
