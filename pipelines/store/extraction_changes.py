@@ -19,7 +19,8 @@ from pipelines.store.written_files import WrittenFiles
 if TYPE_CHECKING:
     from pipelines.store.store import Store
 
-TABLES = ("patches", "images", "failures")  # in the order in which they are published
+# The order is that of publishing: images name patches.
+TABLES = ("patches", "images", "failures")
 
 
 class ImageRow(NamedTuple):
