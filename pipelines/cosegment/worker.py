@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import time
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +23,8 @@ from pipelines.features.image_spec import image_spec
 from pipelines.results.masks import foreground_png, part_png
 from pipelines.results.parts import VERSIONED, SegmentReport, keys_of
 from pipelines.settings.sections import Config, CosegmentSettings
-from pipelines.store.parquet import ROWS_PER_ROW_GROUP, new_file_name, write_parquet
+from pipelines.store.arrays import npz_bytes, read_npz
+from pipelines.store.parquet import ROWS_PER_ROW_GROUP, DamagedFile, new_file_name, write_parquet
 from pipelines.store.patches import PatchMap, read_patch_maps
 from pipelines.store.schemas import PARTS_IMAGES, PARTS_PATCHES
 
@@ -329,25 +328,20 @@ def model_bytes(model: SetModel) -> bytes:
     arrays = {f"foreground_{name}": array for name, array in model.foreground.to_arrays().items()}
     if model.parts is not None:
         arrays |= {f"parts_{name}": array for name, array in model.parts.to_arrays().items()}
-    content = io.BytesIO()
-    np.savez(content, allow_pickle=False, **arrays)
-    return content.getvalue()
+    return npz_bytes(arrays)
 
 
 def read_model(uri: str, options: storage.Options) -> SetModel | None:
     """The model at `uri`, or None when there is none. Raises JobError for one that is damaged."""
-    fs, path = storage.filesystem(uri, options)
     try:
-        data = fs.cat_file(path)
-    except FileNotFoundError:
-        return None
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            of = {
-                kind: {name.removeprefix(kind): arrays[name] for name in arrays.files if name.startswith(kind)}
-                for kind in ("foreground_", "parts_")
-            }
+        arrays = read_npz(uri, options)
+        if arrays is None:
+            return None
+        of = {
+            kind: {name.removeprefix(kind): array for name, array in arrays.items() if name.startswith(kind)}
+            for kind in ("foreground_", "parts_")
+        }
         parts = PartModel.from_arrays(of["parts_"]) if of["parts_"] else None
         return SetModel(ForegroundModel.from_arrays(of["foreground_"]), parts)
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError):
+    except (DamagedFile, KeyError, ValueError):
         raise JobError(f"{uri} is damaged: remove it and run the same command again.") from None

@@ -9,9 +9,7 @@ The tables are what users read; these files are what a job computes with.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import zipfile
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +17,8 @@ import numpy as np
 
 from pipelines import storage
 from pipelines.errors import JobError
+from pipelines.store.arrays import npz_arrays, npz_bytes
+from pipelines.store.parquet import DamagedFile
 
 SCHEMA_VERSION = 1
 
@@ -90,9 +90,7 @@ def write_model(uri: str, model: Model, options: storage.Options) -> int:
     arrays: dict[str, Any] = {f"centroids{at}": level.centroids for at, level in enumerate(model.levels)}
     arrays |= {f"offsets{at}": level.offsets for at, level in enumerate(model.levels) if level.offsets is not None}
     about = {"schema_version": SCHEMA_VERSION, "levels": len(model.levels), **asdict(model.progress)}
-    content = io.BytesIO()
-    np.savez(content, about=np.array(json.dumps(about)), **arrays)
-    data = content.getvalue()
+    data = npz_bytes(arrays | {"about": np.array(json.dumps(about))})
     storage.write_bytes(uri, data, options)
     return len(data)
 
@@ -119,14 +117,14 @@ def read_model(uri: str, options: storage.Options, checksum: str | None = None) 
             "cluster again."
         )
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            about = json.loads(str(arrays["about"]))
-            count, version = about.pop("levels"), about.pop("schema_version")
-            if version > SCHEMA_VERSION:
-                raise JobError(f"{uri} was written by a newer dinoray: update dinoray.")
-            levels = [Level(arrays[f"centroids{at}"], arrays.get(f"offsets{at}")) for at in range(count)]
-            return Model(Progress(**about), levels)
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError):
+        arrays = npz_arrays(uri, data)
+        about = json.loads(str(arrays["about"]))
+        count, version = about.pop("levels"), about.pop("schema_version")
+        if version > SCHEMA_VERSION:
+            raise JobError(f"{uri} was written by a newer dinoray: update dinoray.")
+        levels = [Level(arrays[f"centroids{at}"], arrays.get(f"offsets{at}")) for at in range(count)]
+        return Model(Progress(**about), levels)
+    except (DamagedFile, KeyError, ValueError, TypeError):
         raise JobError(
             f"{uri} is damaged: remove it and run the same command again, which trains from scratch."
         ) from None

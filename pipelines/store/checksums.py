@@ -1,7 +1,10 @@
-"""CRC32 of files that are no Parquet: written beside them by who wrote them, compared by who reads them."""
+"""CRC32 of files that are no Parquet: whoever reads a file compares it with what was written."""
 
 from __future__ import annotations
 
+import io
+import struct
+import zipfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +13,8 @@ from typing import TypeVar
 from pipelines.store.parquet import DamagedFile
 
 PIECE_BYTES = 1 << 22
+# What zipfile raises where bytes are others than were written.
+UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, OSError, RuntimeError)
 
 _T = TypeVar("_T")
 
@@ -39,3 +44,10 @@ def read_checked(uri: str, path: str, expected: str | None, read: Callable[[str]
         finally:
             if computed.result() != expected:
                 raise DamagedFile(uri, f"its checksum is {computed.result()}, {expected} was written")
+
+
+def check_zip(data: bytes) -> None:
+    """Compare all that a zip file holds with the checksums that it carries. Raises one of UNREADABLE_ZIP."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} has another checksum")

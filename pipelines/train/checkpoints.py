@@ -18,17 +18,14 @@ import torch
 
 from pipelines import storage
 from pipelines.errors import JobError
+from pipelines.store.checksums import UNREADABLE_ZIP, check_zip
 
 SCHEMA_VERSION = 1
 # What readers of zip files, of pickles and of their content raise where bytes are others than were written.
 UNREADABLE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
+    *UNREADABLE_ZIP,
     pickle.UnpicklingError,
     EOFError,
-    OSError,
-    RuntimeError,
     KeyError,
     TypeError,
     AttributeError,
@@ -69,7 +66,7 @@ def read_checkpoint(output: str, step: int, options: storage.Options) -> tuple[d
     with storage.reaching(uri):
         data = fs.cat_file(path)
     try:
-        _check(data)
+        check_zip(data)
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         about = state.pop("dinoray")
         version, agreement = about["schema_version"], about["agreement"]
@@ -92,16 +89,6 @@ def read_checkpoint(output: str, step: int, options: storage.Options) -> tuple[d
     if version > SCHEMA_VERSION:
         raise JobError(f"{uri} was written by a newer dinoray: update dinoray.")
     return state, agreement
-
-
-def _check(data: bytes) -> None:
-    """Compare what torch saved with the checksums that it saved too, at which torch itself does not look.
-
-    Raises zipfile.BadZipFile, zlib.error.
-    """
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"{damaged} has another checksum")
 
 
 def remove_old(output: str, keep: int, options: storage.Options) -> None:
