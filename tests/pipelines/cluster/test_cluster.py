@@ -276,10 +276,14 @@ def test_what_an_older_dinoray_left_between_its_two_commits_is_completed(
     wrong = pc.subtract(sizes["size"], pa.array([1, -1, *[0] * 10] if swapped else [1] * 12))
     name = new_file_name(training_of(next(iter(tables.centroids.files()))))
     centroids = tables.centroids.write_file(name, sizes.set_column(1, "size", wrong))
-    shutil.rmtree(Path(store.uri, "transactions"))  # no transaction has changed anything yet
-    for table, files in ((tables.assignments, tables.assignments.files().values()), (tables.centroids, [centroids])):
+    # no transaction has changed anything yet
+    shutil.rmtree(Path(store.uri, "transactions"))
+    store.refresh()
+    kept = [store.images, store.patches, store.failures, tables.assignments]
+    for table, files in [(table, list(table.files().values())) for table in kept] + [(tables.centroids, [centroids])]:
         shutil.rmtree(Path(table.uri, "_delta_log"))
         Table(table.uri, table.schema).commit(files, [], "older")
+    store = Store.open(store.uri, store.config)
     assert verified(store) != []
     result = run(store, update=True)
     assert (result.status, result.added) == ("done", 0)
