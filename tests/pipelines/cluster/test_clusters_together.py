@@ -129,6 +129,7 @@ def test_a_training_that_ends_while_an_update_is_at_work(begun: Path, tmp_path: 
     assert began_anew > 2
 
 
+@pytest.mark.slow
 def test_an_update_that_ends_while_a_training_is_at_work(begun: Path, tmp_path: Path) -> None:
     def other(store: str) -> None:
         add(store, 3, "bh")

@@ -182,6 +182,7 @@ def compact(store: str, kind: Kind) -> None:
     transact(tables.log, build, run_id="compact", command="compact")
 
 
+@pytest.mark.slow
 def test_files_are_merged_while_a_run_is_at_work(changed: tuple[Kind, Path], tmp_path: Path) -> None:
     kind, begin = changed
     merge = partial(compact, kind=kind)

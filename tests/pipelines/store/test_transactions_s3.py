@@ -59,6 +59,7 @@ def test_a_bucket_has_put_if_absent_and_lost_answers_are_told(
         transact(bucket_log, lambda _: change, run_id="r", command="c")
 
 
+@pytest.mark.slow
 def test_killed_at_every_step_in_a_bucket(trials: Trials, s3: S3Server) -> None:
     def new_store() -> TransactionLog:
         return with_old_images(TransactionLog(f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", s3.options))
