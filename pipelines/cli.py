@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from importlib import metadata
 from pathlib import Path
+from types import GenericAlias
 from typing import Annotated, Any
 
 import typer
@@ -147,7 +148,7 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
 def _with_parameters(function: Callable[..., Any], parameters: Sequence[inspect.Parameter]) -> Callable[..., Any]:
     """The function with a signature that says which keyword arguments it takes; typer reads options from it."""
     named = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
-    function.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    vars(function)["__signature__"] = inspect.Signature(named)
     function.__annotations__ = {one.name: one.annotation for one in named}
     return function
 
@@ -176,7 +177,7 @@ def _command_of(job: Job) -> Callable[..., None]:
 def _annotation(argument: Argument) -> Any:
     if argument.position:
         return Annotated[argument.kind, typer.Argument(metavar=argument.metavar, help=argument.help)]
-    kind: Any = list[argument.kind] if argument.many else argument.kind  # type: ignore[name-defined]
+    kind: Any = GenericAlias(list, (argument.kind,)) if argument.many else argument.kind
     optional = kind if argument.needed or argument.default is not None else kind | None
     names = [*([argument.short] if argument.short else []), f"--{argument.name.replace('_', '-')}"]
     return Annotated[optional, typer.Option(*names, metavar=argument.metavar, help=argument.help, min=argument.least)]

@@ -37,7 +37,7 @@ def function_of(job: Job) -> Callable[..., Any]:
 
     call.__name__ = call.__qualname__ = job.command.replace(" ", "_")
     call.__doc__ = job.help
-    call.__signature__ = signature  # type: ignore[attr-defined]
+    vars(call)["__signature__"] = signature
     return call
 
 

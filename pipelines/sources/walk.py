@@ -131,7 +131,8 @@ def has_magic(path: str) -> bool:
 
 def glob_root(pattern: str) -> str:
     """The longest folder before the first wildcard."""
-    before = pattern[: _MAGIC.search(pattern).start()] if has_magic(pattern) else pattern  # type: ignore[union-attr]
+    found = _MAGIC.search(pattern)
+    before = pattern[: found.start()] if found else pattern
     return before.rpartition("/")[0] or ("/" if before.startswith("/") else "")
 
 

@@ -1,16 +1,21 @@
-"""Put-if-absent on any storage: the one compare-and-set that a log of numbered files needs."""
+"""Put-if-absent on any storage: the one compare-and-set that a log of numbered files and a store's spec need."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import os
 import uuid
+from typing import Any
 
 from pipelines.storage.errors import reaching
-from pipelines.storage.files import filesystem, join
+from pipelines.storage.files import filesystem, join, partial_name, write_bytes
 from pipelines.storage.filesystems import Options, is_local
 
+# S3 answers 412 where the name is taken, and 409 where another request for it is on its way.
+_TAKEN = {"PreconditionFailed", "412", "ConditionalRequestConflict"}
+_NOT_KNOWN = {"NotImplemented", "501"}
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -32,28 +37,56 @@ def put_if_absent(uri: str, data: bytes, options: Options | None = None) -> bool
     fs, path = filesystem(uri, options)
     if is_local(uri):
         return _link(path, data)
+    if not _takes_mode(fs):
+        raise NoConditionalPut(f"the driver {type(fs).__name__} has no such request")
     try:
         fs.pipe_file(path, data, mode="create")
         return True
     except FileExistsError:
         return False
-    except (TypeError, NotImplementedError, ValueError) as error:
-        raise NoConditionalPut(str(error)) from error
     except OSError as error:
-        if _says_taken(error):
+        if _codes(error) & _TAKEN:
             return False
+        if _codes(error) & _NOT_KNOWN:
+            raise NoConditionalPut(str(error)) from error
         raise
+
+
+def write_once(uri: str, data: bytes, options: Options | None = None) -> bool:
+    """Write a file whole unless its name is taken; whether this call wrote it. Of two runs at once, one wins.
+
+    Storage without put-if-absent is looked at first, and there the later of two runs wins: what is written is the same
+    for both (a spec or a projection of the same request), and the caller reads back what stands.
+
+    Raises OSError, JobError: the storage cannot be written, or reached.
+    """
+    with reaching(uri):
+        try:
+            return put_if_absent(uri, data, options)
+        except NoConditionalPut:
+            fs, path = filesystem(uri, options)
+            if fs.exists(path):
+                return False
+            write_bytes(uri, data, options)
+            return True
+
+
+def _takes_mode(fs: Any) -> bool:
+    """Whether a driver knows of files that are to be created and not overwritten; older ones do not."""
+    write = getattr(type(fs), "_pipe_file", type(fs).pipe_file)
+    return "mode" in inspect.signature(write).parameters
 
 
 def _link(path: str, data: bytes) -> bool:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    partial = f"{path}.{uuid.uuid4().hex}.partial"  # two containers on one shared folder may have the same process id
+    partial = partial_name(path)
     try:
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(partial, path)  # atomic, and fails where the name is taken
+        # atomic, and fails where the name is taken
+        os.link(partial, path)
         return True
     except FileExistsError:
         return False
@@ -66,11 +99,10 @@ def _link(path: str, data: bytes) -> bool:
             os.unlink(partial)
 
 
-def _says_taken(error: OSError) -> bool:
-    """S3 answers 412 where the name is taken, and 409 where another request for it is on its way."""
+def _codes(error: OSError) -> set[str]:
+    """What S3 answered, by which its driver's error came about."""
     causes = [error, error.__cause__]
-    codes = {getattr(cause, "response", {}).get("Error", {}).get("Code") for cause in causes if cause}
-    return bool(codes & {"PreconditionFailed", "412", "ConditionalRequestConflict"})
+    return {str(getattr(cause, "response", {}).get("Error", {}).get("Code")) for cause in causes if cause}
 
 
 def honours_put_if_absent(folder: str, options: Options | None = None) -> bool:

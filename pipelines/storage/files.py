@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import uuid
-from pathlib import Path
 from typing import Any
 
 from pipelines.errors import JobError
@@ -78,36 +77,6 @@ def write_bytes(uri: str, data: bytes, options: Options | None = None) -> None:
         with contextlib.suppress(OSError):
             os.unlink(partial)
         raise
-
-
-def write_once(uri: str, data: bytes, options: Options | None = None) -> bool:
-    """Write `uri` unless it exists; whether this call wrote it. Of two runs that start together one wins.
-
-    Storage without conditional puts through fsspec falls back to looking first; what is written there is the same
-    for both (a spec or a projection of the same request), and the caller reads back what stands.
-    """
-    fs, path = filesystem(uri, options)
-    if is_local(uri):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        partial = partial_name(path)
-        Path(partial).write_bytes(data)
-        try:
-            os.link(partial, path)  # atomic, and fails where the name is taken
-            return True
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(partial)
-    with reaching(uri):
-        if fs.exists(path):
-            return False
-        try:
-            fs.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            return False
-        except (TypeError, NotImplementedError, ValueError):
-            fs.pipe_file(path, data)
-    return True
 
 
 def partial_name(path: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,7 @@ def pause_everywhere(
     for step in range(LONGEST):
         log = TransactionLog(str(tmp_path / uuid.uuid4().hex))
         in_other_words(log, start)
-        # what is bound now is bound for the steps that follow
-        with at_step(step, lambda log=log: other(fresh(log)), reads=True) as taken:  # type: ignore[misc]
+        with at_step(step, partial(other, fresh(log)), reads=True) as taken:
             change(fresh(log))
         if len(taken) <= step:
             return

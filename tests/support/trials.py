@@ -6,6 +6,7 @@ used nothing, forks a child for each trial: `python trials.py` reads requests an
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -179,8 +180,8 @@ def _child(change: str, arguments: dict[str, Any]) -> None:
 
 
 def _serve() -> None:
-    import store_changes  # noqa: F401  imported before any fork, used after it
-
+    # before any fork, since what it imports must not be imported in many children
+    importlib.import_module("store_changes")
     storage_steps()
     for line in sys.stdin:
         request = json.loads(line)

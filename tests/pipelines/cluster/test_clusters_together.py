@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_two_trainings_at_once(begun: Path, tmp_path: Path) -> None:
     assert gave_way > 2
     for number in (0, 4):
         store = str(shutil.copytree(begun, tmp_path / f"other-{number}"))
-        with at_step(number, lambda store=store: run(store, "cluster.seed=5")):  # type: ignore[misc]
+        with at_step(number, partial(run, store, "cluster.seed=5")):
             run(store)
         holds(store)
         assert run(store).status == "unchanged"

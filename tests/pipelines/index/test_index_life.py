@@ -120,7 +120,10 @@ def test_an_addition_reads_neither_base_nor_older_files(tmp_path: Path, monkeypa
     index.run(asked("flat"), store=store.uri, name="main")
     old = set(manifest(store).images_files)
     add_embeddings(store, "r2", 800, everything[800:])
-    never = lambda *arguments: pytest.fail("read a file of the index")  # noqa: E731
+
+    def never(*arguments: Any) -> None:
+        pytest.fail("read a file of the index")
+
     monkeypatch.setattr("pipelines.results.indices.read_file", never)
     read_file = index_update.Store.open(store.uri, settings()).images.read_file
 

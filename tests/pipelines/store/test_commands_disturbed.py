@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_paused_at_every_step_while_another_command_runs(
 ) -> None:
     for step in range(LONGEST):
         store = str(shutil.copytree(template, tmp_path / "store"))
-        with at_step(step, lambda store=store: COMMANDS[meanwhile](store), reads=True) as taken:  # type: ignore[misc]
+        with at_step(step, partial(COMMANDS[meanwhile], store), reads=True) as taken:
             COMMANDS[paused](store)
         if len(taken) > step:
             assert contents(store) == after(paused, meanwhile), f"step {step}: {taken[step]}"
@@ -95,8 +96,8 @@ def test_paused_while_another_sweeps_without_retention(template: Path, tmp_path:
     failed = 0
     for step in range(LONGEST):
         store = str(shutil.copytree(template, tmp_path / "store"))
-        commit = extract_written(opened(store)) if paused == "extract" else lambda store=store: COMMANDS[paused](store)
-        with at_step(step, lambda store=store: compact_and_sweep(store), reads=True) as taken:  # type: ignore[misc]
+        commit = extract_written(opened(store)) if paused == "extract" else partial(COMMANDS[paused], store)
+        with at_step(step, partial(compact_and_sweep, store), reads=True) as taken:
             try:
                 commit()
             except JobError as error:

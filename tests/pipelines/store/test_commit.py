@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +58,15 @@ def store(tmp_path: Path) -> Store:
     return Store.create(str(tmp_path / "store"), settings())
 
 
+def create_and_add(uri: str) -> None:
+    add(Store.create(uri, settings()), "r2", ["b"])
+
+
 def test_two_runs_that_create_one_store(tmp_path: Path) -> None:
     """One stands at any of its steps while the other creates the store and commits to it."""
     for step in range(LONGEST):
         uri = str(tmp_path / str(step))
-        beside = lambda uri=uri: add(Store.create(uri, settings()), "r2", ["b"])  # noqa: E731
-        with at_step(step, beside, reads=True) as taken:
+        with at_step(step, partial(create_and_add, uri), reads=True) as taken:
             store = Store.create(uri, settings())
         if len(taken) <= step:
             assert step > 10
@@ -120,8 +124,7 @@ def paused_at_every_step(
         first(made)
         opened, beside = (Store.open_existing(made.uri, made.config) for _ in range(2))
         assert opened and beside
-        # what is bound now is bound for the steps that follow
-        with at_step(step, lambda beside=beside: other(beside), reads=True) as taken:  # type: ignore[misc]
+        with at_step(step, partial(other, beside), reads=True) as taken:
             one(opened)
         if len(taken) <= step:
             assert step > 15

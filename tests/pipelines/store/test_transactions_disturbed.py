@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +120,17 @@ def test_paused_at_every_step_while_another_sweeps_all_that_is_unnamed(tmp_path:
     assert failed, "some step lies between the writing of a file and its naming"
 
 
+def look(log: TransactionLog, seen: list[Images]) -> None:
+    seen.append(seen_by_a_reader(log))
+
+
 def test_a_reader_at_every_step_sees_one_transaction(tmp_path: Path) -> None:
     """Between two publishes too: what it sees is before or after, and after never goes back to before."""
     for step in range(LONGEST):
         log = TransactionLog(str(tmp_path / uuid.uuid4().hex))
         put_images(log, {"a": 0, "b": 0})
         seen: list[Images] = []
-        with at_step(step, lambda log=log, seen=seen: seen.append(seen_by_a_reader(log))) as taken:  # type: ignore[misc]
+        with at_step(step, partial(look, log, seen)) as taken:
             put_images(log, {"a": 1, "c": 0})
         if len(taken) <= step:
             return

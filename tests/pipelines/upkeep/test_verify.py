@@ -24,6 +24,7 @@ from pipelines.store.parquet import DataFile, new_file_name, parquet_options
 from pipelines.store.schemas import FAILURES, vector
 from pipelines.store.store import Store
 from pipelines.store.table import Table
+from pipelines.store.transaction_log import TransactionLog
 from pipelines.upkeep import verify
 
 CELLS = GRID[0] * GRID[1]
@@ -340,10 +341,10 @@ def test_a_change_whose_writer_was_killed_is_harmless(store: Store, monkeypatch:
     """It is neither seen half nor called damage, and the next command that writes completes it."""
     commit = publishing._commit
 
-    def killed(log: object, delta: DeltaTable, *more: Any) -> None:
+    def killed(log: TransactionLog, delta: DeltaTable, *more: Any) -> None:
         if delta.table_uri.rstrip("/").endswith("images"):
             raise KeyboardInterrupt
-        commit(log, delta, *more)  # type: ignore[arg-type]
+        commit(log, delta, *more)
 
     monkeypatch.setattr(publishing, "_commit", killed)
     with pytest.raises(KeyboardInterrupt):
