@@ -37,7 +37,6 @@ from pipelines.settings.sections import ClusterSettings, Config
 from pipelines.store.schemas import IMAGES
 from pipelines.store.snapshots import Snapshot
 from pipelines.store.store import Store
-from pipelines.store.transactions import open_for_writing
 
 # Amir et al. 2021, supplementary material.
 PUBLISHED_ELBOW = 0.975
@@ -63,11 +62,7 @@ def run(
     if elbow and config.cluster.elbow is None:
         given = config.cluster.model_dump(include=config.cluster.model_fields_set)
         config = make_config({**config.model_dump(exclude={"cluster"}), "cluster": {**given, "elbow": PUBLISHED_ELBOW}})
-    opened = Store.open(store, config)
-    if not dry_run:
-        # what a run that died has left half done is there before anything is read
-        open_for_writing(opened.log)
-        opened.images.refresh()
+    opened = (Store.open if dry_run else Store.open_for_writing)(store, config)
     options = config.storage.options
     uri = clusters_uri(opened.uri, name)
     tables = ClusterTables.open_existing(opened.uri, name, options, opened.log)
@@ -90,14 +85,13 @@ def run(
         return result.ended("unchanged", started)
 
     report = RunReport("cluster", opened.uri, config, result.run_id, {"name": name, "update": update})
-    with recorded(report, result, started, fingerprint=opened.fingerprint):
+    with recorded(report, result, started, told=opened.log.messages, fingerprint=opened.fingerprint):
         result.seconds["plan"] = time.monotonic() - started
         if result.what == "update":
             assert tables is not None and model is not None
             _update(job, tables, model)
         else:
             _train(job, model)
-        result.messages += opened.log.messages
     return result
 
 

@@ -28,7 +28,6 @@ from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.store.schemas import descriptor_columns
 from pipelines.store.store import Store
-from pipelines.store.transactions import open_for_writing
 
 if TYPE_CHECKING:
     from pipelines.results.matches import MatchReport
@@ -80,11 +79,7 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
     if pairs is not None:
         config = config.model_copy(update={"correspond": config.correspond.model_copy(update={"pairs": pairs})})
     asked, options = config.correspond, config.storage.options
-    opened = Store.open(store, config)
-    if not dry_run:
-        # what a run that died has left half done is there before anything is read
-        open_for_writing(opened.log)
-        opened.images.refresh()
+    opened = (Store.open if dry_run else Store.open_for_writing)(store, config)
     result = Result(run_id=new_run_id(), store=opened.uri, name=name)
     matches_uri(opened.uri, name)
     opened.requires(
@@ -106,7 +101,7 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
         return result.ended("dry_run", started)
 
     report = RunReport("correspond", opened.uri, config, result.run_id, {"name": name, "pairs": asked.pairs})
-    with recorded(report, result, started, fingerprint=opened.fingerprint):
+    with recorded(report, result, started, told=opened.log.messages, fingerprint=opened.fingerprint):
         made_with.check(record=True)
         tables = MatchTables(opened.uri, name, options, opened.log)
         result.repaired = {what: count for what, count in tables.repair(result.run_id).items() if count}
@@ -121,7 +116,6 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
                 f"{counted(result.changed_meanwhile, 'pair')} had an image that was extracted again, or removed, "
                 "meanwhile, and nothing of them was kept: run the same command again."
             )
-        result.messages += opened.log.messages
     return result
 
 
@@ -193,13 +187,13 @@ class Commits:
         self._tables = tables
         self._result = result
         self._metrics = JobMetrics("correspond")
-        self._waiting = WaitingReports(config.run.commit_seconds, self._commit)
+        self._waiting = WaitingReports(config.run.commit_seconds, self._commit, result, self._metrics)
         self._reads: dict[str, tuple[int, float]] = {}
 
     def take(self, report: MatchReport) -> None:
         """Count a report; commit when what waits has waited long enough."""
         self._reads |= report.reads
-        self._metrics.spent(report.seconds)
+        self._waiting.spent(report.seconds)
         self._waiting.add(report)
         self._waiting.commit_when_due()
 
@@ -208,7 +202,6 @@ class Commits:
         self._waiting.commit()
 
     def _commit(self, reports: list[MatchReport]) -> None:
-        started = time.monotonic()
         kept = [rows for report in self._tables.commit(reports, self._result.run_id) for rows in report.kept.values()]
         result = self._result
         result.changed_meanwhile += self._tables.changed_meanwhile
@@ -224,10 +217,4 @@ class Commits:
         self._metrics.read(read - result.bytes_read)
         result.bytes_read = read
         result.seconds["read"] = sum(spent for _, spent in self._reads.values())
-        for report in reports:
-            for stage, spent in report.seconds.items():
-                result.spend(stage, spent)
-        took = time.monotonic() - started
-        result.spend("commit", took)
-        self._metrics.spent({"commit": took})
         self._metrics.committed(len(kept), written)

@@ -40,7 +40,6 @@ from pipelines.store.originals import locate
 from pipelines.store.patches import ImagePlace
 from pipelines.store.schemas import PARTS_IMAGES
 from pipelines.store.store import Store
-from pipelines.store.transactions import open_for_writing
 
 MOST_FAILED_SHOWN = 3
 
@@ -105,11 +104,7 @@ def run(
     if sets is not None:
         config = config.model_copy(update={"cosegment": config.cosegment.model_copy(update={"sets": sets})})
     asked, options = config.cosegment, config.storage.options
-    opened = Store.open(store, config)
-    if not dry_run:
-        # what a run that died has left half done is there before anything is read
-        open_for_writing(opened.log)
-        opened.images.refresh()
+    opened = (Store.open if dry_run else Store.open_for_writing)(store, config)
     result = Result(run_id=new_run_id(), store=opened.uri, name=name)
     parts_uri(opened.uri, name)
     _check_store(opened, config)
@@ -128,7 +123,7 @@ def run(
         return result.ended("dry_run", started)
 
     report = RunReport("cosegment", opened.uri, config, result.run_id, {"name": name, "sets": asked.sets})
-    with recorded(report, result, started, fingerprint=opened.fingerprint):
+    with recorded(report, result, started, told=opened.log.messages, fingerprint=opened.fingerprint):
         made_with.check(record=True)
         tables = PartTables(opened.uri, name, options, opened.log)
         result.repaired = {what: count for what, count in tables.repair(result.run_id).items() if count}
@@ -151,7 +146,6 @@ def run(
                 f"{counted(result.changed_meanwhile, 'image')} of sets whose members were extracted again, or changed "
                 "otherwise, meanwhile were not kept: run the same command again."
             )
-        result.messages += opened.log.messages
         if result.failed_sets:
             raise JobError(_about_failed(result))
     return result
@@ -344,7 +338,7 @@ class Commits:
         self._tables = tables
         self._result = result
         self._metrics = JobMetrics("cosegment")
-        self._waiting = WaitingReports(config.run.commit_seconds, self._commit)
+        self._waiting = WaitingReports(config.run.commit_seconds, self._commit, result, self._metrics)
 
     def take(self, report: SegmentReport) -> None:
         """Count a report; commit when what waits has waited long enough."""
@@ -352,9 +346,7 @@ class Commits:
         result.failed_sets |= report.failed
         result.bytes_read += report.bytes_read
         result.bytes_written += report.bytes_written
-        for stage, spent in report.seconds.items():
-            result.spend(stage, spent)
-        self._metrics.spent(report.seconds)
+        self._waiting.spent(report.seconds)
         self._metrics.read(report.bytes_read)
         if report.images:
             self._waiting.add(report)
@@ -365,7 +357,6 @@ class Commits:
         self._waiting.commit()
 
     def _commit(self, reports: list[SegmentReport]) -> None:
-        started = time.monotonic()
         kept = sum(len(report.keys) for report in self._tables.commit(reports, self._result.run_id))
         result, changed = self._result, self._tables.changed_meanwhile
         result.segmented += kept
@@ -373,9 +364,6 @@ class Commits:
         result.done_elsewhere += sum(len(report.keys) for report in reports) - kept - changed
         result.without_foreground += sum(report.without_foreground for report in reports)
         result.noted += sum(report.noted for report in reports)
-        seconds = time.monotonic() - started
-        result.spend("commit", seconds)
-        self._metrics.spent({"commit": seconds})
         self._metrics.committed(kept, sum(report.bytes_written for report in reports))
 
 

@@ -118,7 +118,7 @@ def run(
         opened = Store.create(result.store, config)
     asked = {"input": input, "prune": prune, "retry_failed": retry_failed, "limit": limit}
     report = RunReport("extract", result.store, config, result.run_id, asked)
-    with recorded(report, result, started, fingerprint=opened.fingerprint):
+    with recorded(report, result, started, told=opened.log.messages, fingerprint=opened.fingerprint):
         result.repaired = {what: count for what, count in opened.repair(result.run_id).items() if count}
         plan = opened.plan(listing.table, retry_failed=retry_failed, limit=limit)
         _count_plan(result, plan)
@@ -130,7 +130,6 @@ def run(
             extract_pending(opened, plan, config, result, facts or _check_model(config))
         _record_damage(opened, listing, result)
         _judge(result, config)
-        result.messages += opened.log.messages
     return result
 
 
@@ -183,7 +182,7 @@ class PendingWork:
         self._committer = Committer(store, result.run_id, plan.changed, plan.seen)
         self._result = result
         self._store = store
-        self._waiting = WaitingReports(config.run.commit_seconds, self._commit)
+        self._waiting = WaitingReports(config.run.commit_seconds, self._commit, result, metrics)
         self._last_error_at: dict[int, dict[str, Any]] = {}
 
     def undone(self) -> pa.Table:
@@ -195,11 +194,9 @@ class PendingWork:
         Raises JobError for a write error that trying again cannot mend: a full disk, a lost permission.
         """
         result = self._result
-        for stage, seconds in report.seconds.items():
-            result.spend(stage, seconds)
+        self._waiting.spent(report.seconds)
         result.bytes_read += report.bytes_read
         if self._metrics:
-            self._metrics.spent(report.seconds)
             self._metrics.read(report.bytes_read)
         result.device = result.device or report.device
         if report.error:
@@ -220,7 +217,6 @@ class PendingWork:
         self._waiting.commit()
 
     def _commit(self, reports: list[ShardReport]) -> None:
-        started = time.monotonic()
         positions = [p for report in reports for p in report.positions]
         positions += [failure["position"] for report in reports for failure in report.failures]
         rows = self.pending.take(pa.array(positions, pa.int64())).to_pylist()
@@ -235,11 +231,8 @@ class PendingWork:
         failures = Counter((f["stage"], f["error"]) for report in reports for f in report.failures)
         reasons = Counter({f"{stage}: {error}": count for (stage, error), count in failures.items()})
         result.failures_by_reason = dict(Counter(result.failures_by_reason) + reasons)
-        seconds = time.monotonic() - started
-        result.spend("commit", seconds)
         if self._metrics:
             self._metrics.committed(outcome.extracted, written, failures)
-            self._metrics.spent({"commit": seconds})
 
     def give_up(self) -> None:
         """Record what no attempt could finish as failures."""

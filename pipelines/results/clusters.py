@@ -30,7 +30,6 @@ from pipelines.store.rows import row_count
 from pipelines.store.schemas import ASSIGNMENTS, CENTROIDS, vector
 from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.table import READS_AT_ONCE, Table
-from pipelines.store.transaction_log import TransactionLog
 from pipelines.store.transactions import transact
 
 
@@ -57,15 +56,7 @@ class ClusterTables(ResultTables):
     schemas: ClassVar = {"assignments": ASSIGNMENTS, "centroids": CENTROIDS}
     leading = "assignments"
 
-    def __init__(
-        self,
-        store: str,
-        name: str,
-        options: storage.Options,
-        log: TransactionLog | None = None,
-        tables: Mapping[str, Table] | None = None,
-    ) -> None:
-        super().__init__(store, name, options, log, tables)
+    def prepare(self) -> None:
         self._covered: dict[str, pa.Table] = {}
         self._copies: dict[tuple[str, frozenset[str]], tuple[DataFile | None, Statistics]] = {}
 

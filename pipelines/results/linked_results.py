@@ -27,7 +27,6 @@ from pipelines.store.parquet import DataFile, open_parquet
 from pipelines.store.rewriting import rewrite
 from pipelines.store.snapshots import Snapshot
 from pipelines.store.table import READS_AT_ONCE, Table
-from pipelines.store.transaction_log import TransactionLog
 from pipelines.store.transactions import transact
 
 _Report = TypeVar("_Report")
@@ -64,15 +63,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
     rows_are: ClassVar[str]
     command: ClassVar[str]
 
-    def __init__(
-        self,
-        store: str,
-        name: str,
-        options: storage.Options,
-        log: TransactionLog | None = None,
-        tables: Mapping[str, Table] | None = None,
-    ) -> None:
-        super().__init__(store, name, options, log, tables)
+    def prepare(self) -> None:
         self._seen = set(self.tables[self.leading].files())
         self._images = ExtractedImages()
         self._copies: dict[Any, DataFile | None] = {}

@@ -94,6 +94,10 @@ class ResultTables(StoredResult):
             places = {table: storage.join(self.uri, table) for table in self.schemas}
             tables = {table: Table(uri, self.schemas[table], options) for table, uri in places.items()}
         self.tables = dict(tables)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """What a kind keeps beside its tables; called once they are open."""
 
     @classmethod
     def open_existing(

@@ -7,7 +7,7 @@ import datetime as dt
 import platform
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from importlib import metadata
 from typing import Any, Self
@@ -106,11 +106,14 @@ class JobResult:
 
 
 @contextlib.contextmanager
-def recorded(report: RunReport | None, result: JobResult, started: float, **first: Any) -> Iterator[None]:
+def recorded(
+    report: RunReport | None, result: JobResult, started: float, told: Sequence[str] = (), **first: Any
+) -> Iterator[None]:
     """A job inside a report that says how it ended, whichever way it does.
 
     report: None for a job that only reads and leaves no report. first: what the report says from its beginning.
-    started: time.monotonic() when the run began. The block may set a status of its own.
+    started: time.monotonic() when the run began. told: what else is worth knowing at the end, such as a store's log has
+    to say. The block may set a status of its own.
 
     An interruption ends the block and becomes the result, with exit code 130. Errors pass through, write errors in
     words (JobError).
@@ -138,6 +141,7 @@ def recorded(report: RunReport | None, result: JobResult, started: float, **firs
             raise
         raise explained from None
     finally:
+        result.messages += told
         result.seconds["total"] = time.monotonic() - started
         if result.status == "running":
             result.status = "failed"

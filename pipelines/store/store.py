@@ -28,7 +28,7 @@ from pipelines.store.snapshots import Snapshot
 from pipelines.store.spec import fingerprint, make_spec, spec_differences
 from pipelines.store.table import Table
 from pipelines.store.transaction_log import TransactionLog
-from pipelines.store.transactions import transact
+from pipelines.store.transactions import open_for_writing, transact
 
 # delta-rs decodes the first, takes the second for a slash and refuses the others; in a URL, # and ? end the path.
 _AMBIGUOUS_LOCALLY = re.compile(r"%[0-9A-Fa-f]{2}|\\|[\x00-\x1f\x7f]")
@@ -124,6 +124,20 @@ class Store:
                 f"There is no store at {uri} (no store.json): make one with `dinoray extract INPUT {uri}`."
             )
         return cls._with_tables(uri, config_of(stored, config), stored)
+
+    @classmethod
+    def open_for_writing(cls, uri: str, config: Config) -> Store:
+        """As `open`, for a job that changes the store: what a dead writer left half published is published first.
+
+        Raises RequestError when there is no store at `uri`, JobError where it cannot be written.
+        """
+        store = cls.open(uri, config)
+        try:
+            open_for_writing(store.log)
+            store.images.refresh()
+        except OSError as error:
+            raise explain_write_error(error, uri) or storage.explain_failed_storage(error, uri) or error from None
+        return store
 
     @classmethod
     def _with_tables(cls, uri: str, config: Config, stored: dict[str, Any], *, make_all: bool = False) -> Store:

@@ -30,7 +30,7 @@ from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.store import Store
 from pipelines.store.table import Table
 from pipelines.store.transaction_log import FOLDER
-from pipelines.store.transactions import open_for_writing, transact
+from pipelines.store.transactions import transact
 from pipelines.store.written_files import remove_files
 
 SWEEP_TRIES = 3
@@ -62,7 +62,7 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
         JobError: the disk is full, or the storage out of reach.
     """
     started = time.monotonic()
-    opened = Store.open(store, config)
+    opened = (Store.open if dry_run else Store.open_for_writing)(store, config)
     result = Result(new_run_id(), opened.uri)
     target, retention_hours = int(config.compact.target_mb * 1e6), config.compact.retention_hours
     if dry_run:
@@ -78,9 +78,12 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
         return result.ended("dry_run", started)
 
     report = RunReport("compact", opened.uri, config, result.run_id, {})
-    with recorded(report, result, started, fingerprint=opened.fingerprint), interruptible(), StatusLine() as line:
-        current = open_for_writing(opened.log)  # publishes what a dead writer left
-        opened.refresh()
+    with (
+        recorded(report, result, started, told=opened.log.messages, fingerprint=opened.fingerprint),
+        interruptible(),
+        StatusLine() as line,
+    ):
+        current = snapshot(opened.log)
         tables = list(_tables(opened))
         result.files_before = sum(len(pair.data.files()) for pair in tables)
         for pair in tables:
@@ -94,7 +97,6 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
         opened.log.cut(retention_hours)
         result.seconds["vacuum"] = time.monotonic() - started - result.seconds["merge"]
         result.files_after = sum(len(pair.data.files()) for pair in tables)
-        result.messages += opened.log.messages
         if not result.merged and not result.vacuumed:
             result.status = "unchanged"
     return result
