@@ -114,6 +114,7 @@ def test_two_updates_over_different_images(begun: Path, tmp_path: Path) -> None:
         holds(store)
 
 
+@pytest.mark.slow
 def test_a_training_that_ends_while_an_update_is_at_work(begun: Path, tmp_path: Path) -> None:
     """S6: the update starts over on the new clusters, and no table mixes two trainings."""
 

@@ -70,6 +70,7 @@ def test_two_runs_that_begin_a_result_at_once(tmp_path: Path, kind: Kind) -> Non
         kind.holds(store)
 
 
+@pytest.mark.slow
 def test_images_change_while_a_run_is_at_work(changed: tuple[Kind, Path], tmp_path: Path) -> None:
     """And another run takes them up before this one goes on, whose results are of images that are no more."""
     kind, begin = changed

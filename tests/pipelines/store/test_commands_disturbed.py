@@ -57,6 +57,7 @@ def test_killed_at_every_step_before_another_command(
         assert step < LONGEST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("paused", "meanwhile"),
     [
