@@ -6,6 +6,7 @@ used nothing, forks a child for each trial: `python trials.py` reads requests an
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -62,10 +63,12 @@ def at_step(number: int, act: Callable[[], object], *, reads: bool = False) -> I
                 inside.pop()
 
     def disturbed(original: Any, name: str) -> Any:
+        @functools.wraps(original)  # drivers are asked for their parameters
         def step(*arguments: Any, **named: Any) -> Any:
             before(name)
             return original(*arguments, **named)
 
+        @functools.wraps(original)
         async def asynchronous_step(*arguments: Any, **named: Any) -> Any:
             before(name)
             return await original(*arguments, **named)
@@ -121,7 +124,9 @@ def _put(arguments: dict[str, Any]) -> None:
     from small_changes import log_of, put_images
 
     for images in arguments["images"]:
-        put_images(log_of(arguments), images)
+        log = log_of(arguments)
+        put_images(log, images)
+        assert not log.messages, log.messages
 
 
 def _insist(arguments: dict[str, Any]) -> None:
