@@ -10,6 +10,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pytest
+from changes_in_steps import commits_in_order
 from deltalake import DeltaTable
 from every_step import at_every_step, die
 from hand_made import add_described, described
@@ -184,6 +185,15 @@ def test_two_first_trainings_at_once(tmp_path: Path) -> None:
     for store in at_every_step(tmp_path / "store", tmp_path, run, run):
         holds(store)
         assert run(store).status == "unchanged"
+
+
+def test_assignments_are_published_last(begun: Path) -> None:
+    """They say which images are done; who reads the tables without a snapshot finds the centroids of every cluster."""
+    store = str(begun)
+    for change in (update, lambda store: run(store, "cluster.seed=5")):
+        with commits_in_order(store) as committed:
+            change(store)
+        assert committed == [f"clusters/{NAME}/centroids", f"clusters/{NAME}/assignments"]
 
 
 def test_the_model_is_pointed_at_and_a_damaged_one_is_not_used(begun: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from changes_in_steps import just_before_its_put
 from deltalake import DeltaTable
 from small_changes import (
     DAY,
@@ -37,19 +38,8 @@ from pipelines.store.transactions import open_for_writing, transact
 
 def asleep_before_its_put(log: TransactionLog, meanwhile: Callable[[], None]) -> int | None:
     """A change that stands, everything decided, right before it writes its transaction."""
-    original, slept = TransactionLog._put_once, list[int]()
-
-    def put(one: TransactionLog, uri: str, data: bytes) -> bool:
-        if one is log and not slept:
-            slept.append(1)
-            meanwhile()
-        return original(one, uri, data)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(TransactionLog, "_put_once", put)
-        number = put_images(log, {"late": 0})
-    assert slept
-    return number
+    with just_before_its_put(log, meanwhile):
+        return put_images(log, {"late": 0})
 
 
 def test_a_sleeper_does_not_believe_a_number_that_was_used_before(log: TransactionLog) -> None:

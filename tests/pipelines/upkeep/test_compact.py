@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from changes_in_steps import commits_in_order
 from deltalake import DeltaTable
 from hand_made import add_failure, add_images, source, write_shard
 from small_runs import settings
@@ -78,6 +79,14 @@ def test_rows_stay_and_files_become_one(tmp_path: Path, dtype: str) -> None:
         assert (now.path_in_schema, now.compression) == (was.path_in_schema, was.compression)
         assert set(was.encodings) <= set(now.encodings) | {"PLAIN", "RLE"}
         assert now.is_stats_set == was.is_stats_set
+
+
+def test_what_images_name_is_published_before_them(tmp_path: Path) -> None:
+    """Who reads the tables without a snapshot finds the patches of every image."""
+    store = small_runs_store(tmp_path, runs=3)
+    with commits_in_order(store.uri) as committed:
+        compact.run(settings(), store=store.uri)
+    assert committed == ["patches", "images"]
 
 
 def test_row_groups_hold_whole_images_about_64_of_them(tmp_path: Path) -> None:
