@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
+import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -17,6 +21,7 @@ from deltalake import DeltaTable
 from hand_made import add_failure, add_images, source, write_shard
 from small_runs import settings
 from stores import sorted_patches, sound
+from trials import at_step
 from typer.testing import CliRunner
 
 from pipelines.cli import app
@@ -184,6 +189,33 @@ def test_a_run_that_commits_meanwhile_wins(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     assert compact.run(settings(KEEP_NOTHING), store=str(tmp_path)).conflicts == 0
     assert sound(tmp_path).unreferenced_files == 0 and len(live(tmp_path, "patches")) == 1
+
+
+def test_a_signal_at_any_step_ends_it_with_what_was_merged(tmp_path: Path) -> None:
+    """Ctrl-C, and the SIGTERM of a scheduler: every row stays, no whole file is left over, and the result counts what
+    the store shows."""
+    small_runs_store(tmp_path / "begun", runs=2)
+    before = every_row(tmp_path / "begun")
+    merged = set[int]()
+    for step in itertools.count():
+        folder = Path(shutil.copytree(tmp_path / "begun", tmp_path / "store"))
+        kind = signal.SIGTERM if step % 2 else signal.SIGINT
+        with at_step(step, partial(signal.raise_signal, kind)) as taken:
+            result = compact.run(settings(KEEP_NOTHING), store=str(folder))
+        if len(taken) <= step:
+            assert result.exit_code == 0 and step > 10
+            break
+        assert (result.status, result.exit_code) == ("interrupted", 130), f"step {step}: {taken[step]}"
+        files = [len(live(folder, table)) for table in ("patches", "images")]
+        assert files == ([1, 1] if result.merged else [2, 2]), f"step {step}: {taken[step]}"
+        half_written = taken[step] == "write_table"
+        replaced = 4 if result.merged and not result.vacuumed else 0
+        assert sound(folder).unreferenced_files == replaced + half_written, f"step {step}: {taken[step]}"
+        assert compact.run(settings(KEEP_NOTHING), store=str(folder)).exit_code == 0
+        assert every_row(folder) == before and sound(folder).unreferenced_files == 0
+        merged.add(result.merged)
+        shutil.rmtree(folder)
+    assert merged == {0, 4}, "some signals came before the merge and some after it"
 
 
 def test_rows_that_come_to_name_a_file_while_it_is_merged_keep_it(
