@@ -165,7 +165,7 @@ def test_two_runs_that_replace_the_same_image_leave_one(tmp_path: Path) -> None:
 
 
 def test_prune_beside_extract_takes_and_leaves_what_it_should(tmp_path: Path) -> None:
-    """S1 of both kinds: either stands at one of its steps while the other runs whole."""
+    """Either stands at one of its steps while the other runs whole."""
 
     def prune(store: Store) -> None:
         drop_images(store, ["b", "f"], "r1")

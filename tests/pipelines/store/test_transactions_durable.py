@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from deltalake import DeltaTable
-from disturbed_changes import LONGEST
+from disturbed_changes import LEAST, LONGEST
 from power_cuts import cut_power, make_disk, mounted_disk
 from small_changes import (
     TABLES,
@@ -20,7 +20,7 @@ from small_changes import (
     seen_by_a_reader,
     with_old_images,
 )
-from trials import Trials
+from trials import KILLED, Trials
 
 from pipelines.store.changes import Change, Pointer
 from pipelines.store.transaction_log import TransactionLog
@@ -38,12 +38,14 @@ def test_a_power_cut_at_every_step(trials: Trials, tmp_path: Path) -> None:
         with mounted_disk(image, tmp_path / "disk") as disk:
             log = TransactionLog(str(disk / "store"))
             code = trials.run("put", store=log.uri, images=[{"a": 1, "c": 0}], die_at=step)
+            assert code in (0, KILLED), f"step {step}"
             found = cut_power(image, tmp_path / "found")
         with mounted_disk(found, tmp_path / "disk"):
             assert seen_by_a_reader(log) in ([wanted] if code == 0 else [before, wanted]), f"step {step}"
             put_images(fresh(log), {"a": 1, "c": 0})
             holds(log, wanted)
         if code == 0:
+            assert step >= LEAST
             return
     raise AssertionError(f"more than {LONGEST} steps")
 

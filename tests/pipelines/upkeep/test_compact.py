@@ -244,7 +244,7 @@ def test_rows_that_come_to_name_a_file_while_it_is_merged_keep_it(
 
 
 def test_what_was_killed_before_there_were_transactions_is_neither_merged_nor_swept(tmp_path: Path) -> None:
-    """S2 and S3: patches that no image names, and patches that images name and the log lost, wait for extract."""
+    """Patches that no image names, and patches that images name and the log lost, wait for extract."""
     store = small_runs_store(tmp_path)
     before = every_row(tmp_path)
     orphan = write_shard(store, "20260103T000000Z-000000", [source("new.jpg")]).patches
