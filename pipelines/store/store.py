@@ -17,7 +17,6 @@ from pipelines import storage
 from pipelines.errors import JobError, RequestError
 from pipelines.settings.loading import make_config
 from pipelines.settings.sections import Config
-from pipelines.storage.durable import sync_files, sync_folders
 from pipelines.storage.errors import explain_write_error, reaching
 from pipelines.store.changes import Change, TableChange
 from pipelines.store.extraction import Plan
@@ -98,10 +97,7 @@ class Store:
         }
         try:
             data = json.dumps(description, indent=2).encode()
-            description_uri = storage.join(uri, "store.json")
-            storage.write_once(description_uri, data, config.storage.options)
-            sync_files([description_uri])
-            sync_folders([uri], uri, set())
+            storage.write_once(storage.join(uri, "store.json"), data, config.storage.options)
         except OSError as error:
             explained = explain_write_error(error, uri) or storage.explain_failed_storage(error, uri)
             raise explained or JobError(f"The store {uri} cannot be created: {error}.") from None
