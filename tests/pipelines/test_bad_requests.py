@@ -127,8 +127,8 @@ def test_a_tar_cut_short_ends_with_1_and_its_whole_images_are_extracted(source: 
 def test_a_store_with_another_spec(source: Path, store: Path) -> None:
     finished_store(source, store, settings())
     text = sentence(extract(source, store, "features.stride=8", "store.dtype=int8"))
-    says(text, store, "features.stride: the store has null, asked was 8")
-    says(text, 'store.dtype: the store has "float16", asked was "int8"')
+    says(text, store, "features.stride: the store has null, requested 8")
+    says(text, 'store.dtype: the store has "float16", requested "int8"')
     says(text, "give the stored settings again", "or another STORE")
     assert "features.layer" not in text
 

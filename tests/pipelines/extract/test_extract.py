@@ -40,7 +40,7 @@ def test_the_life_of_a_store(photos: Callable[..., Path], tmp_path: Path) -> Non
     source, store = photos(12), tmp_path / "store"
     broken = source / "dog" / "broken.jpg"
     broken.write_bytes(b"this is not an image")
-    (source / "notes.txt").write_text("passed over")
+    (source / "notes.txt").write_text("skipped")
 
     first = run(source, store, "run.images_per_shard=5")
     assert (first.listed, first.skipped, first.extracted, first.failed, first.exit_code) == (13, 1, 12, 1, 0)
