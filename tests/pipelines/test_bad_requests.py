@@ -94,7 +94,7 @@ def test_an_input_that_no_worker_can_reach(uri: str, store: Path) -> None:
     says(sentence(extract(uri, store)), uri)
 
 
-@pytest.mark.usefixtures("ray")
+@pytest.mark.usefixtures("extract_here")
 def test_a_tar_cut_short_ends_with_1_and_its_whole_images_are_extracted(source: Path, store: Path) -> None:
     path = source.parent / "photos.tar"
     with tarfile.open(path, "w") as archive:

@@ -251,7 +251,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(dinoray("settings").exception, TypeError)
 
 
-@pytest.mark.usefixtures("ray")
+@pytest.mark.usefixtures("extract_here")
 def test_more_failures_than_allowed_end_with_3(photos: Callable[..., Path], tmp_path: Path) -> None:
     source, store = photos(1), tmp_path / "store"
     (source / "broken.jpg").write_bytes(b"this is not an image")
