@@ -7,7 +7,6 @@ when they are called, so that --help is instant.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -22,10 +21,11 @@ import typer
 from typer.core import TyperGroup
 
 from pipelines import cli_output
+from pipelines.cli_output import say, say_json, warn
 from pipelines.errors import exit_code_of
 from pipelines.jobs import JOBS, Argument, Job
 from pipelines.running import json_log
-from pipelines.storage.secrets import hidden, hidden_in
+from pipelines.storage.secrets import hidden_in
 
 LOG_JSON = "--log-json"
 
@@ -199,7 +199,7 @@ def _add_commands() -> None:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"dinoray {metadata.version('dinoray')}")
+        say(f"dinoray {metadata.version('dinoray')}")
         raise typer.Exit
 
 
@@ -229,8 +229,7 @@ def run(
         from pipelines.settings.pipeline_file import read_pipeline
 
         asked = read_pipeline(pipeline, load_settings(shared.config, shared.overrides))
-        tell = partial(print, file=sys.stderr, flush=True)
-        return run_pipeline(asked, dry_run=shared.dry_run, tell=tell)
+        return run_pipeline(asked, dry_run=shared.dry_run, tell=partial(say, file=sys.stderr))
 
     _run(call, cli_output.print_run, shared)
 
@@ -251,11 +250,11 @@ def main() -> None:
 def _complain(message: str, code: int, *, as_json: bool, said: str = "") -> None:
     """Say an error where it is looked for: on standard error, and with --json on standard output too."""
     if as_json:
-        print(json.dumps({"error": hidden(message), "exit_code": code}))
+        say_json({"error": message, "exit_code": code})
     if json_log.active():
         json_log.failed(message, code)
     else:
-        print(f"dinoray: {cli_output.printable(hidden(said or message))}", file=sys.stderr)
+        warn(said or message)
 
 
 def _run(
@@ -276,14 +275,15 @@ def _run(
     try:
         with interruptible():
             config = load_config(shared.config, shared.overrides if overrides is None else overrides)
-            json_log.hide(config.storage.options)
             if shared.dry_run and not shared.as_json:
                 import yaml
 
-                print(yaml.safe_dump(config.without_secrets(), sort_keys=False), end="")
+                say(yaml.safe_dump(config.without_secrets(), sort_keys=False), end="")
             if shared.dry_run and reads_only:
-                plan = json.dumps({"settings": config.without_secrets(), "would": reads_only})
-                print(plan if shared.as_json else f"\nwould {reads_only}")
+                if shared.as_json:
+                    say_json({"settings": config.without_secrets(), "would": reads_only})
+                else:
+                    say(f"\nwould {reads_only}")
                 return
             result = job(config)
     except KeyboardInterrupt:
@@ -303,14 +303,14 @@ def _run(
         if json_log.active():
             json_log.event("message", message, level=logging.WARNING)
         else:
-            print(f"dinoray: {cli_output.printable(hidden(message))}", file=sys.stderr)
+            warn(message)
     json_log.finished(content)
     if shared.as_json:
         if shared.dry_run:
             content = {"settings": config.without_secrets(), **content}
-        print(json.dumps(hidden_in(content), ensure_ascii=False))
+        say_json(content)
     # a job that only reads has nothing to show when it was interrupted
     elif not (reads_only and result.status == "interrupted"):
-        show(result)
+        show(hidden_in(result))
     if code := getattr(result, "exit_code", 0):
         raise typer.Exit(code)

@@ -17,9 +17,9 @@ from deltalake.exceptions import DeltaError
 from pipelines import storage
 from pipelines.errors import DinorayError, JobError
 from pipelines.running import json_log
+from pipelines.running.json_data import json_data
 from pipelines.settings.sections import Config
 from pipelines.storage.errors import explain_write_error
-from pipelines.storage.secrets import hidden_in
 
 
 def new_run_id() -> str:
@@ -62,7 +62,7 @@ class RunReport:
 
     def write(self, **more: Any) -> None:
         self.content |= more
-        storage.write_json(self._uri, hidden_in(self.content), self._options)
+        storage.write_json(self._uri, json_data(self.content), self._options)
 
     def finish(self, status: str, **more: Any) -> dict[str, Any]:
         self.write(status=status, finished_at=_now(), **more)

@@ -100,7 +100,7 @@ def _mapping(value: Any, what: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise RequestError(f"{what} must be keys with values, not {value!r}.")
+        raise RequestError(f"{what} must be keys with values, not a {type(value).__name__}.")
     return value
 
 

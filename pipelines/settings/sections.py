@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dino_ops.training_presets import PRESETS
+from pipelines.storage import secrets
 
 Facet = Literal["key", "query", "value", "token"]
 # No model has smaller patches.
@@ -482,6 +483,14 @@ class StorageSettings(Section):
         "environment variables and profiles. Never written anywhere.",
     )
 
+    # Wherever there are settings, a worker included, their secrets are known and can be hidden.
+    def model_post_init(self, context: Any) -> None:
+        secrets.remember(self.options)
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        secrets.remember(self.options)
+
 
 class Config(Section):
     """The settings of a command, after YAML files and overrides."""
@@ -511,7 +520,8 @@ class Config(Section):
         return self
 
     def without_secrets(self) -> dict[str, Any]:
-        """The settings as plain data, for reports: storage options are named, their values are not."""
-        settings = self.model_dump(mode="json")
-        settings["storage"]["options"] = {key: "..." for key in self.storage.options}
-        return settings
+        """The settings as plain data, to be shown or stored: URIs have no credentials, storage options no values."""
+        settings = self.model_dump(mode="json", exclude={"storage"})
+        settings["storage"] = {"options": dict.fromkeys(self.storage.options, secrets.HIDDEN)}
+        shown: dict[str, Any] = secrets.hidden_in(settings)
+        return shown
