@@ -62,7 +62,8 @@ def read_pipeline(file: Path, settings: Mapping[str, Any]) -> Pipeline:
         raise RequestError(f"{where} has no jobs: give a list, such as `jobs: [{{extract: {{input: photos}}}}]`.")
     jobs = [_job(entry, number, shared, settings, where) for number, entry in enumerate(entries, 1)]
     titles = [job.title for job in jobs]
-    twice = next((title for title in titles if titles.count(title) > 1 and title not in ("extract", "verify")), None)
+    # a job that always runs has nothing remembered under its name
+    twice = next((job.title for job in jobs if titles.count(job.title) > 1 and not job.job.always_runs), None)
     if twice:
         raise RequestError(f"{where} has the job {twice} twice: give each a name of its own.")
     return Pipeline(store, jobs, _config(shared, {}, settings))

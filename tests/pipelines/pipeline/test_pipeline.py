@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.errors import JobError, RequestError
 from pipelines.pipeline import job as pipeline
+from pipelines.running.reports import read_reports
 from pipelines.settings.loading import load_settings
 from pipelines.settings.pipeline_file import read_pipeline
 from pipelines.store.store import Store
@@ -200,10 +201,63 @@ def test_an_interruption_is_one_of_the_whole(tmp_path: Path, jobs: Jobs, store: 
     assert [job.status for job in result.jobs] == ["done", "interrupted", "not_run"]
 
 
-def test_a_bug_keeps_its_traceback(tmp_path: Path, jobs: Jobs, store: Store) -> None:
+def report_of(store: Store) -> dict[str, Any]:
+    (report,) = [one for one in read_reports(store.uri, settings()) if one["command"] == "run"]
+    return report
+
+
+def test_a_bug_keeps_its_traceback_and_is_in_the_report(tmp_path: Path, jobs: Jobs, store: Store) -> None:
     jobs.answers["extract"] = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
         run(written(tmp_path, asked(store, *ALL)))
+    report = report_of(store)
+    assert report["status"] == "failed"
+    assert [job["status"] for job in report["result"]["jobs"]] == ["failed", "not_run", "not_run"]
+
+
+class Unreachable(OSError):
+    """As the libraries of storage drivers have them."""
+
+
+Unreachable.__module__ = "botocore.exceptions"
+
+
+@pytest.mark.parametrize("step", ["why_to_run", "state_before", "remember", "start"])
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(JobError("The log is damaged."), "The log is damaged."), (Unreachable("no route"), "could not be reached")],
+)
+def test_what_fails_around_a_job_is_its_failure(
+    step: str, error: Exception, says: str, tmp_path: Path, jobs: Jobs, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline._SharedRay if step == "start" else pipeline, step, fails)
+    result = run(written(tmp_path, asked(store, *ALL)))
+    assert (result.status, result.exit_code) == ("failed", 1)
+    assert [job.status for job in result.jobs] == ["failed", "not_run", "not_run"]
+    assert says in result.jobs[0].why and says in result.messages[0]
+    assert report_of(store)["result"]["messages"] == result.messages
+
+
+def test_a_plan_whose_store_cannot_be_looked_at_says_so(
+    tmp_path: Path, jobs: Jobs, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise Unreachable("no route")
+
+    monkeypatch.setattr(pipeline, "why_to_run", fails)
+    result = run(written(tmp_path, asked(store, *ALL)), dry_run=True)
+    assert result.status == "dry_run" and [job.status for job in result.jobs] == ["would_fail"] * 3
+    assert not Path(store.uri, "runs").exists()
+
+
+def test_a_pipeline_that_makes_no_store_leaves_nothing(tmp_path: Path, jobs: Jobs) -> None:
+    jobs.answers["extract"] = RequestError("There is no INPUT.")
+    content = {"store": str(tmp_path / "store"), "jobs": [{"extract": {"input": "photos"}}]}
+    assert run(written(tmp_path, content)).status == "failed"
+    assert not (tmp_path / "store").exists()
 
 
 def test_the_report_says_what_became_of_every_job(tmp_path: Path, jobs: Jobs, store: Store) -> None:
