@@ -15,7 +15,7 @@ import pytest
 import dinoray
 from pipelines.errors import DinorayError, InputError, JobError, RequestError, StorageError
 from pipelines.jobs import JOBS, Job
-from pipelines.settings.calls import nested
+from pipelines.settings.loading import nested
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,6 +99,14 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         dinoray.run(tmp_path / "none.yaml")
     with pytest.raises(dinoray.RequestError, match="a name is text"):
         nested(cast(dict[str, Any], {3: 4}))
+
+
+def test_arguments_are_checked_as_on_the_command_line(tmp_path: Path) -> None:
+    for given in ({"limit": -1}, {"limit": "few"}):
+        with pytest.raises(dinoray.RequestError, match="limit is"):
+            dinoray.extract("photos", "features", **given)
+    with pytest.raises(dinoray.RequestError, match="There is no store"):
+        dinoray.verify(tmp_path / "nowhere")
 
 
 def test_an_interruption_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,13 +19,18 @@ from pipelines.settings.sections import Config
 from pipelines.storage.secrets import hidden
 
 
-def load_config(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
-    """The settings from YAML `files` (later ones win) and `section.key=value` overrides (they win over files).
+def load_config(
+    files: Iterable[str | Path] = (), overrides: Iterable[str] = (), arguments: Mapping[str, Any] | None = None
+) -> Config:
+    """The settings from YAML `files` (later ones win), `section.key=value` overrides (they win over files) and
+    {section.key: value} of arguments that stand for settings (they win over both).
 
     Raises:
         RequestError: a file that cannot be read or parsed, an unknown key, a value that does not fit.
     """
-    return make_config(load_settings(files, overrides))
+    settings = load_settings(files, overrides)
+    merge_settings(settings, nested(arguments or {}))
+    return make_config(settings)
 
 
 def load_settings(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -95,6 +100,20 @@ def merge_settings(into: dict[str, Any], new: Mapping[Any, Any]) -> None:
             merge_settings(into[key], value)
         else:
             into[str(key)] = dict(value) if isinstance(value, Mapping) else value
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with dotted names as sections. Raises RequestError for names that are no text."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if not isinstance(name, str):
+            raise RequestError(f"settings has the name {name!r}, but a name is text, such as features.stride.")
+        *sections, key = name.split(".")
+        one: dict[str, Any] = {key: value}
+        for section in reversed(sections):
+            one = {section: one}
+        merge_settings(found, one)
+    return found
 
 
 def _sentence(error: ValidationError) -> str:

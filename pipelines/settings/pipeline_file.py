@@ -10,7 +10,8 @@ from typing import Any
 
 from pipelines.errors import RequestError
 from pipelines.jobs import PIPELINE_JOBS, Job
-from pipelines.settings.loading import make_config, merge_settings, read_yaml
+from pipelines.settings.arguments import split_arguments
+from pipelines.settings.loading import make_config, merge_settings, nested, read_yaml
 from pipelines.settings.sections import Config
 
 _TOP = ("store", "settings", "jobs")
@@ -80,14 +81,16 @@ def _job(entry: Any, number: int, shared: Mapping[str, Any], settings: Mapping[s
     job = PIPELINE_JOBS[command]
     arguments = dict(_mapping(given, f"{place} ({command})"))
     own = _mapping(arguments.pop("settings", None), f"{place} ({command}): settings")
-    _known(arguments, (*job.arguments, "settings"), f"{place} ({command})")
-    for name, argument in job.arguments.items():
-        value, kind = arguments.get(name), argument.kind
-        if (argument.position or argument.needed) and not value:
-            raise RequestError(f"{place} ({command}) needs {name}: give `{command}: {{{name}: ...}}`.")
-        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-            raise RequestError(f"{place} ({command}): {name} is {value!r}, but should be a {kind.__name__}.")
-    return JobRequest(command, arguments, _config(shared, own, settings))
+    names = [argument.name for argument in job.all_arguments if argument.name != "store"]
+    _known(arguments, (*names, "settings"), f"{place} ({command})")
+    try:
+        arguments, as_settings = split_arguments(job, dict.fromkeys(names) | arguments)
+    except RequestError as error:
+        raise RequestError(f"{place} ({command}): {error}") from None
+    merged: dict[str, Any] = {}
+    for part in (own, nested(as_settings)):
+        merge_settings(merged, part)
+    return JobRequest(command, arguments, _config(shared, merged, settings))
 
 
 def _config(shared: Mapping[str, Any], own: Mapping[str, Any], settings: Mapping[str, Any]) -> Config:

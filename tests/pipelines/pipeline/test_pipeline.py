@@ -123,6 +123,20 @@ def test_jobs_run_in_order_and_then_only_where_something_changed(tmp_path: Path,
     assert jobs.ran() == ["extract", "index images", "cluster words"]
 
 
+def test_a_job_takes_the_arguments_of_its_command(tmp_path: Path, jobs: Jobs, store: Store) -> None:
+    """Several of one that takes many, and those that stand for settings, which win over the job's settings."""
+    of_cluster = {"name": "words", "k": 5, "of": "embeddings", "settings": {"cluster": {"k": 7, "seed": 3}}}
+    file = written(tmp_path, asked(store, {"report": {"images": ["a.jpg", "b.jpg"]}}, {"cluster": of_cluster}))
+    report, cluster = read_pipeline(file, {}).jobs
+    assert report.arguments == {"images": ["a.jpg", "b.jpg"]} and cluster.arguments == {"name": "words"}
+    settings = cluster.config.cluster
+    assert (settings.k, settings.of, settings.seed) == (5, "embeddings", 3)
+    assert read_pipeline(file, {"cluster": {"k": 9}}).jobs[1].config.cluster.k == 9, "the command line wins"
+    run(file)
+    file.write_text(file.read_text().replace("k: 5", "k: 6"))
+    assert run(file).jobs[1].why == "its settings changed"
+
+
 def test_other_settings_of_a_job_make_it_run_and_no_other(tmp_path: Path, jobs: Jobs, store: Store) -> None:
     file = written(tmp_path, asked(store, *ALL))
     run(file)
@@ -273,7 +287,11 @@ def test_the_report_says_what_became_of_every_job(tmp_path: Path, jobs: Jobs, st
         ("jobs: [extract]", "has no store"),
         ("store: s", "has no jobs"),
         ("store: s\njobs: []", "has no jobs"),
-        ("store: s\njobs: [{extract: {}}]", "(extract) needs input"),
+        ("store: s\njobs: [{extract: {}}]", "(extract): input is missing: give INPUT"),
+        ("store: s\njobs: [{extract: {input: a, limit: -1}}]", "(extract): limit is -1, but should be at least 1"),
+        ("store: s\njobs: [{extract: {input: [a, b]}}]", "input is ['a', 'b'], but should be a text"),
+        ("store: s\njobs: [{report: {images: [a, 3]}}]", "images is 3, but should be a text"),
+        ("store: s\njobs: [{cluster: {name: words, k: many}}]", "k is 'many', but should be a whole number"),
         ("store: s\njobs: [{exract: {input: a}}]", "did you mean extract?"),
         ("store: s\njobs: [{index: {nam: a}}]", "did you mean name?"),
         ("store: s\njobs: [{index: {name: a}}, {index: {name: a}}]", "has the job index a twice"),
