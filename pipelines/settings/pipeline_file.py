@@ -90,7 +90,14 @@ def _job(entry: Any, number: int, shared: Mapping[str, Any], settings: Mapping[s
     merged: dict[str, Any] = {}
     for part in (own, nested(as_settings)):
         merge_settings(merged, part)
-    return JobRequest(command, arguments, _config(shared, merged, settings))
+    config, of_all = _config(shared, merged, settings), _config(shared, {}, settings)
+    for name in config.run.OF_RAY_ITSELF:
+        if getattr(config.run, name) != getattr(of_all.run, name):
+            raise RequestError(
+                f"{place} ({command}) has a run.{name} of its own, but all jobs of a pipeline share one Ray: give it in "
+                "the settings of the pipeline."
+            )
+    return JobRequest(command, arguments, config)
 
 
 def _config(shared: Mapping[str, Any], own: Mapping[str, Any], settings: Mapping[str, Any]) -> Config:

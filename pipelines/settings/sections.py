@@ -7,7 +7,7 @@ sentence that names the key, the value and what would do. `dinoray settings` pri
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -156,6 +156,9 @@ class StoreSettings(Section):
 
 
 class RunSettings(Section):
+    # They decide about Ray itself, which the jobs of a pipeline share.
+    OF_RAY_ITSELF: ClassVar = ("address", "object_store_gb", "metrics_port")
+
     address: str | None = Field(
         None,
         description="Ray cluster: `auto` on one of its nodes, or its head's host:6379; default: the environment's "
@@ -163,7 +166,9 @@ class RunSettings(Section):
     )
     workers: int | None = Field(None, ge=1, description="Model workers; default: one per GPU, else from the CPUs.")
     cpus_per_worker: float | None = Field(None, gt=0, description="CPUs (torch threads) of a worker.")
-    gpus_per_worker: float | None = Field(None, ge=0, description="GPUs of a worker; default 1 where there are any.")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="GPUs of a worker; default 1 where there are any, 0 for CPUs only."
+    )
     batch_size: Literal["auto"] | int = Field("auto", description="Images in one forward pass; `auto` probes GPUs.")
     images_per_shard: int | None = Field(
         None, ge=1, description="Largest number of images in one file of patches; default: about 256 MB worth."

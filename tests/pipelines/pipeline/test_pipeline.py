@@ -301,6 +301,8 @@ def test_the_report_says_what_became_of_every_job(tmp_path: Path, jobs: Jobs, st
         ("store: s\njobs: [3]", "must be one command"),
         ("store: s\nsetings: {}\njobs: [compact]", "did you mean settings?"),
         ("store: s\nsettings: {cluster: {kk: 1}}\njobs: [compact]", "did you mean cluster.k?"),
+        ("store: s\njobs: [{cluster: {name: a, settings: {run: {address: auto}}}}]", "share one Ray"),
+        ("store: s\njobs: [{cluster: {name: a, settings: {run: {object_store_gb: 2}}}}]", "a run.object_store_gb of"),
         ("store: s\njobs: [{index: {name: a, settings: 3}}]", "must be keys with values"),
         ("store: [", "is not valid YAML"),
         ("just text", "must hold sections"),
@@ -309,6 +311,16 @@ def test_the_report_says_what_became_of_every_job(tmp_path: Path, jobs: Jobs, st
 def test_a_mistake_is_one_sentence(tmp_path: Path, content: str, says: str) -> None:
     result = CliRunner().invoke(app, ["run", str(written(tmp_path, content))])
     assert result.exit_code == 2 and says in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_ray_of_a_pipeline_is_given_for_all_its_jobs(tmp_path: Path) -> None:
+    """Here as the same for each job, and on the command line."""
+    own = {"cluster": {"name": "words", "settings": {"run": {"address": "auto", "workers": 2}}}}
+    content = {"store": "s", "settings": {"run": {"address": "auto"}}, "jobs": [own]}
+    (job,) = read_pipeline(written(tmp_path, content), {}).jobs
+    assert (job.config.run.address, job.config.run.workers) == ("auto", 2)
+    (job,) = read_pipeline(written(tmp_path, content), {"run": {"address": "head:6379"}}).jobs
+    assert job.config.run.address == "head:6379"
 
 
 def test_the_example_is_a_pipeline() -> None:
