@@ -22,7 +22,7 @@ from pipelines.pipeline.state import remember, state_before, why_to_run
 from pipelines.running import json_log
 from pipelines.running.ray_session import ray_session
 from pipelines.running.reports import JobResult, RunReport, in_words, new_run_id, recorded
-from pipelines.settings.calls import given_settings
+from pipelines.settings.calls import answer, given_settings
 from pipelines.settings.pipeline_file import JobRequest, Pipeline, read_pipeline
 from pipelines.settings.sections import Config
 from pipelines.store.store import read_description
@@ -96,8 +96,11 @@ def run_file(
     settings: Mapping[str, Any] | None = None,
     config: str | Path | Iterable[str | Path] = (),
 ) -> Result:
-    """The jobs of a pipeline file over one store, each only where there is something to do; as `dinoray run`."""
-    return run(read_pipeline(Path(pipeline), given_settings(settings, config)), dry_run=dry_run)
+    """The jobs of a pipeline file over one store, each only where there is something to do; as `dinoray run`.
+
+    Also where a job failed its result is returned: `status` and `jobs` say so. An interruption is a KeyboardInterrupt.
+    """
+    return answer(lambda: run(read_pipeline(Path(pipeline), given_settings(settings, config)), dry_run=dry_run))
 
 
 class _Report(RunReport):

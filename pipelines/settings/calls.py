@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines.jobs import Argument, Job
 from pipelines.settings.arguments import split_arguments
 from pipelines.settings.loading import load_settings, make_config, merge_settings, nested
+from pipelines.storage.errors import explain_failed_storage
+
+_Result = TypeVar("_Result", bound=Any)
 
 
 def function_of(job: Job) -> Callable[..., Any]:
@@ -20,7 +23,8 @@ def function_of(job: Job) -> Callable[..., Any]:
     settings: nested ({"cluster": {"k": 100}}) or dotted ({"cluster.k": 100}) names. config: YAML files, as -c takes
     them. dry_run: plan only, for jobs that have a plan.
 
-    The function returns the job's result, whose fields are those of --json, and raises the errors of pipelines.errors.
+    The function returns the job's result, whose fields are those of --json. It raises the errors of pipelines.errors,
+    and what `answer` raises.
     """
     signature = signature_of(job)
 
@@ -32,15 +36,29 @@ def function_of(job: Job) -> Callable[..., Any]:
         plan = {"dry_run": arguments.pop("dry_run")} if job.plans else {}
         own, as_settings = split_arguments(job, arguments)
         merge_settings(settings, nested(as_settings))
-        result = job.run(make_config(settings), **own, **plan)
-        if result.status == "interrupted":
-            raise KeyboardInterrupt
-        return result
+        return answer(lambda: job.run(make_config(settings), **own, **plan))
 
     call.__name__ = call.__qualname__ = job.command.replace(" ", "_")
     call.__doc__ = job.help
     vars(call)["__signature__"] = signature
     return call
+
+
+def answer(job: Callable[[], _Result]) -> _Result:
+    """What a job that is called from Python returns.
+
+    Raises JobError where storage does not answer, as the command line says it, and KeyboardInterrupt where the job was
+    interrupted and says so in its result.
+    """
+    try:
+        result = job()
+    except Exception as error:
+        if (explained := explain_failed_storage(error)) is None:
+            raise
+        raise explained from error
+    if result.status == "interrupted":
+        raise KeyboardInterrupt
+    return result
 
 
 def signature_of(job: Job) -> inspect.Signature:

@@ -94,8 +94,8 @@ def _job(entry: Any, number: int, shared: Mapping[str, Any], settings: Mapping[s
     for name in config.run.OF_RAY_ITSELF:
         if getattr(config.run, name) != getattr(of_all.run, name):
             raise RequestError(
-                f"{place} ({command}) has a run.{name} of its own, but all jobs of a pipeline share one Ray: give it in "
-                "the settings of the pipeline."
+                f"{place} ({command}) has a run.{name} of its own, but all jobs of a pipeline share one Ray: give it "
+                "in the settings of the pipeline."
             )
     return JobRequest(command, arguments, config)
 
