@@ -365,17 +365,21 @@ def test_patches_whose_images_never_arrived_are_removed(store: Store) -> None:
 
 
 def test_two_runs_at_once_leave_every_image_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each counts only what it did: here all images are outliers, which have no foreground and a note."""
     commit, entered = PartTables.commit, []
+    outliers = ("cosegment.remove_outliers=true", "cosegment.outliers_threshold=1")
 
     def other_run_first(self: PartTables, *args: Any) -> Any:
         if not entered:
             entered.append(True)
-            assert run(store).segmented == 10
+            other = run(store, "animals", *outliers)
+            assert (other.segmented, other.without_foreground, other.noted) == (10, 10, 10)
         return commit(self, *args)
 
     monkeypatch.setattr(PartTables, "commit", other_run_first)
-    result = run(store)
+    result = run(store, "animals", *outliers)
     assert (result.segmented, result.done_elsewhere) == (0, 10)
+    assert (result.without_foreground, result.noted) == (0, 0)
     assert len(rows(store)) == 10
 
 
