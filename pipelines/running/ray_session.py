@@ -15,6 +15,7 @@ from pipelines.errors import DinorayError, JobError, RequestError
 from pipelines.running.cpus import available_cpus
 from pipelines.running.layout import LARGEST_NODE_CPUS_KEY, LARGEST_NODE_GPUS_KEY
 from pipelines.settings.sections import RunSettings
+from pipelines.storage.errors import said
 
 CONNECT_SECONDS = 5
 RAY_METRICS_PACKAGES = ("grpc", "opencensus", "opentelemetry", "prometheus_client")
@@ -122,15 +123,15 @@ def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, f
                 )
         # Ray raises Exception itself where the machine was too busy for its processes to start in time
         except Exception as error:
-            said = str(error).splitlines()[0].rstrip(".")
+            reason = said(error)
             if address == "local":
                 raise JobError(
-                    f"A local Ray could not be started: {said}. Give it a machine that is less busy, or more memory, "
+                    f"A local Ray could not be started: {reason}. Give it a machine that is less busy, or more memory, "
                     "and run the same command again."
                 ) from None
             raise JobError(
-                f"The Ray cluster at {address} could not be reached ({said}): check run.address, that Ray's version is "
-                f"{ray.__version__} there too, and whether it asks for a token (RAY_AUTH_MODE=token)."
+                f"The Ray cluster at {address} could not be reached ({reason}): check run.address, that Ray's version "
+                f"is {ray.__version__} there too, and whether it asks for a token (RAY_AUTH_MODE=token)."
             ) from None
     try:
         resources = _cluster_resources(spare_cpus=RAY_SPARE_CPUS if address == "local" and ours else 0)

@@ -11,6 +11,7 @@ import pytest
 from pipelines.errors import JobError
 from pipelines.running.ray_session import ray_session
 from pipelines.settings.loading import load_config
+from pipelines.settings.sections import RunSettings
 
 
 def test_a_ray_that_does_not_start_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,6 +26,19 @@ def test_a_ray_that_does_not_start_in_time(monkeypatch: pytest.MonkeyPatch) -> N
         pytest.raises(JobError, match=r"^A local Ray could not be started: The current node timed out .*less busy"),
         ray_session(load_config().run),
     ):
+        pass
+
+
+@pytest.mark.parametrize("address", ["local", "auto"])
+def test_a_ray_that_fails_without_a_word(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def silent(**_: Any) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", silent)
+    with pytest.raises(JobError, match="ConnectionError"), ray_session(RunSettings(address=address)):
         pass
 
 
