@@ -111,16 +111,18 @@ def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, f
             if address != "local":
                 ray.init(address=address, logging_level="ERROR", log_to_driver=False)
             else:
-                # without an address Ray joins a cluster that somebody started on this machine
-                ray.init(
-                    address="local",
-                    num_cpus=available_cpus() + RAY_SPARE_CPUS,
-                    include_dashboard=False,
-                    object_store_memory=int(run.object_store_gb * 2**30) if run.object_store_gb else None,
-                    logging_level="ERROR",
-                    log_to_driver=False,
-                    _metrics_export_port=run.metrics_port,
-                )
+                # what Ray serves metrics to is elsewhere
+                with _on_loopback() if run.metrics_port is None else contextlib.nullcontext():
+                    # without an address Ray joins a cluster that somebody started on this machine
+                    ray.init(
+                        address="local",
+                        num_cpus=available_cpus() + RAY_SPARE_CPUS,
+                        include_dashboard=False,
+                        object_store_memory=int(run.object_store_gb * 2**30) if run.object_store_gb else None,
+                        logging_level="ERROR",
+                        log_to_driver=False,
+                        _metrics_export_port=run.metrics_port,
+                    )
         # Ray raises Exception itself where the machine was too busy for its processes to start in time
         except Exception as error:
             reason = said(error)
@@ -141,6 +143,24 @@ def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, f
         _Open.resources = None
         if ours:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Within: a Ray that starts listens on the loopback interface only, as it does on Windows and macOS.
+
+    `ray.init(_node_ip_address="127.0.0.1")` would take the machine's own address instead. The variable
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER decides the same, but only for a Ray that is not imported yet, and for clusters
+    that are joined later too.
+    """
+    import ray._private.ray_constants as constants
+
+    before = getattr(constants, "ENABLE_RAY_CLUSTER", None)
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 def _cluster_resources(spare_cpus: int) -> dict[str, float]:
