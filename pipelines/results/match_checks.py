@@ -26,4 +26,4 @@ def disagreements(tables: MatchTables) -> Iterator[str]:
         if (found := matches_of.pop((a, b), 0)) != kept:
             yield f"{a} and {b} have {counted(found, 'match', 'matches')}, their pair says {kept:,}"
     for a, b in matches_of:
-        yield f"{a} and {b} have matches, but are no pair"
+        yield f"{a} and {b} have matches, but are not a pair"

@@ -1,4 +1,4 @@
-"""Publishing a transaction: what it says is done to the tables, once, whoever does it and however often.
+"""Publishing a transaction: what it says is done to the tables, once, however many processes do it and however often.
 
 Every table gets one commit that carries the transaction's number. A publisher reads the newest number of a table and
 commits on top of the version that it read: where the number is there already nothing is left to do, and where another
@@ -208,7 +208,7 @@ def _properties(key: str) -> dict[str, str]:
 
 
 def _commit(log: TransactionLog, delta: DeltaTable, transaction: Transaction, entry: TableEntry) -> None:
-    """The same commit whoever makes it, on top of the version that is open and no other."""
+    """The same commit for every publisher, on top of the version that is open and no other."""
     changes_rows = not entry.rearranges
     actions: list[Any] = []
     for file in entry.add:

@@ -81,7 +81,7 @@ class Snapshot:
         return self.opened[path]
 
     def _number_expected(self, path: str) -> int:
-        """What the snapshot's own transaction says of a table; one at version 0 was removed and begun anew since."""
+        """What the snapshot's own transaction says of a table; one at version 0 was removed and begun again since."""
         entries = self.transaction.tables if self.transaction else ()
         return self.number if any(entry.table == path and (entry.add or entry.remove) for entry in entries) else 0
 

@@ -232,7 +232,7 @@ class Store:
             yield "has no embeddings (features.embedding=false)", "embeddings", "features.embedding=true"
 
     def repair(self, run_id: str) -> dict[str, int]:
-        """Publish what a dead writer left, and put right what kills left in stores of before; see `mend`."""
+        """Publish what a dead writer left, and mend what kills left before there were transactions; see `mend`."""
         complete_properties(self.log, ["images", "patches", "failures"])
         self.refresh()
         return mend(self, run_id)
@@ -328,7 +328,8 @@ def config_of(stored: dict[str, Any], config: Config) -> Config:
 def refuse_memory(uri: str, what: str) -> None:
     if uri.startswith("memory://"):
         raise RequestError(
-            f"{what} {uri} exists only inside one process, and Ray's workers are others: give a folder or a bucket."
+            f"{what} {uri} exists only inside one process, and Ray's workers are other processes: give a folder or a "
+            "bucket."
         )
 
 

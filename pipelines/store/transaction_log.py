@@ -1,7 +1,7 @@
 """The log of a store: one small file a transaction, its number its name, written with put-if-absent.
 
     transactions/00000000000000000012.json        transaction 12 has happened
-    transactions/00000000000000000012.published   and every table has it, durably: nobody need look again
+    transactions/00000000000000000012.published   every table has it, durably: nothing is left to do
 
 The newest file counts. Only it may be unpublished, since a number is written after the one before is published.
 """
@@ -146,8 +146,8 @@ class TransactionLog:
                 return found
             if same:
                 raise JobError(
-                    f"{self.uri_of(number)} is gone, without which nobody can say what {self.uri} holds: run any "
-                    "command that writes to the store, which completes the last change."
+                    f"{self.uri_of(number)} is gone, and without it there is no way to know what {self.uri} holds: run "
+                    "any command that writes to the store, which completes the last change."
                 )
             listing = again
         return None
@@ -167,7 +167,7 @@ class TransactionLog:
             self._conditional = honours_put_if_absent(self.folder, self.options)
             if not self._conditional:
                 self.messages.append(
-                    f"The storage of {self.uri} cannot put a file only where there is none: give one command that "
+                    f"The storage of {self.uri} cannot put a file only where there is none: run only one command that "
                     "writes to this store at a time."
                 )
         for attempt in range(PUTS_TRIED):
