@@ -79,9 +79,14 @@ def ray_session(*_: Any, **__: Any) -> Iterator[dict[str, float]]:
     yield {"CPU": 2.0}
 
 
-if __name__ == "__main__":
+def leave_out_model() -> None:
+    """Have every extraction of this process, and of those that it forks, done here and without a model."""
     vars(streaming).update(stream_reports=stream_reports)
     vars(layout).update(model_facts=model_facts)
     vars(stages).update(make_extractor=Colours)
+
+
+if __name__ == "__main__":
+    leave_out_model()
     vars(extract).update(ray_session=ray_session, JobMetrics=lambda command: None)
     cli.main()

@@ -1,0 +1,81 @@
+"""A stand-in for Ray that runs every task and actor at once, in the driver's own process: for jobs that are killed and
+paused thousands of times, where starting Ray would take all the time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+CPUS = 2.0
+
+
+class RayError(Exception):
+    """What Ray raises for a worker that died; here none does."""
+
+
+class Reference:
+    """What a task returned, or what was put."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def get(references: Any) -> Any:
+    return [one.value for one in references] if isinstance(references, list) else references.value
+
+
+def wait(references: Sequence[Reference], num_returns: int = 1) -> tuple[list[Reference], list[Reference]]:
+    return list(references[:num_returns]), list(references[num_returns:])
+
+
+def remote(what: Any) -> _Remote:
+    return _Remote(what)
+
+
+class _Remote:
+    """A function or a class that can be called on a worker."""
+
+    def __init__(self, what: Any) -> None:
+        self._what = what
+
+    def options(self, **resources: Any) -> _Remote:
+        return self
+
+    def remote(self, *arguments: Any) -> Any:
+        found = self._what(*map(_value, arguments))
+        return _Actor(found) if isinstance(self._what, type) else Reference(found)
+
+
+class _Actor:
+    def __init__(self, instance: Any) -> None:
+        self._instance = instance
+
+    def __getattr__(self, method: str) -> _Remote:
+        return _Remote(getattr(self._instance, method))
+
+
+def _value(argument: Any) -> Any:
+    return argument.value if isinstance(argument, Reference) else argument
+
+
+def _modules() -> dict[str, ModuleType]:
+    names = ("ray", "ray.exceptions", "ray.util", "ray.util.metrics", "ray.util.annotations")
+    made = {name: ModuleType(name) for name in names}
+    functions: dict[str, Callable[..., Any]] = {"get": get, "wait": wait, "remote": remote, "put": Reference}
+    vars(made["ray"]).update(functions, kill=lambda actor: None, nodes=list, __path__=[])
+    vars(made["ray.exceptions"]).update(RayError=RayError)
+    vars(made["ray.util"]).update(__path__=[])
+    vars(made["ray.util.metrics"]).update(dict.fromkeys(("Counter", "Gauge"), mock.MagicMock()))
+    vars(made["ray.util.annotations"]).update(RayDeprecationWarning=DeprecationWarning)
+    return made
+
+
+def replace_ray() -> None:
+    """In this process and those that it forks, for good: jobs find a session that is open, of this stand-in."""
+    from pipelines.running.ray_session import _Open
+
+    sys.modules.update(_modules())
+    _Open.resources = {"CPU": CPUS}
