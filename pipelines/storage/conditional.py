@@ -9,13 +9,15 @@ import os
 import uuid
 from typing import Any
 
+from pipelines.storage.durable import make_folder, sync_paths
 from pipelines.storage.errors import reaching
-from pipelines.storage.files import filesystem, join, partial_name, write_bytes
+from pipelines.storage.files import filesystem, is_there, join, partial_name, write_bytes
 from pipelines.storage.filesystems import Options, is_local
 
 # S3 answers 412 where the name is taken, and 409 where another request for it is on its way.
 _TAKEN = {"PreconditionFailed", "412", "ConditionalRequestConflict"}
-_NOT_KNOWN = {"NotImplemented", "501"}
+# A server that has no such requests may call them wrong, too.
+_NOT_KNOWN = {"NotImplemented", "501", "MethodNotAllowed", "405", "InvalidArgument", "InvalidRequest", "400"}
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -26,8 +28,7 @@ class NoConditionalPut(Exception):
 def put_if_absent(uri: str, data: bytes, options: Options | None = None) -> bool:
     """Write a file whole unless its name is taken; whether this call wrote it.
 
-    On a local disk a file that shows under its name is complete and its bytes are on the disk; that its folder has the
-    name for good takes `durable.sync_folders`.
+    On a local disk a file that shows under its name is complete, and when this returns True it survives a power cut.
 
     Raises:
         NoConditionalPut: the storage refuses such requests. One that takes them and pays no heed shows only in a trial
@@ -55,8 +56,8 @@ def put_if_absent(uri: str, data: bytes, options: Options | None = None) -> bool
 def write_once(uri: str, data: bytes, options: Options | None = None) -> bool:
     """Write a file whole unless its name is taken; whether this call wrote it. Of two runs at once, one wins.
 
-    Storage without put-if-absent is looked at first, and there the later of two runs wins: what is written is the same
-    for both (a spec or a projection of the same request), and the caller reads back what stands.
+    Without put-if-absent the later of two runs wins (`write_unless_there`): what is written is the same for both (a
+    spec or a projection of the same request), and the caller reads back what was kept.
 
     Raises OSError, JobError: the storage cannot be written, or reached.
     """
@@ -64,11 +65,20 @@ def write_once(uri: str, data: bytes, options: Options | None = None) -> bool:
         try:
             return put_if_absent(uri, data, options)
         except NoConditionalPut:
-            fs, path = filesystem(uri, options)
-            if fs.exists(path):
-                return False
-            write_bytes(uri, data, options)
-            return True
+            return write_unless_there(uri, data, options)
+
+
+def write_unless_there(uri: str, data: bytes, options: Options | None = None) -> bool:
+    """Write a file whole unless one is found first, for storage without put-if-absent; whether this call wrote it.
+
+    Of two writers at once the later one wins, and both are told that they did.
+
+    Raises OSError, JobError: the storage cannot be written, or reached.
+    """
+    if is_there(uri, options):
+        return False
+    write_bytes(uri, data, options)
+    return True
 
 
 def _takes_mode(fs: Any) -> bool:
@@ -78,7 +88,7 @@ def _takes_mode(fs: Any) -> bool:
 
 
 def _link(path: str, data: bytes) -> bool:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    folders = make_folder(os.path.dirname(path))
     partial = partial_name(path)
     try:
         with open(partial, "wb") as file:
@@ -87,6 +97,7 @@ def _link(path: str, data: bytes) -> bool:
             os.fsync(file.fileno())
         # atomic, and fails where the name is taken
         os.link(partial, path)
+        sync_paths(folders)
         return True
     except FileExistsError:
         return False
@@ -122,5 +133,5 @@ def honours_put_if_absent(folder: str, options: Options | None = None) -> bool:
         except NoConditionalPut:
             return False
         finally:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # a writer may lack the right to remove files
                 fs.rm_file(path)

@@ -5,13 +5,17 @@ Object storage answers a put when it is durable; nothing is done there.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from pipelines.storage.filesystems import is_local, local_path
 
-SYNCS_AT_ONCE = 8  # a disk takes several at once in the time of one
+# A disk takes several at once in the time of one.
+SYNCS_AT_ONCE = 8
+# What file systems say that have nothing to sync in a folder: shared ones of virtual machines, some of FUSE.
+_NOTHING_TO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS)
 
 
 def sync_files(uris: Iterable[str]) -> None:
@@ -19,7 +23,7 @@ def sync_files(uris: Iterable[str]) -> None:
 
     Raises OSError: a file is gone, or the disk could not take it.
     """
-    _sync_all(local_path(uri) for uri in uris if is_local(uri))
+    sync_paths(local_path(uri) for uri in uris if is_local(uri))
 
 
 def sync_folders(uris: Iterable[str], up_to: str, known: set[str]) -> None:
@@ -37,11 +41,23 @@ def sync_folders(uris: Iterable[str], up_to: str, known: set[str]) -> None:
             new.add(path)
             path = os.path.dirname(path)
             due.add(path)
-    _sync_all(due)
+    sync_paths(due)
     known |= new
 
 
-def _sync_all(paths: Iterable[str]) -> None:
+def make_folder(path: str) -> list[str]:
+    """Make a local folder and those above it. Returns the folders to sync for a new name in it to last: itself, and
+    those in which a folder was made."""
+    holding, folder = [path], path
+    while not os.path.isdir(folder) and (above := os.path.dirname(folder)) != folder:
+        holding.append(above)
+        folder = above
+    os.makedirs(path, exist_ok=True)
+    return holding
+
+
+def sync_paths(paths: Iterable[str]) -> None:
+    """Have local files and folders on the disk, several at once. Raises OSError where that fails."""
     found = sorted(set(paths))
     if len(found) < 2:
         for path in found:
@@ -60,5 +76,8 @@ def _sync(path: str) -> None:
         raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOTHING_TO_SYNC or not os.path.isdir(path):
+            raise
     finally:
         os.close(descriptor)

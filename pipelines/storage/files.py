@@ -10,6 +10,7 @@ import uuid
 from typing import Any
 
 from pipelines.errors import JobError
+from pipelines.storage.durable import make_folder, sync_paths
 from pipelines.storage.errors import reaching
 from pipelines.storage.filesystems import Options, is_local, open_filesystem
 
@@ -36,6 +37,18 @@ def filesystem(uri: str, options: Options | None = None) -> tuple[Any, str]:
     return open_filesystem(uri, options)
 
 
+def is_there(uri: str, options: Options | None = None) -> bool:
+    """Whether a file is there. Raises what the storage answers where it cannot say: `exists` of some drivers says no
+    then."""
+    fs, path = filesystem(uri, options)
+    try:
+        with reaching(uri):
+            fs.info(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def read_json(uri: str, options: Options | None = None) -> dict[str, Any] | None:
     """The JSON object at `uri`, or None when there is none."""
     fs, path = filesystem(uri, options)
@@ -54,17 +67,18 @@ def read_json(uri: str, options: Options | None = None) -> dict[str, Any] | None
 
 
 def write_json(uri: str, content: dict[str, Any], options: Options | None = None) -> None:
-    """Write a JSON object whole: readers see the old file or the new one, never half."""
+    """As write_bytes."""
     write_bytes(uri, json.dumps(content, indent=2, ensure_ascii=False).encode(), options)
 
 
 def write_bytes(uri: str, data: bytes, options: Options | None = None) -> None:
+    """Write a file whole: readers see the old one or the new one, never half, and the new one survives a power cut."""
     fs, path = filesystem(uri, options)
     if not is_local(uri):
         with reaching(uri):
             fs.pipe_file(path, data)  # a put is whole or absent
         return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    folders = make_folder(os.path.dirname(path))
     partial = partial_name(path)
     try:
         with open(partial, "wb") as file:
@@ -73,6 +87,7 @@ def write_bytes(uri: str, data: bytes, options: Options | None = None) -> None:
             # Otherwise a power cut could leave the new name with nothing behind it.
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync_paths(folders)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(partial)

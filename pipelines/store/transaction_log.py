@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pipelines.errors import JobError
-from pipelines.storage.conditional import honours_put_if_absent, put_if_absent
+from pipelines.storage.conditional import honours_put_if_absent, put_if_absent, write_unless_there
 from pipelines.storage.durable import sync_folders
 from pipelines.storage.errors import explain_write_error, reaching
 from pipelines.storage.files import filesystem, join, normalise
@@ -176,15 +176,7 @@ class TransactionLog:
         )
 
     def _put_once(self, uri: str, data: bytes) -> bool:
-        if self._conditional:
-            return put_if_absent(uri, data, self.options)
-        fs, path = filesystem(uri, self.options)
-        if fs.exists(path):
-            return False
-        if is_local(uri):
-            fs.makedirs(self.folder, exist_ok=True)
-        fs.pipe_file(path, data)
-        return True
+        return (put_if_absent if self._conditional else write_unless_there)(uri, data, self.options)
 
     def take_back(self, number: int) -> None:
         """Remove a file that was written under a number which others had used long before."""

@@ -98,7 +98,7 @@ def test_a_driver_without_such_puts_is_told_by_what_it_takes() -> None:
     assert not honours_put_if_absent("older://log")
 
 
-@pytest.mark.parametrize("code", ["NotImplemented", "501"])
+@pytest.mark.parametrize("code", ["NotImplemented", "501", "405", "InvalidArgument"])
 def test_a_server_without_such_puts_is_told_by_its_answer(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AnsweringDriver, "code", code)
     with pytest.raises(NoConditionalPut):
@@ -110,6 +110,14 @@ def test_a_server_without_such_puts_is_told_by_its_answer(code: str, monkeypatch
 def test_a_server_says_in_several_ways_that_a_name_is_taken(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AnsweringDriver, "code", code)
     assert not put_if_absent("answering://log/1", b"1")
+
+
+def test_a_probe_that_may_not_be_removed_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def remove(*_: Any) -> None:
+        raise PermissionError("AccessDenied")
+
+    monkeypatch.setattr(MemoryFileSystem, "rm_file", remove)
+    assert honours_put_if_absent("memory://no-removal")
 
 
 def test_another_failure_is_not_taken_for_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
