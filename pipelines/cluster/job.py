@@ -198,6 +198,8 @@ def _train(job: ClusterJob, before: Model | None) -> None:
         result.seconds["train"] = time.monotonic() - began
         result.pass_seconds = float(np.median(workers.pass_seconds)) if workers.pass_seconds else None
         result.messages += model.progress.messages
+        # files that workers wrote into a folder without a log would be taken for those of a table that lost it
+        tables = ClusterTables.open_or_make(job.store.uri, result.name, options, job.store.log)
         line.show("assigning")
         # whoever ends a training gives it its name, so that of two that continue one none writes over the other's model
         model.progress.run_id = result.run_id
@@ -207,7 +209,6 @@ def _train(job: ClusterJob, before: Model | None) -> None:
     began = time.monotonic()
     with uninterrupted():
         write_model(model_uri(job.uri, model.progress.run_id), model, options)
-        tables = ClusterTables.open_or_make(job.store.uri, result.name, options, job.store.log)
         files, gives_way = [file.file for file in written], _GivesWay(job, tables, before)
         if not tables.replace(model, files, total, job.has_saliency, gives_way):
             assert gives_way.to

@@ -13,14 +13,25 @@ CPUS = 2.0
 
 
 class RayError(Exception):
-    """What Ray raises for a worker that died; here none does."""
+    """What Ray raises for an error on a worker. cause: that error."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"{type(cause).__name__}: {cause}")
+        self.cause = cause
 
 
 class Reference:
-    """What a task returned, or what was put."""
+    """What a task returned or raised, or what was put."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    def __init__(self, value: Any = None, error: Exception | None = None) -> None:
+        self._value = value
+        self._error = error
+
+    @property
+    def value(self) -> Any:
+        if self._error is not None:
+            raise RayError(self._error)
+        return self._value
 
 
 def get(references: Any) -> Any:
@@ -45,8 +56,12 @@ class _Remote:
         return self
 
     def remote(self, *arguments: Any) -> Any:
-        found = self._what(*map(_value, arguments))
-        return _Actor(found) if isinstance(self._what, type) else Reference(found)
+        if isinstance(self._what, type):
+            return _Actor(self._what(*map(_value, arguments)))
+        try:
+            return Reference(self._what(*map(_value, arguments)))
+        except Exception as error:
+            return Reference(error=error)
 
 
 class _Actor:

@@ -72,20 +72,20 @@ def _extract(folder: str, **arguments: Any) -> Callable[[Place], Any]:
     )
 
 
-def _cluster(**arguments: Any) -> Callable[[Place], Any]:
-    return lambda place: cluster.run(place.config(), store=place.store, name="words", **arguments)
+def _cluster(name: str = "words", **arguments: Any) -> Callable[[Place], Any]:
+    return lambda place: cluster.run(place.config(), store=place.store, name=name, **arguments)
 
 
 def _index(name: str) -> Callable[[Place], Any]:
     return lambda place: index.run(place.config(), store=place.store, name=name)
 
 
-def _cosegment(place: Place) -> Any:
-    return cosegment.run(place.config(), store=place.store, name="things")
+def _cosegment(name: str) -> Callable[[Place], Any]:
+    return lambda place: cosegment.run(place.config(), store=place.store, name=name)
 
 
-def _correspond(place: Place) -> Any:
-    return correspond.run(place.config(), store=place.store, name="near")
+def _correspond(name: str) -> Callable[[Place], Any]:
+    return lambda place: correspond.run(place.config(), store=place.store, name=name)
 
 
 def _compact(place: Place) -> Any:
@@ -106,13 +106,20 @@ JOBS: dict[str, Callable[[Place], Any]] = {
     "prune": _extract("all but one", prune=True),
     "cluster": _cluster(),
     "cluster --update": _cluster(update=True),
-    "cosegment": _cosegment,
-    "correspond": _correspond,
+    "cosegment": _cosegment("things"),
+    "correspond": _correspond("near"),
     "index build": _index("fresh"),
     "index update": _index("images"),
     "compact": _compact,
     "run": _run,
+    "first cluster": _cluster("first"),
+    "first cosegment": _cosegment("first"),
+    "first correspond": _correspond("first"),
 }
+"""Those called `first` make a result that was not there, and with it its tables, as `index build` does."""
+
+OTHERS = tuple(name for name in JOBS if not name.startswith("first"))
+"""What runs beside them, besides each itself."""
 PARTS_OF_RUN = ("extract new", "cluster --update", "index update")
 
 

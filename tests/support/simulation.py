@@ -1,6 +1,6 @@
 """Jobs that are killed and paused at every step, while others run: what comes of it, counted.
 
-    python tests/support/simulation.py FOLDER [--jobs A,B] [--others C,D] [--only kills|pauses] [--s3]
+    python tests/support/simulation.py FOLDER [--jobs A,B] [--others C,D] [--only kills|pauses] [--looks] [--s3]
 
 Every effect on storage is a numbered step (trials.at_step). A job is killed with SIGKILL before each of its steps, and
 the same command runs again, at once or after another job; and it is paused before each of its steps while another one
@@ -34,11 +34,12 @@ from typing import Any
 import torch
 from ray_in_process import replace_ray
 from s3_server import BUCKET, S3Server, s3_server
-from simulated_jobs import JOBS, PARTS_OF_RUN, Place, make_inputs, make_store
+from simulated_jobs import JOBS, OTHERS, PARTS_OF_RUN, Place, make_inputs, make_store
 from store_contents import Contents, contents_of, differences, twice
 from trials import at_step
 from without_ray import leave_out_model
 
+from pipelines.cluster import training
 from pipelines.errors import DinorayError
 from pipelines.upkeep import verify
 
@@ -53,7 +54,8 @@ MOST_LEFTOVERS = 40
 @dataclass
 class Trial:
     """One disturbance, and what came of it. kind: kill or pause. wrong: a word (lost, twice, wrong, stuck, unsound) and
-    what was seen; empty where all is well. again: somebody said to run the same command again."""
+    what was seen; empty where all is well. again: somebody said to run the same command again. untold: of those, one
+    that said so by a traceback, since a file that it read was replaced and swept away without any retention."""
 
     kind: str
     job: str
@@ -62,6 +64,7 @@ class Trial:
     ended: bool = False
     wrong: str = ""
     again: bool = False
+    untold: str = ""
     swept: bool = False
     leftovers: int = 0
 
@@ -77,11 +80,15 @@ class Figures:
     counts: Counter[str] = field(default_factory=Counter)
     steps: dict[str, int] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+    untold: Counter[str] = field(default_factory=Counter)
 
     def take(self, trial: Trial) -> None:
         self.counts[f"{trial.kind}s"] += 1
         self.counts["again"] += trial.again
         self.counts["swept"] += trial.swept
+        if trial.untold:
+            self.counts["untold"] += 1
+            self.untold[f"{trial.job}, paused for {trial.other}: {trial.untold.partition(': ')[0]}"] += 1
         self.counts["most leftovers"] = max(self.counts["most leftovers"], trial.leftovers)
         if trial.wrong:
             self.counts[trial.wrong.partition(":")[0]] += 1
@@ -126,10 +133,11 @@ class Stores:
 
 
 class Judge:
-    """Runs jobs in one process, and says what comes of them."""
+    """Runs jobs in one process, and says what comes of them. looks: pause jobs before they look at a log, too."""
 
-    def __init__(self, stores: Stores) -> None:
+    def __init__(self, stores: Stores, looks: bool) -> None:
         self._stores = stores
+        self._looks = looks
         self._expected: dict[tuple[str, ...], Contents] = {}
         self._judged = 0
 
@@ -158,7 +166,7 @@ class Judge:
             if self._run(place, name, trial, may_fail=True):
                 unfinished.append(name)
 
-        with at_step(trial.step, partial(run, other), reads=True) as taken:
+        with at_step(trial.step, partial(run, other), reads=self._looks) as taken:
             run(job)
         trial.ended = len(taken) <= trial.step
         if not trial.ended:
@@ -183,11 +191,13 @@ class Judge:
         try:
             result = JOBS[name](place)
         except DinorayError as error:
-            if not may_fail or not _is_sentence(str(error)):
+            if not may_fail:
                 _blame(trial, f"stuck: {name} said {error}")
             return True
-        except Exception:
-            _blame(trial, f"stuck: {name} broke: {traceback.format_exc(limit=-4)}")
+        except Exception as error:
+            if not may_fail or not isinstance(error, FileNotFoundError):
+                _blame(trial, f"stuck: {_broke(name, error)}")
+            trial.untold = trial.untold or _broke(name, error)
             return True
         said = [message for message in result.messages if RUNS_AGAIN in message.lower()]
         if result.exit_code or (said and not may_fail):
@@ -197,8 +207,8 @@ class Judge:
     def _must_be_sound(self, place: Place, trial: Trial, when: str) -> verify.Result | None:
         try:
             found = verify.run(place.config(), store=place.store, deep=True)
-        except Exception:
-            _blame(trial, f"unsound: {when}, verify broke: {traceback.format_exc(limit=-4)}")
+        except Exception as error:
+            _blame(trial, f"unsound: {when}, {_broke('verify', error)}")
             return None
         if found.problems:
             _blame(trial, f"unsound: {when}, {found.problems}")
@@ -250,8 +260,11 @@ def _blame(trial: Trial, wrong: str) -> None:
     trial.wrong = trial.wrong or wrong
 
 
-def _is_sentence(said: str) -> bool:
-    return said.endswith((".", "again")) and "Traceback" not in said
+def _broke(what: str, error: Exception) -> str:
+    """An error that is no sentence, and where in the program it came from."""
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if "/pipelines/" in one.filename]
+    where = " < ".join(f"{Path(one.filename).stem}.{one.name}" for one in frames[:-4:-1])
+    return f"{what} broke in {where}: {type(error).__name__}: {str(error)[:200]}"
 
 
 def _lacks(found: Contents, expected: Contents) -> bool:
@@ -353,29 +366,31 @@ class Preparing:
 def simulate(
     folder: Path,
     jobs: Sequence[str] = tuple(JOBS),
-    others: Sequence[str] = tuple(JOBS),
+    others: Sequence[str] = OTHERS,
     *,
     kills: bool = True,
     pauses: bool = True,
+    looks: bool = False,
     server: S3Server | None = None,
 ) -> Figures:
     """All trials of some jobs, each beside all of some others. folder: a place of its own, best in memory."""
     replace_ray()
     leave_out_model()
     torch.set_num_threads(1)
+    vars(training).update(STARTS_OF_FEW_CLUSTERS=1, ITERATIONS_ON_SAMPLE=2)  # what takes time and touches no storage
     make_inputs(folder / "inputs")
     stores, figures = Stores(folder, server), Figures()
     with _child(lambda: Preparing(stores)) as preparing:
         for name in preparing.ask("prepare"):
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
-        with _child(lambda: Judge(stores)) as judge:
+        with _child(lambda: Judge(stores, looks)) as judge:
             for job in jobs:
-                began = time.monotonic()
+                began, beside = time.monotonic(), dict.fromkeys([*others, job])
                 if kills:
-                    _kill_everywhere(job, others, preparing, judge, figures)
+                    _kill_everywhere(job, [*beside], preparing, judge, figures)
                 if pauses:
-                    _pause_everywhere(job, others, judge, figures)
+                    _pause_everywhere(job, [*beside], judge, figures)
                 print(f"{job}: {time.monotonic() - began:.0f} s, {dict(figures.counts)}", file=sys.stderr, flush=True)
     return figures
 
@@ -398,7 +413,6 @@ def _pause_everywhere(job: str, others: Sequence[str], judge: Child, figures: Fi
         for step in range(LONGEST):
             trial = judge.ask("paused", Trial("pause", job, other, step))
             if trial.ended:
-                figures.steps[f"{job}, with looks"] = step
                 figures.counts["pairs"] += 1
                 break
             figures.take(trial)
@@ -419,8 +433,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--jobs", default=",".join(JOBS))
-    parser.add_argument("--others", default=",".join(JOBS))
+    parser.add_argument("--others", default=",".join(OTHERS))
     parser.add_argument("--only", choices=("kills", "pauses"))
+    parser.add_argument("--looks", action="store_true", help="pause jobs before they look at a log, too")
     parser.add_argument("--s3", action="store_true", help="on a real S3 server of its own")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
@@ -431,9 +446,10 @@ def main() -> None:
             asked.others.split(","),
             kills=asked.only != "pauses",
             pauses=asked.only != "kills",
+            looks=asked.looks,
             server=server,
         )
-    print(json.dumps({"counts": figures.counts, "steps": figures.steps, "wrong": figures.wrong}, indent=1))
+    print(json.dumps({"counts": figures.counts, "steps": figures.steps, "wrong": figures.wrong, "untold": figures.untold}, indent=1))
 
 
 if __name__ == "__main__":
