@@ -4,7 +4,8 @@ paused thousands of times, where starting Ray would take all the time."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -88,9 +89,20 @@ def _modules() -> dict[str, ModuleType]:
     return made
 
 
-def replace_ray() -> None:
-    """In this process and those that it forks, for good: jobs find a session that is open, of this stand-in."""
+@contextmanager
+def ray_replaced() -> Iterator[None]:
+    """Within: jobs find a session that is open, of this stand-in."""
     from pipelines.running.ray_session import _Open
 
-    sys.modules.update(_modules())
+    made = _modules()
+    before, resources = {name: sys.modules.get(name) for name in made}, _Open.resources
+    sys.modules.update(made)
     _Open.resources = {"CPU": CPUS}
+    try:
+        yield
+    finally:
+        _Open.resources = resources
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from PIL import Image
+from ray_in_process import ray_replaced
 from small_runs import settings
+from without_ray import model_left_out
 
 from pipelines import cluster, correspond, cosegment, extract, index
+from pipelines.cluster import training
 from pipelines.pipeline import job as pipeline_job
 from pipelines.settings.pipeline_file import read_pipeline
 from pipelines.settings.sections import Config
@@ -66,7 +71,8 @@ class Place:
         )
 
 
-def _extract(folder: str, **arguments: Any) -> Callable[[Place], Any]:
+def extract_from(folder: str, **arguments: Any) -> Callable[[Place], Any]:
+    """An extraction of one of the INPUTS."""
     return lambda place: extract.run(
         place.config(), input=os.path.join(place.inputs, folder), store=place.store, **arguments
     )
@@ -101,9 +107,9 @@ def _run(place: Place) -> Any:
 
 
 JOBS: dict[str, Callable[[Place], Any]] = {
-    "extract new": _extract("new"),
-    "extract changed": _extract("changed"),
-    "prune": _extract("all but one", prune=True),
+    "extract new": extract_from("new"),
+    "extract changed": extract_from("changed"),
+    "prune": extract_from("all but one", prune=True),
     "cluster": _cluster(),
     "cluster --update": _cluster(update=True),
     "cosegment": _cosegment("things"),
@@ -121,6 +127,17 @@ JOBS: dict[str, Callable[[Place], Any]] = {
 OTHERS = tuple(name for name in JOBS if not name.startswith("first"))
 """What runs beside them, besides each itself."""
 PARTS_OF_RUN = ("extract new", "cluster --update", "index update")
+
+
+@contextmanager
+def jobs_in_process() -> Iterator[None]:
+    """Within: jobs run in this process, without Ray and a model, and lose no time on what touches no storage."""
+    with (
+        ray_replaced(),
+        model_left_out(),
+        mock.patch.multiple(training, STARTS_OF_FEW_CLUSTERS=1, ITERATIONS_ON_SAMPLE=2),
+    ):
+        yield
 
 
 def make_inputs(folder: Path) -> Path:
@@ -153,9 +170,9 @@ def _image(image_id: str, version: int) -> Image.Image:
 
 def make_store(place: Place) -> None:
     """The store that every trial begins with."""
-    _extract("first")(place)
-    _extract("second")(place)
+    extract_from("first")(place)
+    extract_from("second")(place)
     for name in ("cluster", "cosegment", "correspond", "index update"):
         JOBS[name](place)
-    _extract("third")(place)
+    extract_from("third")(place)
 

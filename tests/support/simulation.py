@@ -32,14 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ray_in_process import replace_ray
 from s3_server import BUCKET, S3Server, s3_server
-from simulated_jobs import JOBS, OTHERS, PARTS_OF_RUN, Place, make_inputs, make_store
+from simulated_jobs import JOBS, OTHERS, PARTS_OF_RUN, Place, jobs_in_process, make_inputs, make_store
 from store_contents import Contents, contents_of, differences, twice
 from trials import at_step
-from without_ray import leave_out_model
 
-from pipelines.cluster import training
 from pipelines.errors import DinorayError
 from pipelines.upkeep import verify
 
@@ -374,13 +371,10 @@ def simulate(
     server: S3Server | None = None,
 ) -> Figures:
     """All trials of some jobs, each beside all of some others. folder: a place of its own, best in memory."""
-    replace_ray()
-    leave_out_model()
     torch.set_num_threads(1)
-    vars(training).update(STARTS_OF_FEW_CLUSTERS=1, ITERATIONS_ON_SAMPLE=2)  # what takes time and touches no storage
     make_inputs(folder / "inputs")
     stores, figures = Stores(folder, server), Figures()
-    with _child(lambda: Preparing(stores)) as preparing:
+    with jobs_in_process(), _child(lambda: Preparing(stores)) as preparing:
         for name in preparing.ask("prepare"):
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
