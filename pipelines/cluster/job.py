@@ -198,11 +198,11 @@ def _train(job: ClusterJob, before: Model | None) -> None:
         result.seconds["train"] = time.monotonic() - began
         result.pass_seconds = float(np.median(workers.pass_seconds)) if workers.pass_seconds else None
         result.messages += model.progress.messages
-        # files that workers wrote into a folder without a log would be taken for those of a table that lost it
-        tables = ClusterTables.open_or_make(job.store.uri, result.name, options, job.store.log)
         line.show("assigning")
         # whoever ends a training gives it its name, so that of two that continue one none writes over the other's model
         model.progress.run_id = result.run_id
+        # before files lie in their folders, which without a log look as if it had been lost
+        tables = ClusterTables.open_or_make(job.store.uri, result.name, options, job.store.log)
         written = actors.assign(job, workers, model)
     total = sum((file.statistics for file in written), Statistics.zeros(model.k))
     model.progress.mean_distance = result.mean_distance
