@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pyarrow.compute as pc
 
-from pipelines.cosegment.sets import choose_sets, set_version
+from pipelines.cosegment.sets import NoSuchSets, choose_sets, set_version
 from pipelines.cosegment.tasks import PendingSet
-from pipelines.errors import RequestError
 from pipelines.store.schemas import IMAGES
 from pipelines.store.snapshots import Snapshot
 from pipelines.store.store import Store
@@ -36,6 +35,7 @@ class SetVersions:
         images = images.filter(pc.is_valid(images["shard"])).sort_by("image_id").combine_chunks()
         try:
             chosen = choose_sets(self._asked, self._store.uri, images, self._store.config.storage.options)
-        except RequestError:
-            return {}  # there are no such sets any more
+        except NoSuchSets:
+            # there were, when this run began
+            return {}
         return {set_id: set_version(images, members) for set_id, members in chosen.members.items()}

@@ -12,7 +12,7 @@ from pipelines.errors import counted
 from pipelines.results import cluster_checks, match_checks, part_checks
 from pipelines.results.clusters import ClusterTables
 from pipelines.results.index_checks import check_index
-from pipelines.results.indices import files_present, index_names, latest_manifest, manifest_file, read_manifest
+from pipelines.results.indices import files_present, index_names, manifest_file, read_manifest, valid_manifest
 from pipelines.results.matches import MatchTables
 from pipelines.results.parts import PartTables
 from pipelines.results.stored import Findings, ResultTables, StoredResult
@@ -36,7 +36,7 @@ class StoredIndex(StoredResult):
         return (cls(store, name) for name in index_names(store))
 
     def version(self) -> str:
-        return str(latest_manifest(self._store, self.name))
+        return valid_manifest(self._store, self.name).removeprefix("manifest-").removesuffix(".json")
 
     def missing(self) -> str:
         manifest = read_manifest(self._store, self.name)

@@ -8,7 +8,6 @@ The tables are what users read; these files are what a job computes with.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from pipelines import storage
 from pipelines.errors import JobError
 from pipelines.store.arrays import npz_arrays, npz_bytes
+from pipelines.store.checksums import checksum_of
 from pipelines.store.parquet import DamagedFile
 
 SCHEMA_VERSION = 1
@@ -95,10 +95,10 @@ def write_model(uri: str, model: Model, options: storage.Options) -> int:
     return len(data)
 
 
-def checksum_of(uri: str, options: storage.Options) -> str:
+def model_checksum(uri: str, options: storage.Options) -> str:
     """Of a model's file, as a pointer to it has it. Raises FileNotFoundError where there is none."""
     fs, path = storage.filesystem(uri, options)
-    return _checksum(fs.cat_file(path))
+    return checksum_of(fs.cat_file(path))
 
 
 def read_model(uri: str, options: storage.Options, checksum: str | None = None) -> Model | None:
@@ -111,7 +111,7 @@ def read_model(uri: str, options: storage.Options, checksum: str | None = None) 
         data = fs.cat_file(path)
     except FileNotFoundError:
         return None
-    if checksum is not None and _checksum(data) != checksum:
+    if checksum is not None and checksum_of(data) != checksum:
         raise JobError(
             f"{uri} is damaged (its bytes are not those that were written): remove {uri.rpartition('/model/')[0]} and "
             "cluster again."
@@ -128,7 +128,3 @@ def read_model(uri: str, options: storage.Options, checksum: str | None = None) 
         raise JobError(
             f"{uri} is damaged: remove it and run the same command again, which trains from scratch."
         ) from None
-
-
-def _checksum(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"

@@ -22,7 +22,7 @@ from pipelines.results.indices import (
     manifest_file,
     read_file,
     read_manifest,
-    read_numbered_manifest,
+    read_replaced_manifest,
     without_dead,
 )
 from pipelines.results.stored import Findings
@@ -77,7 +77,7 @@ def check_index(store: Store, name: str, images: pa.Table) -> Findings:
 def _replaced(store: Store, name: str, manifest: Manifest) -> set[str]:
     """Files of the manifest before this one, which are kept for searches that are reading them."""
     try:
-        before = read_numbered_manifest(store, name, manifest.number - 1)
+        before = read_replaced_manifest(store, name, manifest)
     except DinorayError:
         return set()
     return before.files | {manifest_file(before.number)} if before else set()

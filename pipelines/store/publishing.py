@@ -21,13 +21,13 @@ from deltalake import Transaction as AppTransaction
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, PostCommitHookProperties, RemoveAction
 
-from pipelines.errors import JobError
+from pipelines.errors import JobError, counted
 from pipelines.storage.durable import sync_files, sync_folders
 from pipelines.storage.errors import explain_write_error, reaching, said
 from pipelines.storage.files import filesystem, is_there, join
 from pipelines.storage.filesystems import delta_options, is_local, local_path
 from pipelines.store.changes import TableEntry, Transaction
-from pipelines.store.table import CONTENT_VERSION_KEY, Table, open_delta
+from pipelines.store.table import CONTENT_VERSION_KEY, Table, open_delta, repeated
 from pipelines.store.transaction_log import FIRST_PAUSE_SECONDS, PUTS_TRIED, TransactionLog
 
 # The application of Delta's protocol whose numbers are those of transactions.
@@ -47,7 +47,7 @@ def publish(
     opened: tables that were opened a moment ago, which saves opening them again; older ones cost a try.
 
     Raises:
-        JobError: a table's log is damaged, or could not be written for good; a leftover lies outside the store.
+        JobError: a table's log is damaged, or could not be written for good.
         OSError: the storage failed for good. In either case the transaction has happened, and the next writer
             completes it.
     """
@@ -106,6 +106,21 @@ def _is_torn(path: str) -> bool:
 def delta_of(log: TransactionLog, table: str) -> DeltaTable | None:
     """A table of a store at its newest version, or None where there is none. Raises JobError for a damaged log."""
     return open_delta(join(log.uri, table), log.options)
+
+
+def delta_for_writing(log: TransactionLog, table: str) -> DeltaTable | None:
+    """As `delta_of`; a table that the last change through this log opened is brought up to date, which costs less."""
+    delta = log.tables.get(table)
+    if delta is not None:
+        try:
+            repeated(delta.update_incremental, join(log.uri, table))
+            return delta
+        except DeltaError:  # somebody removed it, or its log: whoever opens it says so
+            del log.tables[table]
+    delta = delta_of(log, table)
+    if delta is not None:
+        log.tables[table] = delta
+    return delta
 
 
 def complete_properties(log: TransactionLog, tables: Iterable[str]) -> None:
@@ -233,22 +248,33 @@ def as_table(log: TransactionLog, table: str, delta: DeltaTable, schema: pa.Sche
 
 def _sweep(log: TransactionLog, paths: Iterable[str]) -> None:
     """Remove files that nobody names. A transaction that would name one cannot be written: its number comes after
-    this one's, by which time the file is gone, and it looks."""
+    this one's, by which time the file is gone, and it looks.
 
-    def remove(path: str) -> None:
+    A file that cannot be removed stays, and is said: it is in nobody's way, and the store must go on.
+    """
+
+    def remove(path: str) -> str:
+        """What is wrong, or an empty text."""
         uri = join(log.uri, path)
         if is_local(uri) and os.path.realpath(os.path.dirname(local_path(uri))) != os.path.join(
             os.path.realpath(local_path(log.uri)), *path.split("/")[:-1]
         ):
-            raise JobError(f"{uri} lies behind a link that leads out of its folder: it is not removed.")
+            return f"{uri} lies behind a link that leads out of its folder"
         fs, place = filesystem(uri, log.options)
-        with contextlib.suppress(FileNotFoundError), reaching(uri):
-            fs.rm_file(place)
+        try:
+            with reaching(uri):
+                fs.rm_file(place)
+        except FileNotFoundError:
+            return ""
+        except (OSError, JobError) as error:
+            return said(error)
+        return ""
 
     paths = list(paths)
     if is_local(log.uri) or len(paths) < 2:
-        for path in paths:
-            remove(path)
-        return
-    with ThreadPoolExecutor(REMOVED_AT_ONCE) as pool:
-        list(pool.map(remove, paths))
+        problems = [problem for path in paths if (problem := remove(path))]
+    else:
+        with ThreadPoolExecutor(REMOVED_AT_ONCE) as pool:
+            problems = [problem for problem in pool.map(remove, paths) if problem]
+    if problems:
+        log.messages.append(f"{counted(len(problems), 'unused file')} could not be removed: {problems[0]}.")

@@ -94,7 +94,7 @@ def open_for_writing(log: TransactionLog) -> Snapshot:
     transaction, published = log.newest()
     if transaction and not published:
         publish(log, transaction)
-    return Snapshot(log, transaction)
+    return Snapshot(log, transaction, for_writing=True)
 
 
 def _is_in_force(current: Snapshot, transaction: Transaction) -> bool:

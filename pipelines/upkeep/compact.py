@@ -242,10 +242,13 @@ def _remove_leftovers(store: Store, tables: list[LinkedTables], retention_hours:
 
 
 def _leftovers(store: Store, current: Snapshot, tables: list[LinkedTables], retention_hours: float) -> list[str]:
-    """Garbage in the folders of the store's own tables and of its log, and nowhere else: what jobs keep beside tables
-    (models, indices, settings) no transaction names. A file that a leading table names stays, even where the log of the
-    data lost it: `extract` brings it back."""
+    """Garbage in the folders of the store's own tables, of its log, and of what the log points at (models, indices).
+
+    A file that a leading table names stays, even where the log of the data lost it: `extract` brings it back.
+    """
     folders, spared = {FOLDER}, set[str]()
+    for pointer in current.pointers.values():
+        folders |= {path.rpartition("/")[0] for path in pointer.every_file}
     for pair in tables:
         data = _path(store, pair.data)
         folders |= {data, f"{data}/_delta_log"}

@@ -100,9 +100,8 @@ def _take_snapshot(store: Store, results: list[StoredResult], result: Result) ->
             result.problems.append(str(error))
             return table
 
-    store.images = taken("images", store.images)
-    store.patches = taken("patches", store.patches)
-    store.failures = taken("failures", store.failures)
+    for name in store.schemas:
+        store.take(name, taken(name, getattr(store, name)))
     for one in results:
         for name, table in one.tables.items():
             one.tables[name] = taken(f"{one.path}/{name}", table)

@@ -384,12 +384,14 @@ def test_a_gpu_where_there_is_none(source: Path, store: Path) -> None:
     if ray.cluster_resources().get("GPU"):
         pytest.skip("this machine has a GPU")
     says(sentence(extract(source, store, "model.device=cuda")), "cuda", "no GPU", "model.device=auto or cpu")
+    assert not store.exists()
 
 
 @pytest.mark.usefixtures("ray")
 def test_more_workers_than_cpus(source: Path, store: Path) -> None:
     text = sentence(extract(source, store, "run.workers=64", "run.cpus_per_worker=1"))
     says(text, "64 workers", "4 CPUs", "lower run.workers")
+    assert not store.exists(), "it would be bound to a mistake"
 
 
 @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1"])
@@ -399,9 +401,20 @@ def test_a_cluster_that_is_not_there(address: str, source: Path, store: Path) ->
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     (line,) = done.stderr.splitlines()
     says(line, address, "could not be reached")
-    assert done.returncode == 1
+    assert done.returncode == 1 and not store.exists()
 
 
 def test_rays_client_is_refused(source: Path, store: Path) -> None:
     text = sentence(extract(source, store, "run.address=ray://head:10001"))
     says(text, "ray://head:10001", "run.address=auto", "ray job submit")
+    assert not store.exists()
+
+
+@pytest.mark.usefixtures("ray")
+def test_more_dimensions_than_the_images_have_patches(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    photo(1).resize((32, 32)).save(tmp_path / "small" / "a.png")
+    result = extract(tmp_path / "small", store, "store.pca=20", "image.shorter_side=32")
+    assert result.exit_code == 1
+    says(result.stderr, "store.pca=20 needs at least as many patches", "the sample of 1 image gave 4")
+    assert not store.exists()

@@ -365,17 +365,21 @@ def test_patches_whose_images_never_arrived_are_removed(store: Store) -> None:
 
 
 def test_two_runs_at_once_leave_every_image_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each counts only what it did: here all images are outliers, which have no foreground and a note."""
     commit, entered = PartTables.commit, []
+    outliers = ("cosegment.remove_outliers=true", "cosegment.outliers_threshold=1")
 
     def other_run_first(self: PartTables, *args: Any) -> Any:
         if not entered:
             entered.append(True)
-            assert run(store).segmented == 10
+            other = run(store, "animals", *outliers)
+            assert (other.segmented, other.without_foreground, other.noted) == (10, 10, 10)
         return commit(self, *args)
 
     monkeypatch.setattr(PartTables, "commit", other_run_first)
-    result = run(store)
+    result = run(store, "animals", *outliers)
     assert (result.segmented, result.done_elsewhere) == (0, 10)
+    assert (result.without_foreground, result.noted) == (0, 0)
     assert len(rows(store)) == 10
 
 
@@ -399,6 +403,31 @@ def test_images_change_while_a_run_is_at_work(store: Store, monkeypatch: pytest.
     assert len({row["set_version"] for (set_id, _), row in rows(store).items() if set_id == "cat"}) == 1
     again = run(store)
     assert (again.pending, again.outdated, len(rows(store))) == (0, 0, 11)
+
+
+@pytest.mark.parametrize("becomes", ["of an image that is gone", "unreadable"])
+def test_a_file_of_sets_changes_while_a_run_is_at_work(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, becomes: str
+) -> None:
+    """Sets that are gone are not kept; whatever else is wrong with the file is said."""
+    file, commit, entered = tmp_path / "sets.csv", PartTables.commit, []
+    file.write_text("image_id,set_id\ncat/00.jpg,one\ncat/01.jpg,one\n")
+
+    def file_changes_first(self: PartTables, *args: Any) -> Any:
+        if not entered:
+            entered.append(True)
+            drop_images(store, ["cat/00.jpg"], "20260101T000000Z-aaaaaa")
+            if becomes == "unreadable":
+                file.write_text("image_id\ncat/00.jpg\n")
+        return commit(self, *args)
+
+    monkeypatch.setattr(PartTables, "commit", file_changes_first)
+    if becomes == "unreadable":
+        with pytest.raises(RequestError, match="set_id"):
+            run(store, sets=str(file))
+    else:
+        result = run(store, sets=str(file))
+        assert (result.segmented, result.changed_meanwhile) == (0, 2)
 
 
 def test_what_was_made_of_changed_images_is_not_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,3 +290,18 @@ def test_only_files_with_what_is_dropped_are_written_again(tmp_path: Path) -> No
     assert tables.drop(rows.filter(pa.array([one == "b" for one in rows["image_id"].to_pylist()])), "r3") == 1
     assert len(before.keys() - tables.patches.files().keys()) == 1 and len(tables.patches.files()) == 3
     assert list(part_checks.disagreements(tables)) == []
+
+
+def test_copies_that_a_decision_left_out_are_removed(changed: tuple[Kind, Path]) -> None:
+    """Another run takes out the same rows first, so nothing is left of what was written for it."""
+    kind, store = changed
+    tables, written = kind.tables(str(store)), list[str]()
+
+    def meanwhile() -> None:
+        written.extend(path for table in tables.tables.values() for path in table.present_files() if "-r4-" in path)
+        assert kind.tables(str(store)).drop_outdated("r9") == 1
+
+    with just_before_its_put(tables.log, meanwhile):
+        assert tables.drop_outdated("r4") == 0
+    assert written
+    assert not [path for table in tables.tables.values() for path in table.present_files() if "-r4-" in path]
