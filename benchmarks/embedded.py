@@ -7,9 +7,11 @@ import datetime as dt
 import numpy as np
 import pyarrow as pa
 
+from pipelines.store.changes import Change, TableChange
 from pipelines.store.parquet import new_file_name
 from pipelines.store.schemas import IMAGES, vector
 from pipelines.store.store import Store
+from pipelines.store.transactions import transact
 
 
 def add_embeddings(store: Store, run_id: str, first: int, embeddings: np.ndarray) -> None:
@@ -24,4 +26,6 @@ def add_embeddings(store: Store, run_id: str, first: int, embeddings: np.ndarray
     }
     rest = {field.name: pa.nulls(count, field.type) for field in IMAGES if field.name not in columns}
     rows = pa.table(columns | rest).select(IMAGES.names).cast(IMAGES)
-    store.images.commit([store.images.write_file(new_file_name(run_id), rows)], [], run_id)
+    change = Change([TableChange("images", IMAGES, [store.images.write_file(new_file_name(run_id), rows)])])
+    transact(store.log, lambda _: change, run_id=run_id, command="extract")
+    store.images.refresh()

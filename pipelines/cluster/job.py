@@ -207,7 +207,7 @@ def _train(job: ClusterJob, before: Model | None) -> None:
     began = time.monotonic()
     with uninterrupted():
         write_model(model_uri(job.uri, model.progress.run_id), model, options)
-        tables = ClusterTables(job.store.uri, result.name, options, job.store.log)
+        tables = ClusterTables.open_or_make(job.store.uri, result.name, options, job.store.log)
         files, gives_way = [file.file for file in written], _GivesWay(job, tables, before)
         if not tables.replace(model, files, total, job.has_saliency, gives_way):
             assert gives_way.to

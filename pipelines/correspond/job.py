@@ -103,7 +103,7 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
     report = RunReport("correspond", opened.uri, config, result.run_id, {"name": name, "pairs": asked.pairs})
     with recorded(report, result, started, told=opened.log.messages, fingerprint=opened.fingerprint):
         made_with.check(record=True)
-        tables = MatchTables(opened.uri, name, options, opened.log)
+        tables = MatchTables.open_or_make(opened.uri, name, options, opened.log)
         result.repaired = {what: count for what, count in tables.repair(result.run_id).items() if count}
         outdated = tables.drop_outdated(result.run_id)
         pending = _plan(tables, chosen, images, result)

@@ -125,7 +125,7 @@ def run(
     report = RunReport("cosegment", opened.uri, config, result.run_id, {"name": name, "sets": asked.sets})
     with recorded(report, result, started, told=opened.log.messages, fingerprint=opened.fingerprint):
         made_with.check(record=True)
-        tables = PartTables(opened.uri, name, options, opened.log)
+        tables = PartTables.open_or_make(opened.uri, name, options, opened.log)
         result.repaired = {what: count for what, count in tables.repair(result.run_id).items() if count}
         pending, outdated = _plan(tables, chosen, images, asked, result)
         while tables.drop(outdated, result.run_id, planned_on=opened.images.version) is None:

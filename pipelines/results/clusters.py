@@ -55,6 +55,7 @@ class ClusterTables(ResultTables):
     kind = "clusters"
     schemas: ClassVar = {"assignments": ASSIGNMENTS, "centroids": CENTROIDS}
     leading = "assignments"
+    command = "cluster"
 
     def prepare(self) -> None:
         self._covered: dict[str, pa.Table] = {}

@@ -16,17 +16,15 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipelines import storage
 from pipelines.results.extracted_images import ExtractedImages
 from pipelines.results.stored import ResultTables
 from pipelines.store.changes import Change, TableChange
 from pipelines.store.linked_tables import LinkedTables
-from pipelines.store.parquet import DataFile, open_parquet
+from pipelines.store.parquet import DataFile
 from pipelines.store.rewriting import rewrite
 from pipelines.store.snapshots import Snapshot
-from pipelines.store.table import READS_AT_ONCE, Table
+from pipelines.store.table import READS_AT_ONCE
 from pipelines.store.transactions import transact
 
 _Report = TypeVar("_Report")
@@ -105,7 +103,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
             named = {path: _shards(rows) for path, rows in self._read(leading, ["shard"]).items()}
             lost = set[str]().union(*named.values()) - data.keys()
             orphans = data.keys() - set[str]().union(*named.values())
-            restored = [file for shard in sorted(lost) if (file := describe_file(self.tables[self.data], shard))]
+            restored = [file for shard in sorted(lost) if (file := self.tables[self.data].described(shard))]
             gone = lost.difference(file.path for file in restored)
             hits = self._leading_rows([path for path, shards in named.items() if shards & gone])
             value_set = pa.array(sorted(gone), pa.string())
@@ -354,19 +352,3 @@ def _joined(rows: pa.Table, columns: Sequence[str]) -> pa.Array:
     """One string for each row, made of some of its columns."""
     joined = pc.binary_join_element_wise(*(rows[name] for name in columns), "\0")
     return joined.combine_chunks() if isinstance(joined, pa.ChunkedArray) else joined
-
-
-def describe_file(table: Table, path: str) -> DataFile | None:
-    """A file that is there and that the log does not name, by its footer; None when it is gone or damaged."""
-    if not table.has_file(path):
-        return None
-    uri = storage.join(table.uri, path)
-    fs, place = storage.filesystem(uri, table.options)
-    try:
-        with open_parquet(uri, table.options) as parquet:
-            footer: pq.FileMetaData = parquet.metadata
-    except pa.ArrowInvalid:
-        return None
-    bounds = [footer.row_group(at).column(0).statistics for at in range(footer.num_row_groups)]
-    low, high = min(one.min for one in bounds), max(one.max for one in bounds)
-    return DataFile(path, fs.size(place), footer.num_rows, low, high)

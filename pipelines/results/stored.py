@@ -16,6 +16,7 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.results.names import result_names, result_uri
 from pipelines.store.linked_tables import LinkedTables
+from pipelines.store.new_tables import make_tables
 from pipelines.store.snapshots import snapshot
 from pipelines.store.table import Table
 from pipelines.store.transaction_log import TransactionLog
@@ -71,33 +72,44 @@ class StoredResult(ABC):
 class ResultTables(StoredResult):
     """A result that consists of Delta tables, at the versions last refreshed.
 
-    leading: the table whose rows decide what is done.
+    leading: the table whose rows decide what is done. command: that changes the tables.
     """
 
     schemas: ClassVar[Mapping[str, pa.Schema]]
     leading: ClassVar[str]
+    command: ClassVar[str]
 
     def __init__(
         self,
         store: str,
         name: str,
         options: storage.Options,
-        log: TransactionLog | None = None,
-        tables: Mapping[str, Table] | None = None,
+        log: TransactionLog,
+        tables: Mapping[str, Table],
     ) -> None:
-        """log: of the store, for those who change the tables. tables: opened before; else the newest, or made."""
+        """log: of the store, for those who change the tables. tables: opened before, by name."""
         self.name = name
-        self.log = log or TransactionLog(store, options)
+        self.log = log
         self.uri = result_uri(store, self.kind, name)
         self.options = options
-        if tables is None:
-            places = {table: storage.join(self.uri, table) for table in self.schemas}
-            tables = {table: Table(uri, self.schemas[table], options) for table, uri in places.items()}
         self.tables = dict(tables)
         self.prepare()
 
     def prepare(self) -> None:
         """What a kind keeps beside its tables; called once they are open."""
+
+    @classmethod
+    def open_or_make(cls, store: str, name: str, options: storage.Options, log: TransactionLog | None = None) -> Self:
+        """The tables of NAME, made where there are none, for a job that is about to change them.
+
+        Raises JobError for tables whose log is gone.
+        """
+        result_uri(store, cls.kind, name)
+        log = log or TransactionLog(store, options)
+        make_tables(log, {f"{cls.kind}/{name}/{table}": schema for table, schema in cls.schemas.items()}, cls.command)
+        made = cls.open_existing(store, name, options, log)
+        assert made is not None
+        return made
 
     @classmethod
     def open_existing(

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.storage.durable import make_folder, sync_paths
 from pipelines.storage.errors import reaching
-from pipelines.storage.files import filesystem, join, partial_name, write_bytes
+from pipelines.storage.files import filesystem, is_there, join, partial_name, write_bytes
 from pipelines.storage.filesystems import Options, is_local
 
 # S3 answers 412 where the name is taken, and 409 where another request for it is on its way.
@@ -75,14 +75,10 @@ def write_unless_there(uri: str, data: bytes, options: Options | None = None) ->
 
     Raises OSError, JobError: the storage cannot be written, or reached.
     """
-    fs, path = filesystem(uri, options)
-    with reaching(uri):
-        try:
-            fs.info(path)  # `exists` of some drivers says no whenever the storage fails
-            return False
-        except FileNotFoundError:
-            write_bytes(uri, data, options)
-            return True
+    if is_there(uri, options):
+        return False
+    write_bytes(uri, data, options)
+    return True
 
 
 def _takes_mode(fs: Any) -> bool:

@@ -37,6 +37,18 @@ def filesystem(uri: str, options: Options | None = None) -> tuple[Any, str]:
     return open_filesystem(uri, options)
 
 
+def is_there(uri: str, options: Options | None = None) -> bool:
+    """Whether a file is there. Raises what the storage answers where it cannot say: `exists` of some drivers says no
+    then."""
+    fs, path = filesystem(uri, options)
+    try:
+        with reaching(uri):
+            fs.info(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def read_json(uri: str, options: Options | None = None) -> dict[str, Any] | None:
     """The JSON object at `uri`, or None when there is none."""
     fs, path = filesystem(uri, options)

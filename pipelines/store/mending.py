@@ -13,14 +13,10 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipelines.storage.files import filesystem, join
 from pipelines.store.changes import Change
 from pipelines.store.extraction_changes import ExtractionChange, ImageRow
-from pipelines.store.parquet import DataFile
 from pipelines.store.snapshots import Snapshot
-from pipelines.store.table import Table
 from pipelines.store.transactions import transact
 from pipelines.store.written_files import WrittenFiles
 
@@ -58,7 +54,7 @@ def _decide(change: ExtractionChange) -> dict[str, int]:
     named = set(pc.unique(images.read(["shard"])["shard"]).to_pylist()) - {None}
     orphans = sorted(change.files("patches").keys() - named)
     change.remove("patches", orphans)
-    restored = {shard: describe_file(patches, shard) for shard in sorted(named - change.files("patches").keys())}
+    restored = {shard: patches.described(shard) for shard in sorted(named - change.files("patches").keys())}
     change.add("patches", *restored.values())
     lost = {shard for shard, file in restored.items() if file is None}
     rows = list(_rows_naming(change, lost))
@@ -80,21 +76,3 @@ def _rows_naming(change: ExtractionChange, shards: set[str]) -> Iterator[ImageRo
         rows = change.table("images").read_file(path, ["image_id", "shard"])
         for row in rows.filter(pc.is_in(rows["shard"], value_set=pa.array(sorted(shards), pa.string()))).to_pylist():
             yield ImageRow(row["image_id"], path, row["shard"])
-
-
-def describe_file(table: Table, path: str) -> DataFile | None:
-    """A file that exists but is not in the log, from its Parquet footer; None for one that is gone, or cut short."""
-    if not table.has_file(path):
-        return None
-    fs, full = filesystem(join(table.uri, path), table.options)
-    try:
-        with fs.open(full, "rb") as source:
-            footer = pq.ParquetFile(source).metadata
-    except pa.ArrowInvalid:
-        return None
-    statistics = [footer.row_group(index).column(0).statistics for index in range(footer.num_row_groups)]
-    if not statistics:
-        return None
-    return DataFile(
-        path, fs.size(full), footer.num_rows, min(s.min for s in statistics), max(s.max for s in statistics)
-    )

@@ -93,6 +93,24 @@ def write_parquet(
     return DataFile(name, fs.size(path), len(rows), *key_range(rows[0]))
 
 
+def described(table: str, path: str, options: Options | None = None) -> DataFile | None:
+    """A file of the table at `table` that its log does not name, by its footer; None for one that is gone, damaged or
+    empty."""
+    uri = join(table, path)
+    fs, place = filesystem(uri, options)
+    try:
+        with open_parquet(uri, options) as parquet:
+            footer = parquet.metadata
+        size = fs.size(place)
+    except (FileNotFoundError, DamagedFile):
+        return None
+    statistics = [footer.row_group(index).column(0).statistics for index in range(footer.num_row_groups)]
+    if not statistics or not all(one is not None and one.has_min_max for one in statistics):
+        return None
+    low, high = min(one.min for one in statistics), max(one.max for one in statistics)
+    return DataFile(path, size, footer.num_rows, low, high)
+
+
 @contextlib.contextmanager
 def open_parquet(uri: str, options: Options | None = None) -> Iterator[pq.ParquetFile]:
     """A Parquet file on any storage, through `checked_parquet`, for as long as it is read.

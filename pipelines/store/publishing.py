@@ -11,31 +11,32 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema
 from deltalake import Transaction as AppTransaction
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, PostCommitHookProperties, RemoveAction
 
 from pipelines.errors import JobError
 from pipelines.storage.durable import sync_files, sync_folders
 from pipelines.storage.errors import explain_write_error, reaching, said
-from pipelines.storage.files import filesystem, join
+from pipelines.storage.files import filesystem, is_there, join
 from pipelines.storage.filesystems import delta_options, is_local, local_path
 from pipelines.store.changes import TableEntry, Transaction
-from pipelines.store.table import CONTENT_VERSION_KEY, Table
+from pipelines.store.table import CONTENT_VERSION_KEY, Table, open_delta
 from pipelines.store.transaction_log import FIRST_PAUSE_SECONDS, PUTS_TRIED, TransactionLog
 
-APP = "dinoray"  # whose numbers the commits of a table carry
-NEWEST_LOG_FILES = 16  # among which are those of the last commit: one, and a checkpoint now and then
+# The application of Delta's protocol whose numbers are those of transactions.
+APP = "dinoray"
+# A commit leaves one, and now and then a checkpoint and a hint to it.
+NEWEST_LOG_FILES = 16
 REMOVED_AT_ONCE = 16
-TORN_AFTER_SECONDS = 10.0  # less than a machine takes to start again
-
-_T = TypeVar("_T")
+# No machine starts again in less.
+TORN_AFTER_SECONDS = 10.0
 
 
 def publish(
@@ -102,34 +103,23 @@ def _is_torn(path: str) -> bool:
     return found.st_size == 0 and time.time() - found.st_mtime > TORN_AFTER_SECONDS
 
 
-def open_delta(log: TransactionLog, table: str) -> DeltaTable | None:
-    """A table of a store, or None where there is none. Nothing is made.
-
-    Raises JobError for a log that cannot be read.
-    """
-    uri = join(log.uri, table)
-    try:
-        return repeated(lambda: DeltaTable(uri, storage_options=delta_options(uri, log.options)), uri)
-    except TableNotFoundError:
-        return None
-    except DeltaError as error:
-        raise JobError(
-            f"The log of {uri} is damaged or out of reach ({said(error)}): run `dinoray repair {log.uri}`."
-        ) from None
+def delta_of(log: TransactionLog, table: str) -> DeltaTable | None:
+    """A table of a store at its newest version, or None where there is none. Raises JobError for a damaged log."""
+    return open_delta(join(log.uri, table), log.options)
 
 
-def repeated(read: Callable[[], _T], uri: str) -> _T:
-    """Read from a table's log; from remote storage again when an answer broke off, which delta-rs does not repeat."""
-    for attempt in range(PUTS_TRIED - 1):
-        try:
-            return read()
-        except (FileNotFoundError, PermissionError):
-            raise
-        except OSError:
-            if is_local(uri):
-                raise
-            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
-    return read()
+def complete_properties(log: TransactionLog, tables: Iterable[str]) -> None:
+    """Give tables of an older dinoray the properties of new ones. Raises JobError for a damaged log."""
+    for table in tables:
+        delta = delta_of(log, table)
+        if delta is None:
+            continue
+        known, wanted = delta.metadata().configuration, _properties(delta.schema().fields[0].name)
+        if any(known.get(name) != value for name, value in wanted.items()):
+            # another run that was first did the same, or will
+            with contextlib.suppress(DeltaError):
+                delta.alter.set_table_properties(wanted)
+            _make_durable(log, _newest_files(log, table))  # later commits are built on it
 
 
 def number_of(delta: DeltaTable) -> int:
@@ -146,7 +136,7 @@ def _publish_table(
         _remove_torn_files(log, entry.table)
     failures = 0
     while True:
-        delta = delta or open_delta(log, entry.table) or _create(log, entry)
+        delta = delta or delta_of(log, entry.table) or _create(log, entry)
         if delta is None:
             return []
         if number_of(delta) >= transaction.number or not (entry.add or entry.remove):
@@ -170,29 +160,36 @@ def _publish_table(
 
 
 def _moved(log: TransactionLog, table: str, version: int) -> bool:
-    delta = open_delta(log, table)
+    delta = delta_of(log, table)
     return delta is not None and delta.version() > version
 
 
 def _create(log: TransactionLog, entry: TableEntry) -> DeltaTable | None:
     """A table that the transaction begins; None where its folder was removed since, by hand."""
     uri = join(log.uri, entry.table)
-    if entry.schema is None or (entry.add and not _exists(log, join(entry.table, entry.add[0].path))):
+    if entry.schema is None or (entry.add and not is_there(join(uri, entry.add[0].path), log.options)):
         return None
     with contextlib.suppress(DeltaError):  # another publisher made it: it is opened in either case
         DeltaTable.create(
             uri,
             schema=Schema.from_json(entry.schema),
             mode="ignore",
-            # readers through Arrow would take absent statistics of other columns for bounds
-            configuration={"delta.dataSkippingStatsColumns": entry.key},
+            configuration=_properties(entry.key),
             storage_options=delta_options(uri, log.options),
             commit_properties=CommitProperties(max_commit_retries=0),
         )
-    made = open_delta(log, entry.table)
+    made = delta_of(log, entry.table)
     if made is None:
         raise JobError(f"The table {uri} cannot be made: check that the place can be written.")
     return made
+
+
+def _properties(key: str) -> dict[str, str]:
+    """Which columns have statistics in the log.
+
+    Readers through Arrow would take the absent ones of other columns for bounds, and find no row for a condition.
+    """
+    return {"delta.dataSkippingStatsColumns": key}
 
 
 def _commit(log: TransactionLog, delta: DeltaTable, transaction: Transaction, entry: TableEntry) -> None:
@@ -255,12 +252,3 @@ def _sweep(log: TransactionLog, paths: Iterable[str]) -> None:
         return
     with ThreadPoolExecutor(REMOVED_AT_ONCE) as pool:
         list(pool.map(remove, paths))
-
-
-def _exists(log: TransactionLog, path: str) -> bool:
-    fs, place = filesystem(join(log.uri, path), log.options)
-    try:
-        fs.info(place)  # `exists` of some drivers says no whenever the storage fails
-    except FileNotFoundError:
-        return False
-    return True

@@ -14,8 +14,8 @@ from pipelines.errors import JobError
 from pipelines.storage.errors import said
 from pipelines.store.changes import Pointer, Transaction
 from pipelines.store.parquet import DataFile
-from pipelines.store.publishing import as_table, number_of, open_delta, repeated
-from pipelines.store.table import Table
+from pipelines.store.publishing import as_table, delta_of, number_of
+from pipelines.store.table import Table, repeated
 from pipelines.store.transaction_log import TransactionLog
 
 
@@ -64,7 +64,7 @@ class Snapshot:
 
     def _delta(self, path: str) -> DeltaTable | None:
         if path not in self.opened:
-            delta = open_delta(self.log, path)
+            delta = delta_of(self.log, path)
             self.opened[path] = delta if delta is None else self._went_back(path, delta)
             if delta is not None and delta.version() and number_of(delta) < self._number_expected(path):
                 raise JobError(

@@ -17,17 +17,17 @@ from pipelines import storage
 from pipelines.errors import JobError, RequestError
 from pipelines.settings.loading import make_config
 from pipelines.settings.sections import Config
-from pipelines.storage.errors import explain_write_error, reaching
-from pipelines.store.changes import Change, TableChange
+from pipelines.storage.errors import explain_write_error
 from pipelines.store.extraction import Plan
 from pipelines.store.failures import STORAGE_ERROR
 from pipelines.store.mending import mend
+from pipelines.store.new_tables import make_tables
+from pipelines.store.publishing import complete_properties
 from pipelines.store.schemas import FAILURES, IMAGES, SCHEMA_VERSION, descriptor_columns, patches_schema
-from pipelines.store.snapshots import Snapshot
 from pipelines.store.spec import fingerprint, make_spec, spec_differences
-from pipelines.store.table import Table
+from pipelines.store.table import Table, open_table
 from pipelines.store.transaction_log import TransactionLog
-from pipelines.store.transactions import open_for_writing, transact
+from pipelines.store.transactions import open_for_writing
 
 # delta-rs decodes the first, takes the second for a slash and refuses the others; in a URL, # and ? end the path.
 _AMBIGUOUS_LOCALLY = re.compile(r"%[0-9A-Fa-f]{2}|\\|[\x00-\x1f\x7f]")
@@ -42,16 +42,26 @@ class Store:
         self.config = config
         self.spec: dict[str, Any] = description["spec"]
         self.fingerprint: str = description["fingerprint"]
-        self.images = Table(storage.join(uri, "images"), IMAGES, config.storage.options)
+        self.images = self._table("images", IMAGES)
 
     @cached_property
     def patches(self) -> Table:
         # opened on demand: jobs that read embeddings never need it
-        return Table(storage.join(self.uri, "patches"), patches_schema(self.config), self.config.storage.options)
+        return self._table("patches", patches_schema(self.config))
 
     @cached_property
     def failures(self) -> Table:
-        return Table(storage.join(self.uri, "failures"), FAILURES, self.config.storage.options)
+        return self._table("failures", FAILURES)
+
+    def _table(self, name: str, schema: pa.Schema) -> Table:
+        """Raises JobError for one that is not there."""
+        table = open_table(storage.join(self.uri, name), schema, self.config.storage.options)
+        if table is None:
+            raise JobError(
+                f"The store {self.uri} has no table {name}: its log is gone, or the first run was killed before it "
+                f"made it. Restore it from a copy, or run `dinoray extract INPUT {self.uri}`."
+            )
+        return table
 
     @cached_property
     def log(self) -> TransactionLog:
@@ -201,8 +211,8 @@ class Store:
 
     def repair(self, run_id: str) -> dict[str, int]:
         """Publish what a dead writer left, and put right what kills left in stores of before; see `mend`."""
-        for table in (self.images, self.patches, self.failures):
-            table.complete_properties()
+        complete_properties(self.log, ["images", "patches", "failures"])
+        self.refresh()
         return mend(self, run_id)
 
     def failed_in_listing(self) -> set[str]:
@@ -254,29 +264,9 @@ def _log_of(uri: str, config: Config) -> TransactionLog:
 
 
 def _make_tables(uri: str, config: Config) -> None:
-    """Make the tables of the extraction that are not there: other tools are to find every one, even an empty one.
-
-    Of two runs that create one store together the second finds them made.
-    """
+    """Other tools are to find every table, even an empty one."""
     schemas = {"patches": patches_schema(config), "images": IMAGES, "failures": FAILURES}
-    options = config.storage.options
-    if all(_has_log(storage.join(uri, name), options) for name in schemas):
-        return
-
-    def build(current: Snapshot) -> Change | None:
-        missing = [TableChange(name, schema) for name, schema in schemas.items() if current.version(name) is None]
-        return Change(missing) if missing else None
-
-    transact(_log_of(uri, config), build, run_id="", command="extract")
-
-
-def _has_log(table: str, options: storage.Options) -> bool:
-    fs, folder = storage.filesystem(storage.join(table, "_delta_log"), options)
-    try:
-        with reaching(table):
-            return any(name.endswith(".json") for name in fs.ls(folder, detail=False))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    make_tables(_log_of(uri, config), schemas, "extract")
 
 
 def read_description(uri: str, config: Config) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from pipelines.store.changes import Change, TableChange
 from pipelines.store.garbage import garbage
 from pipelines.store.linked_tables import SMALL_FILE_SHARE_OF_TARGET, LinkedTables
 from pipelines.store.parquet import DataFile, new_file_name
+from pipelines.store.publishing import complete_properties
 from pipelines.store.rewriting import merge_files, rewrite
 from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.store import Store
@@ -87,7 +88,8 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
         tables = list(_tables(opened))
         result.files_before = sum(len(pair.data.files()) for pair in tables)
         for pair in tables:
-            pair.data.complete_properties()
+            complete_properties(opened.log, [_path(opened, pair.data)])
+            pair.data.refresh()
             for group in _groups(opened, current, pair, target):
                 line.show(f"merging {counted(len(group), 'file')} of {_path(opened, pair.data)}")
                 _merge(opened, pair, group, target, result)

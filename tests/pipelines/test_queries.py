@@ -18,12 +18,12 @@ import pytest
 from deltalake import DeltaTable
 from hand_made import add_failure, features, source
 from small_runs import settings
+from tables_by_hand import commit_by_hand, made_table
 
 from pipelines.extract.shards import ShardWriter
 from pipelines.store.extraction import Committer, ShardReport
 from pipelines.store.schemas import ASSIGNMENTS, CENTROIDS, MATCHES, PAIRS, PARTS_IMAGES, PARTS_PATCHES
 from pipelines.store.store import Store
-from pipelines.store.table import Table
 
 RUN = Path(__file__).parents[2] / "examples" / "queries" / "run.py"
 QUESTIONS = 10
@@ -73,12 +73,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(folder: Path, schema: pa.Schema, **columns: Any) -> None:
     """A table in one file, empty values in the columns that are not given."""
-    table, count = Table(str(folder), schema), len(next(iter(columns.values())))
+    table, count = made_table(str(folder), schema), len(next(iter(columns.values())))
     arrays = [
         pa.array(list(columns[field.name]), field.type) if field.name in columns else pa.nulls(count, field.type)
         for field in schema
     ]
-    table.commit([table.write_file("part-x.parquet", pa.table(arrays, schema=schema))], [], "x")
+    commit_by_hand(table, [table.write_file("part-x.parquet", pa.table(arrays, schema=schema))], [], "x")
 
 
 @pytest.fixture(scope="module", params=["duckdb", "polars", "spark"])

@@ -30,6 +30,7 @@ import pytest
 from deltalake import DeltaTable
 from hand_made import add_failure, add_images, source, write_shard
 from small_runs import photo, settings
+from tables_by_hand import commit_by_hand
 from typer.testing import CliRunner
 
 from dino_ops.errors import ModelError
@@ -110,8 +111,8 @@ def test_what_is_printed_of_a_name_is_one_line_and_moves_no_cursor(tmp_path: Pat
     add_failure(store, "r2", "z", "Evil\x1b[2J\nError")
     report = write_shard(store, "r2", [source(evil)])
     assert report.images and report.patches
-    store.patches.commit([report.patches], [], "r2")
-    store.images.commit([report.images], [], "r2")
+    commit_by_hand(store.patches, [report.patches], [], "r2")
+    commit_by_hand(store.images, [report.images], [], "r2")
     shown = CliRunner().invoke(app, ["verify", store.uri])
     assert shown.exit_code == 1 and r"x\x1b[2J\ndinoray: all is well has 2 rows" in shown.stdout
     is_clean(shown.stdout + shown.stderr)
@@ -387,7 +388,7 @@ def test_a_log_that_names_files_elsewhere_is_not_followed(store: Store, tmp_path
     secret = tmp_path / "secret.parquet"
     secret.write_bytes(next((Path(store.uri) / "images").glob("*.parquet")).read_bytes())
     size = secret.stat().st_size
-    store.images.commit([DataFile("../../secret.parquet", size, 1, "a", "a")], [], "r2")
+    commit_by_hand(store.images, [DataFile("../../secret.parquet", size, 1, "a", "a")], [], "r2")
     with pytest.raises(JobError, match=r"'\.\./\.\./secret\.parquet' as its file, which lies outside"):
         store.images.read(["image_id"])
     for command in ("stats", "verify", "compact"):
@@ -403,7 +404,7 @@ def test_a_row_that_names_a_shard_elsewhere_is_not_followed(store: Store, tmp_pa
     assert report.images
     rows = store.images.read_file(report.images.path)
     rows = rows.set_column(rows.schema.get_field_index("shard"), "shard", pa.array(["../../secret.parquet"]))
-    store.images.commit([store.images.write_file("evil.parquet", rows)], [], "r2")
+    commit_by_hand(store.images, [store.images.write_file("evil.parquet", rows)], [], "r2")
     with pytest.raises(JobError, match="lies outside"):
         store.repair("r3")
     assert "../../secret.parquet" not in DeltaTable(store.patches.uri).file_uris()

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 from set_scenes import PATCH_PIXELS, Scene, add_scenes, scene
+from tables_by_hand import commit_by_hand
 
 from pipelines.results.clusters import ClusterTables
 from pipelines.results.matches import MatchTables
@@ -52,7 +53,7 @@ def shown_store(folder: Path, made: Mapping[str, Scene], *overrides: str) -> Sto
 
 def add_clusters(store: Store, made: Mapping[str, Scene], name: str = "words") -> None:
     """Every kind of patch is a cluster. A patch is nearer to its centroid the further up and left it is."""
-    tables = ClusterTables(store.uri, name, {})
+    tables = ClusterTables.open_or_make(store.uri, name, {})
     rows: list[dict[str, Any]] = []
     for image_id in sorted(made):
         kinds = made[image_id].kinds
@@ -71,7 +72,7 @@ def add_clusters(store: Store, made: Mapping[str, Scene], name: str = "words") -
 
 def add_parts(store: Store, made: Mapping[str, Scene], name: str = "things", note: str | None = None) -> None:
     """The two kinds of the object are its parts."""
-    tables = PartTables(store.uri, name, {})
+    tables = PartTables.open_or_make(store.uri, name, {})
     images: list[dict[str, Any]] = []
     for image_id in sorted(made):
         mask = (made[image_id].kinds.repeat(PATCH_PIXELS, 0).repeat(PATCH_PIXELS, 1) + 1) % 5
@@ -86,7 +87,7 @@ def add_parts(store: Store, made: Mapping[str, Scene], name: str = "things", not
 
 def add_matches(store: Store, pairs: Mapping[tuple[str, str], Sequence[float]], name: str = "nearest") -> None:
     """For each pair matches of given similarities, best first; the n-th joins (n, n + 1) and (n + 2, n + 3)."""
-    tables = MatchTables(store.uri, name, {})
+    tables = MatchTables.open_or_make(store.uri, name, {})
     rows: list[dict[str, Any]] = []
     about: list[dict[str, Any]] = []
     file = new_file_name(RUN)
@@ -116,4 +117,4 @@ def _axes(cells: Mapping[str, int]) -> list[tuple[str, int]]:
 
 def _commit(table: Table, rows: Sequence[dict[str, Any]], schema: pa.Schema, name: str | None = None) -> None:
     file = table.write_file(name or new_file_name(RUN), pa.Table.from_pylist(list(rows), schema=schema))
-    table.commit([file], [], RUN)
+    commit_by_hand(table, [file], [], RUN)

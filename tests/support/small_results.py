@@ -142,12 +142,12 @@ class Kind:
 KINDS = (
     Kind(
         "matches",
-        lambda store: MatchTables(store, "m", {}),
+        lambda store: MatchTables.open_or_make(store, "m", {}),
         lambda ids: ["".join(pair) for pair in combinations(ids, 2)],
         write_matches,
         match_checks.disagreements,
     ),
-    Kind("parts", lambda store: PartTables(store, "m", {}), list, write_parts, part_checks.disagreements),
+    Kind("parts", lambda store: PartTables.open_or_make(store, "m", {}), list, write_parts, part_checks.disagreements),
 )
 
 

@@ -40,7 +40,7 @@ def storage_steps(*, reads: bool = False) -> list[tuple[Any, str]]:
     found += [(DeltaTable, "create"), (DeltaTable, "create_write_transaction")]
     if reads:
         found += [(TransactionLog, "listing"), (TransactionLog, "read")]
-        found += [(snapshots, "open_delta"), (publishing, "open_delta")]
+        found += [(snapshots, "delta_of"), (publishing, "delta_of")]
     return found
 
 

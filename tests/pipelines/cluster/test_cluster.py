@@ -22,6 +22,7 @@ from hand_made import add_described, described
 from local_clusters import use_local_workers
 from s3_server import BUCKET, S3Server
 from small_runs import as_options, settings
+from tables_by_hand import commit_by_hand, made_table
 from typer.testing import CliRunner, Result
 
 from pipelines.cli import app
@@ -38,7 +39,6 @@ from pipelines.store.extraction import drop_images
 from pipelines.store.parquet import new_file_name
 from pipelines.store.schemas import CENTROIDS
 from pipelines.store.store import Store
-from pipelines.store.table import Table
 from pipelines.upkeep import verify
 
 DIMENSION = 16
@@ -282,7 +282,7 @@ def test_what_an_older_dinoray_left_between_its_two_commits_is_completed(
     kept = [store.images, store.patches, store.failures, tables.assignments]
     for table, files in [(table, list(table.files().values())) for table in kept] + [(tables.centroids, [centroids])]:
         shutil.rmtree(Path(table.uri, "_delta_log"))
-        Table(table.uri, table.schema).commit(files, [], "older")
+        commit_by_hand(made_table(table.uri, table.schema), files, [], "older")
     store = Store.open(store.uri, store.config)
     assert verified(store) != []
     result = run(store, update=True)
@@ -446,7 +446,7 @@ def test_verify_names_what_is_wrong(store: Store, here: None) -> None:
     rows = tables.centroids.read_file(path)
     wrong = rows.set_column(1, rows.schema.field("size"), pc.add(rows["size"], 1))
     training = path[len("part-") : -len("-0123456789ab.parquet")]
-    tables.centroids.commit([tables.centroids.write_file(new_file_name(training), wrong)], [path], training)
+    commit_by_hand(tables.centroids, [tables.centroids.write_file(new_file_name(training), wrong)], [path], training)
     assert len(verified(store)) == 12 and "cluster 0 has" in verified(store)[0]
 
     run(store, "twice")
@@ -455,7 +455,7 @@ def test_verify_names_what_is_wrong(store: Store, here: None) -> None:
     path = next(iter(tables.assignments.files()))
     training = path[len("part-") : -len("-0123456789ab.parquet")]
     again = tables.assignments.write_file(new_file_name(training), tables.assignments.read_file(path).slice(0, 48))
-    tables.assignments.commit([again], [], training)
+    commit_by_hand(tables.assignments, [again], [], training)
     assert any("clusters/twice: assignments: 000.jpg lies in" in problem for problem in verified(store))
 
     run(store, "bare")

@@ -145,7 +145,7 @@ def test_an_update_that_ends_while_a_training_is_at_work(begun: Path, tmp_path: 
 
 def test_files_are_merged_while_an_update_is_at_work(begun: Path, tmp_path: Path) -> None:
     def merge(store: str) -> None:
-        tables = ClusterTables(store, NAME, {})
+        tables = ClusterTables.open_or_make(store, NAME, {})
         path = tables.path_of("assignments")
 
         def build(current: Snapshot) -> Change:

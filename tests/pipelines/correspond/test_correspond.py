@@ -27,6 +27,7 @@ from hand_made import DIMENSIONS, GRID, add_images, features, source
 from PIL import Image
 from s3_server import BUCKET, S3Server
 from small_runs import photo, settings
+from tables_by_hand import commit_by_hand
 from typer.testing import CliRunner
 
 from dino_ops import Extractor, find_correspondences
@@ -88,7 +89,7 @@ def add(
 
 def by_hand(store: Store, name: str, pairs: list[str], *overrides: str) -> tuple[MatchTables, MatchReport]:
     """Files of pairs such as "ab", written as a worker does and not committed."""
-    tables = MatchTables(store.uri, name, {})
+    tables = MatchTables.open_or_make(store.uri, name, {})
     correspond.settings_of_matches(store.uri, name, settings().correspond, {}).check(record=True)
     config = store.config.model_copy(update={"correspond": settings(*overrides).correspond})
     setup = MatchSetup(store.uri, tables.uri, "r9", config, "cpu")
@@ -424,7 +425,7 @@ def test_what_a_kill_between_the_commits_left_is_mended(tmp_path: Path) -> None:
     tables.commit([half], "r9")
     _, orphan = by_hand(store, "m", ["ad", "bc"])
     assert orphan.matches
-    tables.matches.commit([orphan.matches], [], "r9")
+    commit_by_hand(tables.matches, [orphan.matches], [], "r9")
     found = verify.run(settings(), store=store.uri).problems
     assert len(found) == len([rows for rows in orphan.kept.values() if rows])
     assert all(problem.endswith("have matches, but are no pair") for problem in found)
@@ -440,10 +441,10 @@ def test_lost_matches_come_back_or_are_done_anew(tmp_path: Path) -> None:
     tables, report = by_hand(store, "m", ["ab", "ac"])
     tables.commit([report], "r9")
     assert report.matches
-    tables.matches.commit([], [report.matches.path], "r10")
+    commit_by_hand(tables.matches, [], [report.matches.path], "r10")
     assert tables.repair("r11")["shards_restored"] == 1
     assert pairs_of(store.uri, "m") == ["ab", "ac"]
-    tables.matches.commit([], [report.matches.path], "r12")
+    commit_by_hand(tables.matches, [], [report.matches.path], "r12")
     (tmp_path / "store" / "matches" / "m" / "matches" / report.matches.path).unlink()
     assert tables.repair("r13")["pairs_lost"] == 2
     assert pairs_of(store.uri, "m") == []
@@ -591,7 +592,7 @@ def test_verify_names_pairs_that_are_there_twice_or_lost_matches(tmp_path: Path)
     _, again = by_hand(store, "m", ["ba"])
     tables.commit([report], "r9")
     assert verify.run(settings(), store=store.uri).problems == []
-    tables.pairs.commit([again.pairs], [], "r9")
+    commit_by_hand(tables.pairs, [again.pairs], [], "r9")
     missing = f"matches/m: b and a have 0 matches, their pair says {again.kept['b', 'a']}"
     found = verify.run(settings(), store=store.uri).problems
     assert sorted(found) == sorted(["matches/m: a and b are a pair twice", missing])

@@ -17,6 +17,7 @@ from local_ray import use_local_ray
 from PIL import Image
 from set_scenes import GRID, PATCH_PIXELS, Scene, add_scenes, scene
 from small_runs import settings
+from tables_by_hand import commit_by_hand
 
 from pipelines.cosegment import job as cosegment
 from pipelines.cosegment import tasks as cosegment_tasks
@@ -269,7 +270,7 @@ def test_requests_that_cannot_be_met(store: Store, tmp_path: Path) -> None:
 def add_clusters(store: Store, name: str, of: str, clusters: dict[str, int]) -> None:
     """A clustering of images, made by hand."""
     run_id = "20200102T000000Z-aaaaaa"
-    tables = ClusterTables(store.uri, name, {})
+    tables = ClusterTables.open_or_make(store.uri, name, {})
     model = Model(Progress(run_id, {"of": of}, ""), [Level(np.eye(max(clusters.values()) + 1, 8))])
     write_model(model_uri(tables.uri, run_id), model, {})
     runs = {row["image_id"]: row["run_id"] for row in store.images.read(["image_id", "run_id"]).to_pylist()}
@@ -303,7 +304,7 @@ def test_a_large_set_is_fitted_on_a_sample_and_shared_out(tmp_path: Path, monkey
     add_scenes(store, 1, scenes)
     result = run(store, "animals", "cosegment.fit_images=5")
     assert result.segmented == 22
-    files = PartTables(store.uri, "animals", {}).images.files()
+    files = PartTables.open_or_make(store.uri, "animals", {}).images.files()
     assert sorted(file.rows for file in files.values()) == [3, 3, 4, 4, 4, 4]
     found = rows(store)
     for key, parts in patch_parts(store).items():
@@ -350,15 +351,15 @@ def test_a_killed_run_continues_where_it_stopped(tmp_path: Path, monkeypatch: py
 
 def test_patches_whose_images_never_arrived_are_removed(store: Store) -> None:
     run(store)
-    tables = PartTables(store.uri, "animals", {})
+    tables = PartTables.open_or_make(store.uri, "animals", {})
     path, file = next(iter(tables.patches.files().items()))
     stray = tables.patches.write_file("part-killed-000000000000.parquet", tables.patches.read_file(path))
-    tables.patches.commit([stray], [], "killed")
+    commit_by_hand(tables.patches, [stray], [], "killed")
     result = run(store)
     assert result.repaired == {"orphans_removed": 1} and result.segmented == 0
     Path(tables.patches.uri, path).unlink()  # and patches that are lost are made again
     tables.refresh()
-    tables.patches.commit([], [path], "lost")
+    commit_by_hand(tables.patches, [], [path], "lost")
     assert run(store).segmented == file.rows // GRID**2
     assert len(rows(store)) == 10
 
@@ -540,7 +541,7 @@ def test_verify_finds_what_does_not_fit_together(store: Store) -> None:
     assert verify.run(settings(), store=store.uri).problems == []
     counted = stats.run(settings(), store=store.uri).results["parts"]["animals"]
     assert (counted["sets"], counted["images"], counted["files"]) == (2, 10, 2)  # one image has no label
-    tables = PartTables(store.uri, "animals", {})
+    tables = PartTables.open_or_make(store.uri, "animals", {})
     (path,) = tables.patches.files()
     patches = tables.patches.read_file(path)
     less = tables.patches.write_file(path.replace("part-", "part-x"), patches.slice(1, len(patches) - GRID**2 - 1))
@@ -548,8 +549,8 @@ def test_verify_finds_what_does_not_fit_together(store: Store) -> None:
     shards = pa.array([less.path] * len(rows), pa.string())
     renamed = rows.set_column(rows.schema.get_field_index("shard"), "shard", shards)
     twice = pa.concat_tables([renamed, renamed.slice(3, 1)]).sort_by("image_id")
-    tables.patches.commit([less], [path], "broken")
-    tables.images.commit([tables.images.write_file(less.path, twice)], [path], "broken")
+    commit_by_hand(tables.patches, [less], [path], "broken")
+    commit_by_hand(tables.images, [tables.images.write_file(less.path, twice)], [path], "broken")
     problems = verify.run(settings(), store=store.uri).problems
     assert [one.removeprefix("parts/animals: ") for one in problems] == [
         "cat/03.jpg of set cat is there twice",

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.io import savemat
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from small_runs import as_options, settings
+from tables_by_hand import commit_by_hand
 from typer.testing import CliRunner
 
 from pipelines.cli import app
@@ -48,7 +49,7 @@ def found() -> dict[tuple[str, str], np.ndarray]:
 @pytest.fixture
 def store(tmp_path: Path, found: dict[tuple[str, str], np.ndarray]) -> Store:
     made = Store.create(str(tmp_path / "store"), settings())
-    tables = PartTables(made.uri, "things", {})
+    tables = PartTables.open_or_make(made.uri, "things", {})
     rows = [
         {
             "image_id": image_id,
@@ -63,9 +64,9 @@ def store(tmp_path: Path, found: dict[tuple[str, str], np.ndarray]) -> Store:
         for (set_id, image_id), one in sorted(found.items(), key=lambda item: item[0][1])
     ]
     patches = pa.Table.from_pylist([{**row, "row": 0, "col": 0, "part_id": 0} for row in rows], schema=PARTS_PATCHES)
-    tables.patches.commit([tables.patches.write_file("part-x.parquet", patches)], [], "r")
-    tables.images.commit(
-        [tables.images.write_file("part-x.parquet", pa.Table.from_pylist(rows, PARTS_IMAGES))], [], "r"
+    commit_by_hand(tables.patches, [tables.patches.write_file("part-x.parquet", patches)], [], "r")
+    commit_by_hand(
+        tables.images, [tables.images.write_file("part-x.parquet", pa.Table.from_pylist(rows, PARTS_IMAGES))], [], "r"
     )
     return made
 

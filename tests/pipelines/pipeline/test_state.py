@@ -68,7 +68,7 @@ def night(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 def clustered(store: Store, name: str, first_seed: int = 0) -> None:
     """clusters/NAME with the model that its tables are of."""
     add_clusters(store, scenes(IDS, first_seed=first_seed), name)
-    tables = ClusterTables(store.uri, name, {})
+    tables = ClusterTables.open_or_make(store.uri, name, {})
     training = training_of(next(iter(tables.assignments.files())))
     model = Model(Progress(training, {"of": "embeddings"}, "images"), [Level(np.eye(3))])
     write_model(model_uri(tables.uri, training), model, {})

@@ -13,10 +13,10 @@ import pytest
 from deltalake import DeltaTable
 from hand_made import add_failure, add_images, source
 from small_runs import settings
+from tables_by_hand import commit_by_hand, made_table
 
 from pipelines.store.schemas import ASSIGNMENTS, MATCHES, PAIRS, PARTS_PATCHES
 from pipelines.store.store import Store
-from pipelines.store.table import Table
 from pipelines.upkeep import compact
 
 SCHEMAS = {"assignments": ASSIGNMENTS, "matches": MATCHES, "pairs": PAIRS, "part_patches": PARTS_PATCHES}
@@ -32,8 +32,8 @@ def store(tmp_path: Path) -> Path:
     add_failure(made, "20260101T000000Z-000000", "d.jpg")
     for name, schema in SCHEMAS.items():
         columns = [_values(field.type, at == ID_COLUMN) for at, field in enumerate(schema)]
-        table = Table(str(tmp_path / "store" / name), schema)
-        table.commit([table.write_file("part-x.parquet", pa.table(columns, schema=schema))], [], "x")
+        table = made_table(str(tmp_path / "store" / name), schema)
+        commit_by_hand(table, [table.write_file("part-x.parquet", pa.table(columns, schema=schema))], [], "x")
     return tmp_path / "store"
 
 

@@ -25,6 +25,7 @@ from small_changes import (
     seen_by_a_reader,
     write,
 )
+from tables_by_hand import commit_by_hand, made_table
 from trials import at_step
 
 from pipelines.errors import JobError, RequestError
@@ -32,7 +33,6 @@ from pipelines.storage import conditional
 from pipelines.store import transaction_log
 from pipelines.store.changes import Change, Pointer, TableChange
 from pipelines.store.snapshots import snapshot
-from pipelines.store.table import Table
 from pipelines.store.transaction_log import TransactionLog
 from pipelines.store.transactions import transact
 
@@ -243,8 +243,8 @@ def test_a_table_that_cannot_be_written_is_completed_by_the_next_command(
 
 def store_of_before(log: TransactionLog) -> None:
     for table in TABLES:
-        made = Table(f"{log.uri}/{table}", SCHEMA)
-        made.commit([write(log, table, {"a": 0}), write(log, table, {"b": 0})], [], "old")
+        made = made_table(f"{log.uri}/{table}", SCHEMA)
+        commit_by_hand(made, [write(log, table, {"a": 0}), write(log, table, {"b": 0})], [], "old")
 
 
 def test_a_store_of_before_is_read_and_brought_up_by_its_first_writer(log: TransactionLog) -> None:
@@ -253,7 +253,7 @@ def test_a_store_of_before_is_read_and_brought_up_by_its_first_writer(log: Trans
     assert transact(log, lambda _: Change(), run_id="r", command="extract") == 1
     assert put_images(log, {"a": 1, "c": 0}) == 2
     holds(log, {"a": 1, "b": 0, "c": 0})
-    assert set(Table(f"{log.uri}/images", SCHEMA).read(["version"])["version"].to_pylist()) == {0, 1}
+    assert set(made_table(f"{log.uri}/images", SCHEMA).read(["version"])["version"].to_pylist()) == {0, 1}
 
 
 def test_a_reader_of_a_store_of_before_while_its_first_transaction_is_on_its_way(log: TransactionLog) -> None:
@@ -277,7 +277,7 @@ def test_compacting_leaves_the_version_of_the_content(log: TransactionLog) -> No
     """Which indices and jobs of before go by; where older commits are gone behind a checkpoint too."""
     put_images(log, {"a": 0})
     put_images(log, {"b": 0})
-    before = Table(f"{log.uri}/images", SCHEMA).content_version
+    before = made_table(f"{log.uri}/images", SCHEMA).content_version
     compact(log)
     said = Path(log.uri, "images", "_delta_log", f"{3:020}.json").read_text()
     assert said.count('"dataChange":false') == 3 and '"dataChange":true' not in said, "two files merged into one"
@@ -288,7 +288,7 @@ def test_compacting_leaves_the_version_of_the_content(log: TransactionLog) -> No
     DeltaTable(f"{log.uri}/images").create_checkpoint()
     for version in range(4):
         Path(log.uri, "images", "_delta_log", f"{version:020}.json").unlink()
-    after = Table(f"{log.uri}/images", SCHEMA)
+    after = made_table(f"{log.uri}/images", SCHEMA)
     assert after.version == before + 2 and after.content_version == before
 
 

@@ -24,13 +24,13 @@ from small_changes import (
     sweep,
     write,
 )
+from tables_by_hand import made_table
 from trials import Trials
 
 from pipelines.errors import JobError
 from pipelines.store.changes import Change, Pointer
 from pipelines.store.garbage import garbage
 from pipelines.store.snapshots import snapshot
-from pipelines.store.table import Table
 from pipelines.store.transaction_log import TransactionLog
 from pipelines.store.transactions import open_for_writing, transact
 
@@ -234,7 +234,7 @@ def test_what_pointers_stand_on_is_no_garbage(log: TransactionLog) -> None:
 def test_nothing_behind_a_link_is_swept(log: TransactionLog, tmp_path: Path) -> None:
     put_images(log, {"a": 0})
     outside = tmp_path / "outside"
-    Table(str(outside), SCHEMA)
+    made_table(str(outside), SCHEMA)
     (outside / "precious.parquet").write_text("somebody's")
     (Path(log.uri) / "parts").symlink_to(outside)
     assert garbage(open_for_writing(aged(log, 8)), 168) == []

@@ -16,6 +16,7 @@ from deltalake import DeltaTable
 from hand_made import add_failure, add_images, source, write_shard
 from small_runs import settings
 from stores import sorted_patches, sound
+from tables_by_hand import commit_by_hand, made_table
 from typer.testing import CliRunner
 
 from pipelines.cli import app
@@ -28,7 +29,6 @@ from pipelines.store.extraction import Committer
 from pipelines.store.parquet import new_file_name
 from pipelines.store.schemas import ASSIGNMENTS, IMAGES, MATCHES, PAIRS
 from pipelines.store.store import Store
-from pipelines.store.table import Table
 from pipelines.upkeep import compact
 
 RUNS, IMAGES_A_RUN = 7, 5
@@ -192,7 +192,7 @@ def test_rows_that_come_to_name_a_file_while_it_is_merged_keep_it(
             rows = other.images.read_file(min(other.images.files())).slice(0, 1)
             rows = rows.set_column(rows.schema.get_field_index("image_id"), "image_id", pa.array(["003/x.jpg"]))
             rows = rows.set_column(rows.schema.get_field_index("shard"), "shard", pa.array([shard]))
-            other.images.commit([other.images.write_file(new_file_name("r"), rows.cast(IMAGES))], [], "r")
+            commit_by_hand(other.images, [other.images.write_file(new_file_name("r"), rows.cast(IMAGES))], [], "r")
         calls.append(args)
         return merge(*args, **options)
 
@@ -209,7 +209,7 @@ def test_what_was_killed_before_there_were_transactions_is_neither_merged_nor_sw
     orphan = write_shard(store, "20260103T000000Z-000000", [source("new.jpg")]).patches
     lost, *_ = store.patches.files().values()
     assert orphan
-    store.patches.commit([orphan], [lost.path], "20260103T000000Z-000000")
+    commit_by_hand(store.patches, [orphan], [lost.path], "20260103T000000Z-000000")
 
     compact.run(settings(KEEP_NOTHING), store=str(tmp_path))
     compact.run(settings(KEEP_NOTHING), store=str(tmp_path))
@@ -230,7 +230,7 @@ def test_nothing_outside_the_tables_is_swept(tmp_path: Path) -> None:
     folders = ["", "index/photos", "clusters/words", "projection", "models", "weights", "runs", "parts/x", "mine"]
     names = ["a.parquet", "model-1.npz", "manifest-1.json", "a.faiss", "settings.json", "w.safetensors", "x.partial"]
     kept = [tmp_path / folder / name for folder in folders for name in names]
-    Table(str(tmp_path / "mine"), IMAGES, {})  # somebody's own
+    made_table(str(tmp_path / "mine"), IMAGES)  # somebody's own
     kept += [tmp_path / "images" / "notes.txt", tmp_path / "clusters" / "words" / "assignments.parquet"]
     for path in kept:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +280,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 def test_matches_and_the_pairs_that_name_them(tmp_path: Path) -> None:
     store = small_runs_store(tmp_path, runs=1)
-    tables = MatchTables(store.uri, "nearest", {})
+    tables = MatchTables.open_or_make(store.uri, "nearest", {})
     for run in range(3):
         run_id, name = f"20260102T00000{run}Z-00000{run}", new_file_name(f"20260102T00000{run}Z-00000{run}")
         ids = [(f"{at:03}/0.jpg", f"{at + run + 1:03}/0.jpg") for at in range(IMAGES_A_RUN - run - 1)]
@@ -296,8 +296,10 @@ def test_matches_and_the_pairs_that_name_them(tmp_path: Path) -> None:
         about |= dict.fromkeys(("run_id_a", "run_id_b"), "20260101T000000Z-000000")
         pairs = [{"image_a": a, "image_b": b, **about} for a, b in ids]
         written = tables.matches.write_file(name, pa.Table.from_pylist(matches, schema=MATCHES))
-        tables.matches.commit([written], [], run_id)
-        tables.pairs.commit([tables.pairs.write_file(name, pa.Table.from_pylist(pairs, schema=PAIRS))], [], run_id)
+        commit_by_hand(tables.matches, [written], [], run_id)
+        commit_by_hand(
+            tables.pairs, [tables.pairs.write_file(name, pa.Table.from_pylist(pairs, schema=PAIRS))], [], run_id
+        )
     sound(tmp_path)
     folder = tmp_path / "matches" / "nearest"
     before = duckdb.sql(f"FROM '{folder}/matches/*.parquet' ORDER BY ALL").fetchall()
@@ -312,12 +314,12 @@ def test_matches_and_the_pairs_that_name_them(tmp_path: Path) -> None:
 
 
 def test_files_of_two_trainings_stay_apart_and_say_which_they_are_of(tmp_path: Path) -> None:
-    table = Table(str(tmp_path / "assignments"), ASSIGNMENTS, {})
+    table = made_table(str(tmp_path / "assignments"), ASSIGNMENTS)
     trainings = ("20260101T000000Z-aaaaaa", "20260102T000000Z-bbbbbb")
     for number in range(4):
         row = {"image_id": f"{number}.jpg", "row": 0, "col": 0, "cluster_id": 1, "distance": 0.5, "saliency": 0.5}
         rows = pa.Table.from_pylist([row | {"run_id": "20260101T000000Z-000000"}], schema=ASSIGNMENTS)
-        table.commit([table.write_file(new_file_name(trainings[number % 2]), rows)], [], trainings[number % 2])
+        commit_by_hand(table, [table.write_file(new_file_name(trainings[number % 2]), rows)], [], trainings[number % 2])
     linked = compact.LinkedTables(table, run_in_names=True)
     groups = linked.groups(1_000_000)
     assert [{training_of(file.path) for file in group} for group in groups] == [{trainings[0]}, {trainings[1]}]

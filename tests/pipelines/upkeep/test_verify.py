@@ -15,6 +15,7 @@ import pytest
 from deltalake import DeltaTable
 from hand_made import DIMENSIONS, GRID, add_failure, add_images, source
 from small_runs import settings
+from tables_by_hand import commit_by_hand
 from typer.testing import CliRunner
 
 from pipelines.cli import app
@@ -78,8 +79,8 @@ def damage(
     path_of(table, old).unlink()
     (Path(table.uri) / fresh).rename(path_of(table, old))
     described = DataFile(old.path, size, len(rows), old.min_id, old.max_id)
-    table.commit([], [old.path], "damage")
-    table.commit([log(described)], [], "damage")
+    commit_by_hand(table, [], [old.path], "damage")
+    commit_by_hand(table, [log(described)], [], "damage")
 
 
 def without(image_id: str) -> Callable[[pa.Table], pa.Table]:
@@ -225,7 +226,7 @@ def test_a_patch_that_is_there_twice_is_named(store: Store) -> None:
 def test_an_image_that_is_done_and_failed_is_named(store: Store) -> None:
     row = failure_row(source("a"), "decode", "ImageError", "it is broken", 1, "r2")
     rows = pa.Table.from_pylist([{name: row[name] for name in FAILURES.names}], schema=FAILURES)
-    store.failures.commit([store.failures.write_file(new_file_name("r2"), rows)], [], "r2")
+    commit_by_hand(store.failures, [store.failures.write_file(new_file_name("r2"), rows)], [], "r2")
     assert problems(store) == ["a is in images and in failures"]
 
 
