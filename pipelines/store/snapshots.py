@@ -13,6 +13,7 @@ from deltalake.exceptions import DeltaError
 from pipelines.errors import JobError
 from pipelines.storage.errors import said
 from pipelines.store.changes import Pointer, Transaction
+from pipelines.store.damage import DamagedLog
 from pipelines.store.parquet import DataFile
 from pipelines.store.publishing import as_table, delta_of, number_of
 from pipelines.store.table import Table, repeated
@@ -67,7 +68,7 @@ class Snapshot:
             delta = delta_of(self.log, path)
             self.opened[path] = delta if delta is None else self._went_back(path, delta)
             if delta is not None and delta.version() and number_of(delta) < self._number_expected(path):
-                raise JobError(
+                raise DamagedLog(
                     f"{self.log.uri}/{path} does not have transaction {self.number}, which {self.log.folder} says it "
                     "has: the store was copied while it was written to, or a part of it was put back. Copy or restore "
                     "it whole."
@@ -82,7 +83,7 @@ class Snapshot:
     def _went_back(self, path: str, delta: DeltaTable) -> DeltaTable:
         """The version before those of later transactions, which is mostly the newest or the one before."""
         if number_of(delta) > self.number and number_of(delta) > (newest := self.log.listing().newest):
-            raise JobError(
+            raise DamagedLog(
                 f"{self.log.uri}/{path} has transaction {number_of(delta)}, and {self.log.folder} ends at {newest}: "
                 "files of it were removed, or the store was copied while it was written to. Copy or restore it whole."
             )
