@@ -22,7 +22,7 @@ from pipelines.results.cluster_statistics import Counting, Statistics
 from pipelines.results.names import result_uri
 from pipelines.results.stored import ResultTables
 from pipelines.store.changes import Change, Pointer, TableChange
-from pipelines.store.damage import gone, run_repair
+from pipelines.store.damage import DamagedResult, gone, run_repair
 from pipelines.store.linked_tables import LinkedTables
 from pipelines.store.parquet import DataFile, new_file_name, open_parquet, run_id_of
 from pipelines.store.publishing import number_of
@@ -98,14 +98,14 @@ class ClusterTables(ResultTables):
         if not runs:
             return None
         if len(runs) > 1:
-            raise JobError(f"{self.assignments.uri} mixes several trainings: {run_repair(self.log.uri)}.")
+            raise DamagedResult(f"{self.assignments.uri} mixes several trainings: {run_repair(self.log.uri)}.")
         run_id = runs.pop()
         uri = model_uri(self.uri, run_id)
         pointer = snapshot(self.log).pointers.get(self.path)
         checksum = pointer.checksum if pointer and pointer.file == self._model_path(run_id) else None
         model = read_model(uri, self.options, checksum)
         if model is None:
-            raise JobError(gone(uri, self.log.uri))
+            raise DamagedResult(gone(uri, self.log.uri))
         return model
 
     def training_in(self, current: Snapshot) -> str:
@@ -115,7 +115,7 @@ class ClusterTables(ResultTables):
         """
         runs = {training_of(path) for path in current.files(self.path_of("assignments"))}
         if len(runs) > 1:
-            raise JobError(f"{self.assignments.uri} mixes several trainings: {run_repair(self.log.uri)}.")
+            raise DamagedResult(f"{self.assignments.uri} mixes several trainings: {run_repair(self.log.uri)}.")
         return runs.pop() if runs else ""
 
     def _model_path(self, run_id: str) -> str:

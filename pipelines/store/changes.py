@@ -146,13 +146,13 @@ class Transaction:
         """Raises JobError for a damaged file, RequestError for one of a newer dinoray."""
         try:
             content = json.loads(data)
-            if content.pop(CHECKSUM, None) not in (None, _checksum(content)):
-                raise ValueError("it has another checksum")
             if content["format"] > FORMAT:
                 raise RequestError(
                     f"{uri} was written by a newer dinoray (format {content['format']}, this one knows {FORMAT}): "
                     "update dinoray."
                 )
+            if content.pop(CHECKSUM, None) not in (None, _checksum(content)):
+                raise ValueError("it has another checksum")
             return cls(
                 content["number"],
                 content["token"],

@@ -26,6 +26,10 @@ class DamagedLog(JobError):
     """The log of a table, or that of a store's transactions, is damaged, or is not of the state of the others."""
 
 
+class DamagedResult(JobError):
+    """A result of a job is there, and what it was made with is gone, or is another's."""
+
+
 def gone(uri: str, store: str = "") -> str:
     """The sentence for a file that a table or an index names and that is not there: it may have been replaced at this
     moment, or be lost."""
