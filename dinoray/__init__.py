@@ -8,7 +8,8 @@
 
 A function has the name and the arguments of its command (`dinoray cluster --help`), besides `settings`, a mapping of
 section.key to value, and `config`, YAML files. It returns the job's result, whose fields are those that --json prints,
-and raises an error where the command would print a sentence: RequestError or ModelError (exit code 2), JobError (1).
+and raises an error where the command would print a sentence: RequestError or ModelError (exit code 2), JobError (1), or
+KeyboardInterrupt (130).
 
 Importing dinoray loads neither torch nor Ray: a name is resolved when it is first used. The signatures are in
 __init__.pyi.

@@ -38,8 +38,8 @@ Settings = Mapping[str, Any]
 Files = str | Path | Iterable[str | Path]
 
 def extract(
-    input: str,
-    store: str,
+    input: str | Path,
+    store: str | Path,
     *,
     prune: bool = False,
     retry_failed: bool = False,
@@ -51,11 +51,11 @@ def extract(
     """Images to tables: one row per image, one row per patch, one row per failure. Run it again to add what is new."""
 
 def estimate(
-    input: str,
-    store: str,
+    input: str | Path,
+    store: str | Path,
     *,
     sample: int = 128,
-    device: str | None = None,
+    device: str | Path | None = None,
     cpus: int = 16,
     price: float | None = None,
     settings: Settings | None = None,
@@ -64,12 +64,12 @@ def estimate(
     """What an extraction will take: bytes, files, FLOPs, hours and cost, from extracting a sample. Nothing is kept."""
 
 def cluster(
-    store: str,
-    name: str,
+    store: str | Path,
+    name: str | Path,
     *,
     k: int | None = None,
     elbow: bool = False,
-    of: str | None = None,
+    of: str | Path | None = None,
     update: bool = False,
     dry_run: bool = False,
     settings: Settings | None = None,
@@ -78,12 +78,12 @@ def cluster(
     """Patches, or whole images, to clusters: k-means over the store. The same command continues one that was killed."""
 
 def cosegment(
-    store: str,
-    name: str,
+    store: str | Path,
+    name: str | Path,
     *,
-    sets: str | None = None,
-    masks: str | None = None,
-    overlays: str | None = None,
+    sets: str | Path | None = None,
+    masks: str | Path | None = None,
+    overlays: str | Path | None = None,
     dry_run: bool = False,
     settings: Settings | None = None,
     config: Files = (),
@@ -91,8 +91,8 @@ def cosegment(
     """Sets of images to masks: their common foreground and its parts. Run it again to add what is new."""
 
 def train(
-    input: str,
-    output: str,
+    input: str | Path,
+    output: str | Path,
     *,
     dry_run: bool = False,
     settings: Settings | None = None,
@@ -101,8 +101,8 @@ def train(
     """Images to weights: DINO self-distillation on your own images. The same command continues one that was stopped."""
 
 def index(
-    store: str,
-    name: str,
+    store: str | Path,
+    name: str | Path,
     *,
     dry_run: bool = False,
     settings: Settings | None = None,
@@ -111,23 +111,23 @@ def index(
     """Embeddings or patches to an index for search. Run it again to bring it up to date."""
 
 def search(
-    store: str,
-    name: str,
-    image: str,
+    store: str | Path,
+    name: str | Path,
+    image: str | Path,
     *,
-    box: str | None = None,
+    box: str | Path | None = None,
     top: int = 10,
-    save: str | None = None,
+    save: str | Path | None = None,
     settings: Settings | None = None,
     config: Files = (),
 ) -> SearchResult:
     """The images nearest to an image, or the patches nearest to a part of it and where they are."""
 
 def correspond(
-    store: str,
-    name: str,
+    store: str | Path,
+    name: str | Path,
     *,
-    pairs: str | None = None,
+    pairs: str | Path | None = None,
     dry_run: bool = False,
     settings: Settings | None = None,
     config: Files = (),
@@ -135,69 +135,69 @@ def correspond(
     """Pairs of images to tables: which patch matches which. Run it again to add what is new."""
 
 def evaluate_pck(
-    store: str,
+    store: str | Path,
     *,
-    annotations: str,
+    annotations: str | Path,
     settings: Settings | None = None,
     config: Files = (),
 ) -> EvaluatePckResult:
     """Point correspondence on annotated pairs of images: the fraction of key points carried over correctly (PCK)."""
 
 def evaluate_knn(
-    store: str,
+    store: str | Path,
     *,
-    test: str | None = None,
+    test: str | Path | None = None,
     settings: Settings | None = None,
     config: Files = (),
 ) -> EvaluateKnnResult:
     """Whether the nearest images, voting, find an image's label: k-NN accuracy of the embeddings."""
 
 def evaluate_linear(
-    store: str,
+    store: str | Path,
     *,
-    test: str | None = None,
+    test: str | Path | None = None,
     settings: Settings | None = None,
     config: Files = (),
 ) -> EvaluateLinearResult:
     """Whether a linear classifier of the embeddings finds an image's label: linear-probe accuracy."""
 
 def evaluate_retrieval(
-    store: str,
+    store: str | Path,
     *,
-    of: str = "embeddings",
+    of: str | Path = "embeddings",
     settings: Settings | None = None,
     config: Files = (),
 ) -> EvaluateRetrievalResult:
     """Whether the nearest images have the same label: recall@k and mean average precision (mAP)."""
 
 def evaluate_segmentation(
-    store: str,
-    name: str,
+    store: str | Path,
+    name: str | Path,
     *,
-    masks: str,
+    masks: str | Path,
     settings: Settings | None = None,
     config: Files = (),
 ) -> EvaluateSegmentationResult:
     """The common foreground against annotated masks: Jaccard, precision and CorLoc."""
 
 def evaluate_parts(
-    store: str,
-    name: str,
+    store: str | Path,
+    name: str | Path,
     *,
-    annotations: str,
+    annotations: str | Path,
     settings: Settings | None = None,
     config: Files = (),
 ) -> EvaluatePartsResult:
     """Parts against part labels or key points: normalised mutual information (NMI) and adjusted Rand index (ARI)."""
 
 def report(
-    store: str,
+    store: str | Path,
     *,
-    output: str | None = None,
+    output: str | Path | None = None,
     sample: int | None = None,
-    images: Iterable[str] | None = None,
-    query: str | None = None,
-    png: str | None = None,
+    images: str | Path | Iterable[str | Path] | None = None,
+    query: str | Path | None = None,
+    png: str | Path | None = None,
     dry_run: bool = False,
     settings: Settings | None = None,
     config: Files = (),
@@ -205,7 +205,7 @@ def report(
     """See it: photos with what was found in them, and where a patch occurs in all others, as one HTML file."""
 
 def verify(
-    store: str,
+    store: str | Path,
     *,
     deep: bool = False,
     settings: Settings | None = None,
@@ -214,7 +214,7 @@ def verify(
     """Check that a store holds what it says: every image all its patches, files and log agreeing. Exit 1 if not."""
 
 def compact(
-    store: str,
+    store: str | Path,
     *,
     dry_run: bool = False,
     settings: Settings | None = None,
@@ -223,7 +223,7 @@ def compact(
     """Merge the small files that many runs leave, and remove what no snapshot within compact.retention_hours needs."""
 
 def stats(
-    store: str,
+    store: str | Path,
     *,
     settings: Settings | None = None,
     config: Files = (),

@@ -60,7 +60,7 @@ def _result_of(job: Job) -> type:
 
 
 def _function(job: Job) -> str:
-    first = [f"{one.name}: str" for one in job.all_arguments if one.position]
+    first = [f"{one.name}: {_kind(one)}" for one in job.all_arguments if one.position]
     named = [_parameter(one) for one in job.all_arguments if not one.position]
     planned = ["dry_run: bool = False"] if job.plans else []
     shared = ["settings: Settings | None = None", "config: Files = ()"]
@@ -68,8 +68,13 @@ def _function(job: Job) -> str:
     return f'\ndef {_name(job)}(\n{parameters}) -> {_result_name(_name(job))}:\n    """{job.help}"""\n'
 
 
+def _kind(argument: Argument) -> str:
+    """What a caller may give: paths wherever a text stands on the command line."""
+    return "str | Path" if argument.kind is str else argument.kind.__name__
+
+
 def _parameter(argument: Argument) -> str:
-    kind = f"Iterable[{argument.kind.__name__}]" if argument.many else argument.kind.__name__
+    kind = f"{_kind(argument)} | Iterable[{_kind(argument)}]" if argument.many else _kind(argument)
     if argument.needed:
         return f"{argument.name}: {kind}"
     optional = kind if argument.default is not None else f"{kind} | None"

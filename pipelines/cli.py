@@ -7,10 +7,9 @@ when they are called, so that --help is instant.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from importlib import metadata
@@ -22,10 +21,11 @@ import typer
 from typer.core import TyperGroup
 
 from pipelines import cli_output
-from pipelines.errors import exit_code_of
+from pipelines.cli_output import say, say_json, warn
+from pipelines.errors import RequestError, exit_code_of
 from pipelines.jobs import JOBS, Argument, Job
 from pipelines.running import json_log
-from pipelines.storage.secrets import hidden, hidden_in
+from pipelines.storage.secrets import hidden_in
 
 LOG_JSON = "--log-json"
 
@@ -157,21 +157,38 @@ def _command_of(job: Job) -> Callable[..., None]:
     """The command of a job, with the arguments that the table of jobs lists."""
 
     def command(shared: Shared, **given: Any) -> None:
-        settings = [one for one in job.all_arguments if one.setting and given[one.name] is not None]
-        overrides = [*shared.overrides, *(f"{one.setting}={given[one.name]}" for one in settings)]
-        arguments = {name: given[name] for name in job.parameters}
+        from pipelines.settings.arguments import split_arguments
+
+        try:
+            arguments, as_settings = split_arguments(job, given)
+        except RequestError as error:
+            _complain(str(error), error.exit_code, as_json=shared.as_json)
+            raise typer.Exit(error.exit_code) from None
 
         def call(config: Any) -> Any:
             return job.run(config, **arguments, **({"dry_run": shared.dry_run} if job.plans else {}))
 
-        words = (str(value) for value in arguments.values() if value is not None)
-        plan = "" if job.plans else f"{job.verb or job.command} {' '.join(words)}"
-        _run(call, cli_output.printer_of(job.command), shared, overrides, reads_only=plan)
+        plan = "" if job.plans else " ".join([job.verb or job.command, *_words(job, arguments)])
+        _run(call, cli_output.printer_of(job.command), shared, as_settings, reads_only=plan)
 
     command.__name__, command.__doc__ = job.command.rpartition(" ")[2], job.help
     own = [_parameter(one.name, _annotation(one), _default(one)) for one in job.all_arguments]
     _with_parameters(command, [_parameter("shared", Shared), *own])
     return with_shared_options(command)
+
+
+def _words(job: Job, arguments: Mapping[str, Any]) -> list[str]:
+    """Arguments as they stand on the command line; those that are as they are by default are left out."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        argument = job.parameters[name]
+        if argument.position:
+            words.append(value)
+        elif value != argument.default:
+            option = f"--{name.replace('_', '-')}"
+            values = value if isinstance(value, list) else [value]
+            words += [word for one in values for word in ([option] if one is True else [option, f"{one}"])]
+    return words
 
 
 def _annotation(argument: Argument) -> Any:
@@ -199,7 +216,7 @@ def _add_commands() -> None:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"dinoray {metadata.version('dinoray')}")
+        say(f"dinoray {metadata.version('dinoray')}")
         raise typer.Exit
 
 
@@ -229,8 +246,7 @@ def run(
         from pipelines.settings.pipeline_file import read_pipeline
 
         asked = read_pipeline(pipeline, load_settings(shared.config, shared.overrides))
-        tell = partial(print, file=sys.stderr, flush=True)
-        return run_pipeline(asked, dry_run=shared.dry_run, tell=tell)
+        return run_pipeline(asked, dry_run=shared.dry_run, tell=partial(say, file=sys.stderr))
 
     _run(call, cli_output.print_run, shared)
 
@@ -251,39 +267,40 @@ def main() -> None:
 def _complain(message: str, code: int, *, as_json: bool, said: str = "") -> None:
     """Say an error where it is looked for: on standard error, and with --json on standard output too."""
     if as_json:
-        print(json.dumps({"error": hidden(message), "exit_code": code}))
+        say_json({"error": message, "exit_code": code})
     if json_log.active():
         json_log.failed(message, code)
     else:
-        print(f"dinoray: {cli_output.printable(hidden(said or message))}", file=sys.stderr)
+        warn(said or message)
 
 
 def _run(
     job: Callable[[Any], Any],
     show: Callable[[Any], None],
     shared: Shared,
-    overrides: Sequence[str] | None = None,
+    as_settings: Mapping[str, Any] | None = None,
     *,
     reads_only: str = "",
 ) -> None:
     """Load the settings, call the job, and print its result or one sentence for what went wrong.
 
-    overrides: in place of those that were given. reads_only: what a job would do that has no plan of its own.
+    as_settings: of arguments that stand for settings. reads_only: what a job would do that has no plan of its own.
     """
     from pipelines.running.interrupts import interruptible
     from pipelines.settings.loading import load_config
 
     try:
         with interruptible():
-            config = load_config(shared.config, shared.overrides if overrides is None else overrides)
-            json_log.hide(config.storage.options)
+            config = load_config(shared.config, shared.overrides, as_settings)
             if shared.dry_run and not shared.as_json:
                 import yaml
 
-                print(yaml.safe_dump(config.without_secrets(), sort_keys=False), end="")
+                say(yaml.safe_dump(config.without_secrets(), sort_keys=False), end="")
             if shared.dry_run and reads_only:
-                plan = json.dumps({"settings": config.without_secrets(), "would": reads_only})
-                print(plan if shared.as_json else f"\nwould {reads_only}")
+                if shared.as_json:
+                    say_json({"settings": config.without_secrets(), "would": reads_only})
+                else:
+                    say(f"\nwould {reads_only}")
                 return
             result = job(config)
     except KeyboardInterrupt:
@@ -303,14 +320,14 @@ def _run(
         if json_log.active():
             json_log.event("message", message, level=logging.WARNING)
         else:
-            print(f"dinoray: {cli_output.printable(hidden(message))}", file=sys.stderr)
+            warn(message)
     json_log.finished(content)
     if shared.as_json:
         if shared.dry_run:
             content = {"settings": config.without_secrets(), **content}
-        print(json.dumps(hidden_in(content), ensure_ascii=False))
+        say_json(content)
     # a job that only reads has nothing to show when it was interrupted
     elif not (reads_only and result.status == "interrupted"):
-        show(result)
+        show(hidden_in(result))
     if code := getattr(result, "exit_code", 0):
         raise typer.Exit(code)

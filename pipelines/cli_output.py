@@ -1,17 +1,37 @@
-"""What commands print when they are done: plain sentences and tables for people. `--json` passes these by."""
+"""What commands print: plain sentences and tables for people, or JSON.
+
+The printers of results are given results without secrets (`hidden_in`); what else is printed goes through `say`.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
 
 from rich.filesize import decimal
 
 from pipelines.errors import counted
+from pipelines.running.json_data import json_data
+from pipelines.storage.secrets import hidden
 
 ELSEWHERE = "done by another run at the same time"
+
+
+def say(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print a text without the secrets in it. file: default: standard output."""
+    print(hidden(text), end=end, file=file, flush=True)
+
+
+def say_json(content: Mapping[str, Any]) -> None:
+    """Print an object on a line of its own."""
+    print(json.dumps(json_data(content), ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def warn(sentence: str) -> None:
+    """Print a sentence to standard error, on one line."""
+    say(f"dinoray: {printable(sentence)}", file=sys.stderr)
 
 
 def printable(text: str) -> str:

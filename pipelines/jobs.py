@@ -16,6 +16,8 @@ from typing import Any
 INPUT = "INPUT"
 RESULTS_OF_ALL_JOBS = "results"
 EXTRACTION = ("images", "patches")
+# What the report of a pipeline calls itself; its jobs have reports of their own.
+PIPELINE_COMMAND = "run"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Job:
 
     makes: the folder in which it leaves results by NAME. output: the argument that names the file it writes.
 
-    counts: keys of its result that add up to the work it did. unit: what they count, and the unit of its rate.
+    counts: keys of its result that add up to the work it did. unit: what they count, and the unit of its rate. changes:
+    keys of its result which, where all of them are 0, say that there was nothing to do; of jobs that always run.
 
     plans: the function takes dry_run; else a dry run says the command, or `verb` in its place, and its arguments.
     """
@@ -71,6 +74,7 @@ class Job:
     output: str = ""
     counts: tuple[str, ...] = ()
     unit: str = ""
+    changes: tuple[str, ...] = ()
     uses_ray: bool = True
     in_pipelines: bool = True
     plans: bool = True
@@ -136,6 +140,7 @@ _ALL = (
         reads=(INPUT,),
         counts=("extracted", "failed"),
         unit="images",
+        changes=("extracted", "pruned"),
     ),
     Job(
         "estimate",

@@ -15,7 +15,7 @@ import pytest
 import dinoray
 from pipelines.errors import DinorayError, InputError, JobError, RequestError, StorageError
 from pipelines.jobs import JOBS, Job
-from pipelines.settings.calls import nested
+from pipelines.settings.loading import nested
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,9 +101,45 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         nested(cast(dict[str, Any], {3: 4}))
 
 
-def test_an_interruption_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_are_checked_as_on_the_command_line(tmp_path: Path) -> None:
+    for given in ({"limit": -1}, {"limit": "few"}):
+        with pytest.raises(dinoray.RequestError, match="limit is"):
+            dinoray.extract("photos", "features", **given)
+    with pytest.raises(dinoray.RequestError, match="There is no store"):
+        dinoray.verify(tmp_path / "nowhere")
+
+
+def test_an_interruption_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the job was about to record it or not, and of a pipeline too."""
+    import pipelines.index
+    import pipelines.pipeline.job
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        return type("Result", (), {"status": "interrupted"})()
+
+    def stopping(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for run in (stopped, stopping):
+        monkeypatch.setattr(pipelines.index, "run", run)
+        with pytest.raises(KeyboardInterrupt):
+            dinoray.index("features", "images")
+    monkeypatch.setattr(pipelines.pipeline.job, "_plan_job", stopping)
+    (tmp_path / "nightly.yaml").write_text(f"store: {tmp_path}/store\njobs: [verify]\n")
+    with pytest.raises(KeyboardInterrupt):
+        dinoray.run(tmp_path / "nightly.yaml", dry_run=True)
+
+
+def test_storage_that_does_not_answer_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from the command line, also where a job has not begun to record how it ends."""
     import pipelines.index
 
-    monkeypatch.setattr(pipelines.index, "run", lambda *_, **__: type("Result", (), {"status": "interrupted"})())
-    with pytest.raises(KeyboardInterrupt):
+    class Unreachable(Exception):
+        __module__ = "botocore.exceptions"
+
+    def lost(*_: Any, **__: Any) -> Any:
+        raise Unreachable("no route")
+
+    monkeypatch.setattr(pipelines.index, "run", lost)
+    with pytest.raises(dinoray.JobError, match="could not be reached, or stopped answering: no route"):
         dinoray.index("features", "images")

@@ -69,7 +69,7 @@ def stream_reports(
         writer_cpus = layout.decode_cpus * WRITER_SHARE_OF_DECODING_CPUS
         dataset = map_with_actors(dataset, WriteWorker, setup, (1, 4 * layout.workers), writer_cpus)
     else:
-        dataset = map_with_actors(dataset, FusedWorker, setup, layout.workers, layout.cpus)
+        dataset = map_with_actors(dataset, FusedWorker, setup, layout.workers, layout.cpus, layout.gpus)
     for block in read_blocks(dataset):
         for text in block["report"].to_pylist():
             yield ShardReport.from_json(text)

@@ -17,12 +17,12 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.errors import exit_code_of
-from pipelines.jobs import INPUT
+from pipelines.jobs import INPUT, PIPELINE_COMMAND
 from pipelines.pipeline.state import remember, state_before, why_to_run
 from pipelines.running import json_log
 from pipelines.running.ray_session import ray_session
-from pipelines.running.reports import JobResult, RunReport, new_run_id
-from pipelines.settings.calls import given_settings
+from pipelines.running.reports import JobResult, RunReport, in_words, new_run_id, recorded
+from pipelines.settings.calls import answer, given_settings
 from pipelines.settings.pipeline_file import JobRequest, Pipeline, read_pipeline
 from pipelines.settings.sections import Config
 from pipelines.store.store import read_description
@@ -69,38 +69,23 @@ def run(pipeline: Pipeline, *, dry_run: bool = False, tell: Callable[[str], None
     The exit code is that of the job that failed, 3 where more images failed than allowed, 130 when interrupted.
     """
     started = time.monotonic()
-    config = pipeline.config
     result = Result(new_run_id(), storage.normalise(pipeline.store))
     result.jobs = [JobOutcome(job.title) for job in pipeline.jobs]
-    try:
-        with _SharedRay(config) as ray:
+    asked = {"jobs": [job.title for job in pipeline.jobs]}
+    report = None if dry_run else _Report(PIPELINE_COMMAND, result.store, pipeline.config, result.run_id, asked)
+    with recorded(report, result, started):
+        if dry_run:
             for job, outcome in zip(pipeline.jobs, result.jobs, strict=True):
-                outcome.why = why_to_run(job, result.store)
-                if not outcome.why:
-                    outcome.status = "unchanged"
-                    tell(f"{job.title}: unchanged")
-                    continue
-                if dry_run:
-                    _plan(job, outcome, result.store)
-                    tell(f"{job.title}: {outcome.status} ({outcome.why})")
-                    continue
-                tell(f"{job.title}: {outcome.why}")
-                if job.job.uses_ray:
-                    ray.start()
-                if not _run_job(job, outcome, result):
-                    break
-    except KeyboardInterrupt:
-        result.status, result.exit_code = "interrupted", 130
-        result.messages.append("Interrupted: what is committed stays, and the same command continues.")
-    result.ended("dry_run" if dry_run else result.status, started)
-    if dry_run:
-        return result
-    if result.status == "running":
-        idle = all(outcome.status == "unchanged" for outcome in result.jobs)
-        result.status = "failed" if result.exit_code not in EXIT_CODES_TO_GO_ON else "unchanged" if idle else "done"
-    if read_description(result.store, config) is not None:
-        report = RunReport("run", result.store, config, result.run_id, {"jobs": [job.title for job in pipeline.jobs]})
-        report.finish(result.status, result=result.as_dict())
+                _plan_job(job, outcome, result.store)
+                tell(f"{job.title}: {outcome.status}{f' ({outcome.why})' if outcome.why else ''}")
+            result.status = "dry_run"
+        else:
+            with _SharedRay(pipeline.config) as ray:
+                for job, outcome in zip(pipeline.jobs, result.jobs, strict=True):
+                    if not _run_job(job, outcome, result, ray, tell):
+                        break
+            idle = all(outcome.status == "unchanged" for outcome in result.jobs)
+            result.status = "failed" if result.exit_code not in EXIT_CODES_TO_GO_ON else "unchanged" if idle else "done"
     return result
 
 
@@ -111,60 +96,87 @@ def run_file(
     settings: Mapping[str, Any] | None = None,
     config: str | Path | Iterable[str | Path] = (),
 ) -> Result:
-    """The jobs of a pipeline file over one store, each only where there is something to do; as `dinoray run`."""
-    return run(read_pipeline(Path(pipeline), given_settings(settings, config)), dry_run=dry_run)
+    """The jobs of a pipeline file over one store, each only where there is something to do; as `dinoray run`.
+
+    Also where a job failed its result is returned: `status` and `jobs` say so. An interruption is a KeyboardInterrupt.
+    """
+    return answer(lambda: run(read_pipeline(Path(pipeline), given_settings(settings, config)), dry_run=dry_run))
 
 
-def _run_job(job: JobRequest, outcome: JobOutcome, result: Result) -> bool:
-    """Run a job and note how it ended; whether the pipeline goes on."""
+class _Report(RunReport):
+    """Of a pipeline. There is none until there is a store, which the first job may make."""
+
+    def write(self, **more: Any) -> None:
+        self.content |= more
+        if read_description(self.content["store"], self.config) is not None:
+            super().write()
+
+
+def _run_job(
+    job: JobRequest, outcome: JobOutcome, result: Result, ray: _SharedRay, tell: Callable[[str], None]
+) -> bool:
+    """Run a job where there is something to do, and note how it ended; whether the pipeline goes on."""
     began = time.monotonic()
-    before = state_before(job, result.store)
     try:
+        outcome.why = why_to_run(job, result.store)
+        if not outcome.why:
+            outcome.status = "unchanged"
+            tell(f"{job.title}: unchanged")
+            return True
+        tell(f"{job.title}: {outcome.why}")
+        if job.job.uses_ray:
+            ray.start()
+        before = state_before(job, result.store)
         done = _module(job).run(job.config, store=result.store, **job.arguments)
+        _note(job, done, outcome, result)
+        if done.exit_code == 0:
+            remember(job, before, result.store)
     except KeyboardInterrupt:
         outcome.status, outcome.exit_code = "interrupted", 130
         raise
     except Exception as error:
-        code = exit_code_of(error)
-        if code is None:
+        told = in_words(error, result.store)
+        outcome.status, outcome.exit_code = "failed", exit_code_of(told) or 1
+        outcome.why = " ".join(str(told).split())
+        if exit_code_of(told) is None:
             raise
-        outcome.status, outcome.exit_code = "failed", code
-        outcome.why = " ".join(str(error).split())
-        result.exit_code = code
+        result.exit_code = outcome.exit_code
         result.messages.append(f"{job.title} failed, and what comes after it was not run: {outcome.why}")
         return False
     finally:
-        outcome.seconds = time.monotonic() - began
+        outcome.seconds = time.monotonic() - began if outcome.why else 0.0
+    return done.exit_code in EXIT_CODES_TO_GO_ON
+
+
+def _note(job: JobRequest, done: Any, outcome: JobOutcome, result: Result) -> None:
+    """What a job says of itself, as its outcome. Raises KeyboardInterrupt where it was interrupted."""
     content = done.as_dict()
     json_log.finished(content, command=job.command)
     outcome.result, outcome.run_id = content, content.get("run_id", "")
     outcome.status, outcome.exit_code = getattr(done, "status", "done"), done.exit_code
     result.messages += [f"{job.title}: {message}" for message in getattr(done, "messages", ())]
-    if job.command == "extract" and not content["extracted"] and not content["pruned"] and not done.exit_code:
+    if done.exit_code == 0 and job.job.changes and not any(content[key] for key in job.job.changes):
         outcome.status = "unchanged"
-    result.exit_code = result.exit_code or done.exit_code
     if done.exit_code == 130:
         raise KeyboardInterrupt
-    if done.exit_code not in EXIT_CODES_TO_GO_ON:
+    if done.exit_code not in EXIT_CODES_TO_GO_ON or not result.exit_code:
         result.exit_code = done.exit_code
-        return False
-    if done.exit_code == 0:
-        remember(job, before, result.store)
-    return True
 
 
-def _plan(job: JobRequest, outcome: JobOutcome, store: str) -> None:
+def _plan_job(job: JobRequest, outcome: JobOutcome, store: str) -> None:
     """What a job would do, by its own plan where the store is there already."""
-    outcome.status = "would_run"
-    needs_store = INPUT not in job.job.reads
-    if not job.job.plans or (needs_store and read_description(store, job.config) is None):
-        return
     try:
-        outcome.result = _module(job).run(job.config, store=store, dry_run=True, **job.arguments).as_dict()
+        outcome.why = why_to_run(job, store)
+        outcome.status = "would_run" if outcome.why else "unchanged"
+        needs_store = INPUT not in job.job.reads
+        if outcome.why and job.job.plans and not (needs_store and read_description(store, job.config) is None):
+            planned = _module(job).run(job.config, store=store, dry_run=True, **job.arguments)
+            outcome.result = planned.as_dict()
     except Exception as error:
-        if (code := exit_code_of(error)) is None:
+        told = in_words(error, store)
+        if (code := exit_code_of(told)) is None:
             raise
-        outcome.status, outcome.exit_code, outcome.why = "would_fail", code, " ".join(str(error).split())
+        outcome.status, outcome.exit_code, outcome.why = "would_fail", code, " ".join(str(told).split())
 
 
 def _module(job: JobRequest) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.errors import DinorayError, JobError, RequestError
-from pipelines.jobs import RESULTS_OF_ALL_JOBS
+from pipelines.jobs import INPUT, RESULTS_OF_ALL_JOBS
 from pipelines.results.all_kinds import KINDS, all_results, find_result
 from pipelines.settings.pipeline_file import JobRequest
 from pipelines.sources.id_files import is_id_file
@@ -37,7 +37,7 @@ class JobState:
 def why_to_run(job: JobRequest, store: str) -> str:
     """Why a job has to run, in words; empty when it is up to date."""
     if job.job.always_runs:
-        return "looks for images that are new or changed" if job.command == "extract" else "runs every time"
+        return "looks for images that are new or changed" if INPUT in job.job.reads else "runs every time"
     before = _remembered(job, store)
     if before is None:
         return "did not run before in this pipeline"
@@ -87,7 +87,7 @@ def _reads(job: JobRequest, store: Store) -> dict[str, str]:
         if name == RESULTS_OF_ALL_JOBS:
             found |= {result.path: _version(result) for result in all_results(store)}
         elif name in KINDS:
-            found |= {result.path: _version(result) for result in KINDS[name].find(store)}
+            found |= {result.path: _version(result) for result in all_results(store) if result.kind == name}
         else:
             found[name] = getattr(store, name).content_identity
     for value in _named_files(job):

@@ -8,7 +8,6 @@ The tables are what users read; these files are what a job computes with.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from pipelines import storage
 from pipelines.errors import JobError
 from pipelines.storage.errors import said
 from pipelines.store.arrays import npz_arrays, npz_bytes
+from pipelines.store.checksums import checksum_of
 from pipelines.store.parquet import DamagedFile
 
 SCHEMA_VERSION = 1
@@ -96,10 +96,10 @@ def write_model(uri: str, model: Model, options: storage.Options) -> int:
     return len(data)
 
 
-def checksum_of(uri: str, options: storage.Options) -> str:
+def model_checksum(uri: str, options: storage.Options) -> str:
     """Of a model's file, as a pointer to it has it. Raises FileNotFoundError where there is none."""
     fs, path = storage.filesystem(uri, options)
-    return _checksum(fs.cat_file(path))
+    return checksum_of(fs.cat_file(path))
 
 
 def read_model(uri: str, options: storage.Options, checksum: str | None = None) -> Model | None:
@@ -112,7 +112,7 @@ def read_model(uri: str, options: storage.Options, checksum: str | None = None) 
         data = fs.cat_file(path)
     except FileNotFoundError:
         return None
-    if checksum is not None and _checksum(data) != checksum:
+    if checksum is not None and checksum_of(data) != checksum:
         raise DamagedFile(uri, "its bytes are not those that were written")
     try:
         arrays = npz_arrays(uri, data)
@@ -124,7 +124,3 @@ def read_model(uri: str, options: storage.Options, checksum: str | None = None) 
         return Model(Progress(**about), levels)
     except (KeyError, ValueError, TypeError) as error:
         raise DamagedFile(uri, said(error)) from None
-
-
-def _checksum(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from pipelines import storage
 from pipelines.errors import JobError, counted
-from pipelines.results.cluster_models import Model, checkpoint_uri, checksum_of, model_uri, read_model
+from pipelines.results.cluster_models import Model, checkpoint_uri, model_checksum, model_uri, read_model
 from pipelines.results.cluster_statistics import Counting, Statistics
 from pipelines.results.names import result_uri
 from pipelines.results.stored import ResultTables
@@ -162,7 +162,7 @@ class ClusterTables(ResultTables):
         centroids = self._centroids_file(model, statistics, has_saliency)
         run_id = model.progress.run_id
         file = self._model_path(run_id)
-        pointer = Pointer(file, checksum_of(storage.join(self.log.uri, file), self.options))
+        pointer = Pointer(file, model_checksum(storage.join(self.log.uri, file), self.options))
 
         def build(current: Snapshot) -> Change | None:
             done[0] = not gives_way(current, self.training_in(current))

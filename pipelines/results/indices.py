@@ -1,8 +1,10 @@
 """index/NAME in a store: a manifest, the segments it names, and which rows their ids stand for.
 
-Files are written under new names and the manifest last, so that a reader finds the old index or the new one, whole.
+Files are written under new names, and a transaction says which manifest counts (pipelines.results.index_publishing), so
+that a reader finds the old index or the new one, whole.
 
-    manifest-N.json      what the index holds, of which spec and table version, which files; the highest N counts
+    manifest-N.json      what the index holds, of which spec and table version, which files; in indices from before
+                         transactions the highest N counts
     RUN-vectors.faiss    the vectors of a segment, and for ivfpq RUN-lists.faiss: their compressed codes
     RUN-images.parquet   image_id, run_id, first_id, vectors: ids of an image follow each other, as its vectors do
     RUN-cells.parquet    id, row, col, y, x of every patch, where patches are indexed
@@ -15,6 +17,7 @@ writes one, and neither reads nor writes the base until they are merged into it 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,10 +32,15 @@ import pyarrow.parquet as pq
 
 from dino_ops.nearest import Kind, NearestIndex, estimate_bytes
 from pipelines import storage
-from pipelines.errors import JobError, RequestError
+from pipelines.errors import RequestError
 from pipelines.results.faiss_files import read_faiss, write_faiss
 from pipelines.results.names import result_names, result_uri
+from pipelines.storage.errors import reaching, said
+from pipelines.store.changes import Pointer
+from pipelines.store.checksums import checksum_of
+from pipelines.store.damage import DamagedResult, damaged, gone
 from pipelines.store.parquet import DamagedFile, open_parquet, why_unreadable
+from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.store import Store
 
 SCHEMA_VERSION = 1
@@ -61,7 +69,7 @@ CELLS = pa.schema(
 DEAD = pa.schema([("first_id", pa.int64()), ("vectors", pa.int64())])
 
 _MANIFEST = re.compile(r"manifest-(\d+)\.json")
-_OURS = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}-\w+\.(faiss|parquet)|manifest-\d+\.json(\.\w+\.partial)?")
+_OURS = re.compile(rf"\d{{8}}T\d{{6}}Z-[0-9a-f]{{6}}-\w+\.(faiss|parquet)|{_MANIFEST.pattern}(\.\w+\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,8 @@ class Segment:
 class Manifest:
     """What an index holds.
 
-    number: the manifest's own; every update writes the next. of: embeddings, pooled or patches. descriptor: a column of
-    patches; None for embeddings. why: the reason for the kind. fingerprint: of the store's spec. images_version,
+    number: the manifest's own; every update has a higher one. of: embeddings, pooled or patches. descriptor: a column
+    of patches; None for embeddings. why: the reason for the kind. fingerprint: of the store's spec. images_version,
     images_files: of the images table that the index covers. count: vectors that a search can return. dead: removed
     vectors that still take space. run_id: of the update that wrote the manifest.
     """
@@ -141,10 +149,15 @@ def index_uri(store: str, name: str) -> str:
     return result_uri(store, "index", name)
 
 
+def index_path(name: str) -> str:
+    """Where an index lies below its store, which is what the store's log calls it."""
+    return f"index/{name}"
+
+
 def index_names(store: Store) -> list[str]:
-    """Names of the indices of a store."""
-    names = result_names(store.uri, "index", store.config.storage.options)
-    return [name for name in names if latest_manifest(store, name)]
+    """Names of the indices of a store, also of those whose manifest is gone."""
+    names, current = result_names(store.uri, "index", store.config.storage.options), snapshot(store.log)
+    return [name for name in names if valid_manifest(store, name, current)]
 
 
 def files_present(store: Store, name: str) -> set[str]:
@@ -156,43 +169,72 @@ def files_present(store: Store, name: str) -> set[str]:
         return set()
 
 
-def latest_manifest(store: Store, name: str) -> int:
-    """The number of the manifest that is valid; 0 where there is none."""
-    return _latest(files_present(store, name))
+def valid_manifest(store: Store, name: str, current: Snapshot | None = None) -> str:
+    """The name of the manifest that counts; "" where there is no index.
+
+    current: default the newest snapshot.
+    """
+    pointer = _pointer(store, name, current)
+    present = files_present(store, name)
+    if pointer:
+        # a folder that somebody removed is an index that is not there
+        return pointer.file.rpartition("/")[2] if present else ""
+    number = highest_number(present)
+    return manifest_file(number) if number else ""
 
 
-def read_manifest(store: Store, name: str) -> Manifest | None:
+def read_manifest(store: Store, name: str, current: Snapshot | None = None) -> Manifest | None:
     """The manifest of an index, or None when there is none yet.
+
+    current: default the newest snapshot.
 
     Raises RequestError for an index of another spec or a newer dinoray, JobError for a damaged one.
     """
-    return read_numbered_manifest(store, name, latest_manifest(store, name))
-
-
-def read_numbered_manifest(store: Store, name: str, number: int) -> Manifest | None:
-    """The same of one manifest; None when it is not there."""
-    uri = index_uri(store.uri, name)
-    file = manifest_file(number)
-    content = storage.read_json(storage.join(uri, file), store.config.storage.options) if number else None
-    if content is None:
+    file = valid_manifest(store, name, current)
+    if not file:
         return None
-    if content.get("schema_version", 0) > SCHEMA_VERSION:
-        raise RequestError(f"The index {name} was written by a newer dinoray: update dinoray.")
+    pointer = _pointer(store, name, current)
+    manifest = read_manifest_file(store, name, file, pointer.checksum if pointer else None)
+    if manifest is None:
+        uri = index_uri(store.uri, name)
+        raise DamagedResult(gone(f"{uri}/{file}", store.uri))
+    return manifest
+
+
+def read_manifest_file(store: Store, name: str, file: str, expected: str | None = None) -> Manifest | None:
+    """A manifest, or None when it is not there. expected: its checksum, where that is known. Raises as above."""
+    uri, options = index_uri(store.uri, name), store.config.storage.options
+    fs, path = storage.filesystem(storage.join(uri, file), options)
     try:
-        manifest = Manifest(**content | {"segments": [Segment(**segment) for segment in content["segments"]]})
-    except (KeyError, TypeError):
-        raise JobError(f"{uri}/{file} is damaged: remove {uri} and run `dinoray index` again.") from None
+        with reaching(uri):
+            data = fs.cat_file(path)
+    except FileNotFoundError:
+        return None
+    if expected is not None and checksum_of(data) != expected:
+        raise DamagedFile(f"{uri}/{file}", "its bytes are not those that were written")
+    try:
+        content = json.loads(data)
+        if content.get("schema_version", 0) > SCHEMA_VERSION:
+            raise RequestError(f"The index {name} was written by a newer dinoray: update dinoray.")
+        manifest = Manifest(**content | {"segments": [Segment(**one) for one in content["segments"]]})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise DamagedFile(f"{uri}/{file}", said(error)) from None
     if foreign := sorted(str(name) for name in manifest.files if not is_ours(str(name))):
-        raise JobError(
-            f"{uri}/{file} names a file that no index has ({foreign[0]!r}): it was damaged or written by something "
-            f"else; remove {uri} and run `dinoray index` again."
-        )
+        raise DamagedFile(f"{uri}/{file}", f"it names a file that no index has, {foreign[0]!r}")
     if manifest.fingerprint != store.fingerprint:
         raise RequestError(
             f"The index {name} was made of features of another spec ({manifest.fingerprint}, the store has "
             f"{store.fingerprint}): remove {uri} and run `dinoray index` again."
         )
     return manifest
+
+
+def read_replaced_manifest(store: Store, name: str, manifest: Manifest) -> Manifest | None:
+    """The manifest that this one replaced, whose files are kept for searches that are reading them."""
+    before = highest_number(files_present(store, name), below=manifest.number)
+    return read_manifest_file(store, name, manifest_file(before)) if before else None
 
 
 def read_dead(store: Store, name: str, manifest: Manifest) -> pa.Table:
@@ -280,39 +322,19 @@ def write_dead(store: Store, name: str, dead: pa.Table, run_id: str, files: set[
     return file
 
 
-def publish(store: Store, name: str, manifest: Manifest, before: Manifest | None) -> None:
-    """Make an index visible, unless another run did since `before` was read; then remove what is no longer needed.
-
-    What was there before the manifest and is named neither by it nor by the one it replaces goes: older indices, what
-    killed runs left, and what a run wrote that began from an older manifest and can no longer publish. What the
-    replaced one names stays until the next update, for searches that are reading it.
-
-    Raises JobError when another run was first.
-    """
-    uri, options = index_uri(store.uri, name), store.config.storage.options
-    present = files_present(store, name)
-    number = before.number if before else 0
-    target = storage.join(uri, manifest_file(number + 1))
-    try:
-        first = _latest(present) == number and storage.write_once(target, _as_json(manifest), options)
-    except FileNotFoundError:
-        # another run removed what this one was about to publish
-        first = False
-    if not first:
-        raise JobError(f"Another run updated the index {name} at the same time: run the same command again.")
-    needed = manifest.files | (before.files | {manifest_file(number)} if before else set())
-    remove_files(store, name, {file for file in present - needed if is_ours(file)})
-
-
-def live_files(store: Store, name: str) -> set[str]:
-    """Files that the manifest that is valid names, and those of the one before it, which searches may be reading."""
-    number = latest_manifest(store, name)
-    manifests = [read_numbered_manifest(store, name, one) for one in (number, number - 1) if one > 0]
-    return {file for manifest in manifests if manifest for file in (*manifest.files, manifest_file(manifest.number))}
-
-
 def manifest_file(number: int) -> str:
     return f"manifest-{number}.json"
+
+
+def highest_number(files: set[str], below: float = math.inf) -> int:
+    """Of manifests among some files; 0 where there is none."""
+    numbers = [int(found[1]) for file in files if (found := _MANIFEST.fullmatch(file))]
+    return max((number for number in numbers if number < below), default=0)
+
+
+def manifest_json(manifest: Manifest) -> bytes:
+    """What the file of a manifest holds."""
+    return json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode()
 
 
 def is_ours(file: str) -> bool:
@@ -327,13 +349,8 @@ def remove_files(store: Store, name: str, files: set[str]) -> None:
             fs.rm_file(path)
 
 
-def _latest(files: set[str]) -> int:
-    """The number of the manifest that is valid; 0 when there is none."""
-    return max((int(found[1]) for file in files if (found := _MANIFEST.fullmatch(file))), default=0)
-
-
-def _as_json(manifest: Manifest) -> bytes:
-    return json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode()
+def _pointer(store: Store, name: str, current: Snapshot | None) -> Pointer | None:
+    return (current or snapshot(store.log)).pointers.get(index_path(name))
 
 
 def _uri(store: Store, name: str, file: str) -> str:
@@ -354,16 +371,10 @@ def _explained(store: Store, name: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise JobError(
-            f"{error.filename or uri} is gone: the index {name} was updated at this moment or is damaged; "
-            f"run the same command again, or remove {uri} and run `dinoray index` again."
-        ) from None
-    except (RuntimeError, pa.ArrowException, DamagedFile) as error:
+        raise DamagedResult(gone(str(error.filename or uri), store.uri)) from None
+    except (RuntimeError, pa.ArrowException) as error:
         # FAISS raises RuntimeError
-        raise JobError(
-            f"A file of the index {name} cannot be read ({why_unreadable(error)}): `dinoray verify {store.uri}` says "
-            f"which; remove {uri} and run `dinoray index` again."
-        ) from None
+        raise DamagedResult(damaged(f"A file of {uri}", why_unreadable(error), store.uri)) from None
 
 
 def _write_parquet(table: pa.Table, uri: str, options: storage.Options) -> None:

@@ -12,7 +12,6 @@ import datetime as dt
 import io
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -20,21 +19,17 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
-from pipelines.storage.secrets import HIDDEN, hidden
+from pipelines.running.json_data import json_data
+from pipelines.storage.secrets import hidden
 
 LOGGER = logging.getLogger("dinoray")
-# Replacing shorter ones would take whole words apart.
-SHORTEST_SECRET_CHARACTERS = 4
-
-_STORAGE_OVERRIDE = re.compile(r"\bstorage\w*\.([\w.]+)=([^\s'\"]+)")
-_HARMLESS_KEY_PARTS = ("endpoint", "region", "account_name", "project", "profile", "anon", "version", "style")
+DECIMALS_OF_NUMBERS = 6
 
 
 class _Open:
     """The log that is being written, if one is. about: what every line says."""
 
     about: dict[str, Any] | None = None
-    secrets: frozenset[str] = frozenset()
 
 
 @contextlib.contextmanager
@@ -50,7 +45,7 @@ def json_log(command: str) -> Iterator[None]:
     logging.captureWarnings(True)
     # else every step of a bar would be a line
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    _Open.about, _Open.secrets = {"command": command}, frozenset()
+    _Open.about = {"command": command}
     printed = _Printed()
     sys.stderr = printed
     try:
@@ -61,7 +56,7 @@ def json_log(command: str) -> Iterator[None]:
         logging.captureWarnings(False)
         root.handlers = before
         LOGGER.setLevel(level)
-        _Open.about, _Open.secrets = None, frozenset()
+        _Open.about = None
         if stream is not shown:
             stream.close()
 
@@ -81,21 +76,6 @@ def about(**said: Any) -> Iterator[None]:
     finally:
         if outside is not None:
             _Open.about = outside
-
-
-def hide(options: Mapping[str, Any]) -> None:
-    """Let no line show the values of these storage options, nested ones included."""
-    found = set()
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            hide(value)
-        elif isinstance(value, str) and len(value) >= SHORTEST_SECRET_CHARACTERS and not _is_harmless(key):
-            found.add(value)
-    _Open.secrets |= found
-
-
-def _is_harmless(key: str) -> bool:
-    return any(part in key for part in _HARMLESS_KEY_PARTS)
 
 
 def event(name: str, message: str = "", /, *, level: int = logging.INFO, **fields: Any) -> None:
@@ -149,7 +129,8 @@ class _Lines(logging.Handler):
             line["logger"] = record.name
         if record.exc_info:
             line["traceback"] = logging.Formatter().formatException(record.exc_info)
-        return json.dumps(_printable(line | getattr(record, "fields", {})), ensure_ascii=False, allow_nan=False)
+        content = json_data(line | getattr(record, "fields", {}), decimals=DECIMALS_OF_NUMBERS)
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, default=lambda other: hidden(str(other)))
 
 
 class _Printed(io.TextIOBase):
@@ -170,24 +151,3 @@ class _Printed(io.TextIOBase):
 
     def finish(self) -> None:
         self.write("\n")
-
-
-def _printable(value: Any) -> Any:
-    """As JSON has it, without secrets; NaN and infinity become null."""
-    if isinstance(value, Mapping):
-        return {str(key): _printable(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_printable(one) for one in value]
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    return _without_secrets(str(value))
-
-
-def _without_secrets(text: str) -> str:
-    # a --set may be refused before `hide` saw its value
-    given = {value for key, value in _STORAGE_OVERRIDE.findall(text) if not _is_harmless(key)}
-    for secret in sorted(_Open.secrets | given, key=len, reverse=True):
-        text = text.replace(secret, HIDDEN)
-    return hidden(text)

@@ -27,13 +27,19 @@ class Layout:
 
 
 def device_of(resources: Mapping[str, float], config: Config) -> str:
-    """cpu or cuda, as model.device asks and the cluster has it.
+    """cpu or cuda, as model.device asks and the cluster has it; cpu where run.gpus_per_worker is 0.
 
     Raises RequestError where a GPU was asked for and there is none.
     """
+    without_gpus = config.run.gpus_per_worker == 0
+    if config.model.device == "cuda" and without_gpus:
+        raise RequestError(
+            "model.device is cuda, but run.gpus_per_worker is 0: give model.device=auto or cpu, or a larger "
+            "run.gpus_per_worker."
+        )
     if config.model.device == "cuda" and not resources.get("GPU"):
         raise RequestError("model.device is cuda, but the Ray cluster has no GPU: give model.device=auto or cpu.")
-    return "cuda" if config.model.device != "cpu" and resources.get("GPU") else "cpu"
+    return "cuda" if config.model.device != "cpu" and resources.get("GPU") and not without_gpus else "cpu"
 
 
 def plan_workers(

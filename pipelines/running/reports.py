@@ -17,9 +17,9 @@ from deltalake.exceptions import DeltaError
 from pipelines import storage
 from pipelines.errors import DinorayError, JobError
 from pipelines.running import json_log
+from pipelines.running.json_data import json_data
 from pipelines.settings.sections import Config
 from pipelines.storage.errors import explain_write_error
-from pipelines.storage.secrets import hidden_in
 
 
 def new_run_id() -> str:
@@ -39,7 +39,7 @@ class RunReport:
         content["status"]: running, done, failed or interrupted."""
         self.optional = optional
         self._uri = storage.join(store, "runs", f"{run_id}.json")
-        self._options = config.storage.options
+        self.config = config
         self.content: dict[str, Any] = {
             "run_id": run_id,
             "command": command,
@@ -62,7 +62,7 @@ class RunReport:
 
     def write(self, **more: Any) -> None:
         self.content |= more
-        storage.write_json(self._uri, hidden_in(self.content), self._options)
+        storage.write_json(self._uri, json_data(self.content), self.config.storage.options)
 
     def finish(self, status: str, **more: Any) -> dict[str, Any]:
         self.write(status=status, finished_at=_now(), **more)
@@ -134,10 +134,10 @@ def recorded(
         result.messages.append(str(error))
         raise
     except Exception as error:
-        explained = explain_write_error(error, result.store) or storage.explain_failed_storage(error, result.store)
-        if explained or isinstance(error, OSError | DeltaError):
-            result.messages.append(str(explained or error))
-        if explained is None:
+        explained = in_words(error, result.store)
+        if explained is not error or isinstance(error, OSError | DeltaError):
+            result.messages.append(str(explained))
+        if explained is error:
             raise
         raise explained from None
     finally:
@@ -147,6 +147,13 @@ def recorded(
             result.status = "failed"
         if report is not None:
             _finish(report, result)
+
+
+def in_words(error: Exception, uri: str) -> Exception:
+    """The error of a write, or of storage that does not answer, as a sentence (JobError); any other as it is."""
+    if isinstance(error, DinorayError):
+        return error
+    return explain_write_error(error, uri) or storage.explain_failed_storage(error, uri) or error
 
 
 def _finish(report: RunReport, result: JobResult) -> None:

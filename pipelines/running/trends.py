@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipelines.jobs import JOBS
+from pipelines.jobs import JOBS, PIPELINE_COMMAND
 
 MOST_PEER_RUNS = 10
 FEWEST_PEER_RUNS = 3
@@ -81,7 +81,7 @@ def _measure(report: dict[str, Any]) -> Trend | None:
     command, result = report.get("command"), report.get("result")
     if report.get("status") != "done" or not isinstance(command, str) or not isinstance(result, dict):
         return None
-    if command == "run" or result.get("status", "done") != "done":
+    if command == PIPELINE_COMMAND or result.get("status", "done") != "done":
         return None
     count_keys, of = (JOBS[command].counts, JOBS[command].unit) if command in JOBS else ((), "")
     counts = [_number(result.get(key)) or 0.0 for key in count_keys]
@@ -93,11 +93,12 @@ def _measure(report: dict[str, Any]) -> Trend | None:
     asked = report.get("asked")
     name = asked.get("name") if isinstance(asked, dict) else None
     failed_fraction = bytes_per_image = None
-    if command == "extract" and work:
-        extracted, failed = counts
+    if work and "failed" in count_keys:
+        failed = counts[count_keys.index("failed")]
+        done = work - failed
         written = _number(result.get("bytes_written"))
         failed_fraction = failed / work
-        bytes_per_image = written / extracted if written is not None and extracted else None
+        bytes_per_image = written / done if written is not None and done else None
     # a rate of 0 says that nothing was measured
     return Trend(
         run_id=str(report.get("run_id", "")),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pipelines.errors import RequestError
 from pipelines.jobs import Argument, Job
-from pipelines.settings.loading import load_settings, make_config, merge_settings
+from pipelines.settings.arguments import split_arguments
+from pipelines.settings.loading import load_settings, make_config, merge_settings, nested
+from pipelines.storage.errors import explain_failed_storage
+
+_Result = TypeVar("_Result", bound=Any)
 
 
 def function_of(job: Job) -> Callable[..., Any]:
@@ -20,7 +23,8 @@ def function_of(job: Job) -> Callable[..., Any]:
     settings: nested ({"cluster": {"k": 100}}) or dotted ({"cluster.k": 100}) names. config: YAML files, as -c takes
     them. dry_run: plan only, for jobs that have a plan.
 
-    The function returns the job's result, whose fields are those of --json, and raises the errors of pipelines.errors.
+    The function returns the job's result, whose fields are those of --json. It raises the errors of pipelines.errors,
+    and what `answer` raises.
     """
     signature = signature_of(job)
 
@@ -29,16 +33,32 @@ def function_of(job: Job) -> Callable[..., Any]:
         given.apply_defaults()
         arguments = dict(given.arguments)
         settings = given_settings(arguments.pop("settings"), arguments.pop("config"))
-        merge_settings(settings, nested(_as_settings(job, arguments)))
-        result = job.run(make_config(settings), **arguments)
-        if result.status == "interrupted":
-            raise KeyboardInterrupt
-        return result
+        plan = {"dry_run": arguments.pop("dry_run")} if job.plans else {}
+        own, as_settings = split_arguments(job, arguments)
+        merge_settings(settings, nested(as_settings))
+        return answer(lambda: job.run(make_config(settings), **own, **plan))
 
     call.__name__ = call.__qualname__ = job.command.replace(" ", "_")
     call.__doc__ = job.help
     vars(call)["__signature__"] = signature
     return call
+
+
+def answer(job: Callable[[], _Result]) -> _Result:
+    """What a job that is called from Python returns.
+
+    Raises JobError where storage does not answer, as the command line says it, and KeyboardInterrupt where the job was
+    interrupted and says so in its result.
+    """
+    try:
+        result = job()
+    except Exception as error:
+        if (explained := explain_failed_storage(error)) is None:
+            raise
+        raise explained from error
+    if result.status == "interrupted":
+        raise KeyboardInterrupt
+    return result
 
 
 def signature_of(job: Job) -> inspect.Signature:
@@ -59,28 +79,8 @@ def _parameter(argument: Argument, kind: Any) -> inspect.Parameter:
     return inspect.Parameter(argument.name, kind, default=inspect.Parameter.empty if needed else argument.default)
 
 
-def _as_settings(job: Job, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Take out the arguments that stand for settings: {setting: value} of those that were given."""
-    taken = {one.setting: arguments.pop(one.name) for one in job.all_arguments if one.setting}
-    return {setting: value for setting, value in taken.items() if value is not None}
-
-
 def given_settings(settings: Mapping[str, Any] | None, files: str | Path | Iterable[str | Path] = ()) -> dict[str, Any]:
     """Settings of YAML files and, on top of them, those of a mapping, as nested plain data."""
     merged = load_settings([files] if isinstance(files, str | Path) else files)
     merge_settings(merged, nested(settings or {}))
     return merged
-
-
-def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with dotted names as sections. Raises RequestError for names that are no text."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if not isinstance(name, str):
-            raise RequestError(f"settings has the name {name!r}, but a name is text, such as features.stride.")
-        *sections, key = name.split(".")
-        one: dict[str, Any] = {key: value}
-        for section in reversed(sections):
-            one = {section: one}
-        merge_settings(found, one)
-    return found

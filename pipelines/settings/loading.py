@@ -1,8 +1,12 @@
-"""Settings from YAML files and `section.key=value` overrides, and one sentence for whatever is wrong with them."""
+"""Settings from YAML files and `section.key=value` overrides, and one sentence for whatever is wrong with them.
+
+A sentence shows no secret: of --set it quotes what stands before the `=`, of storage no value at all.
+"""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -12,15 +16,21 @@ from pydantic import ValidationError
 
 from pipelines.errors import RequestError
 from pipelines.settings.sections import Config
+from pipelines.storage.secrets import hidden
 
 
-def load_config(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
-    """The settings from YAML `files` (later ones win) and `section.key=value` overrides (they win over files).
+def load_config(
+    files: Iterable[str | Path] = (), overrides: Iterable[str] = (), arguments: Mapping[str, Any] | None = None
+) -> Config:
+    """The settings from YAML `files` (later ones win), `section.key=value` overrides (they win over files) and
+    {section.key: value} of arguments that stand for settings (they win over both).
 
     Raises:
         RequestError: a file that cannot be read or parsed, an unknown key, a value that does not fit.
     """
-    return make_config(load_settings(files, overrides))
+    settings = load_settings(files, overrides)
+    merge_settings(settings, nested(arguments or {}))
+    return make_config(settings)
 
 
 def load_settings(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -38,7 +48,7 @@ def make_config(settings: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
-        raise RequestError(_sentence(error)) from None
+        raise RequestError(hidden(_sentence(error))) from None
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -52,7 +62,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
-        problem = getattr(error, "problem", None) or "it is not YAML"
+        # of a value, such as one that begins with ! or *, it quotes all
+        problem = _QUOTED_NAME.sub("", getattr(error, "problem", None) or "it is not YAML")
         raise RequestError(f"The settings file {file} is not valid YAML{line}: {problem}.") from None
     if content is None:
         return {}
@@ -67,14 +78,15 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def _parse_override(override: str) -> dict[str, Any]:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
+    shown = f"{path}=..." if equals else path
     if not equals or len(keys) < 2 or not all(keys):
         known = [f"{section}.{key}" for section in Config.model_fields for key in _known_keys([section])]
         near = [name for name in known if name.rsplit(".", 1)[1] == path.strip()] or ["features.stride"]
-        raise RequestError(f"--set {override!r} is not of the form section.key=value, such as --set {near[0]}=...")
+        raise RequestError(f"--set {shown!r} is not of the form section.key=value, such as --set {near[0]}=...")
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
-        raise RequestError(f"--set {override!r}: the value {text!r} is not valid YAML.") from None
+        raise RequestError(f"--set {shown!r}: the value is not valid YAML.") from None
     nested: dict[str, Any] = {keys[-1]: value}
     for key in reversed(keys[:-1]):
         nested = {key: nested}
@@ -88,6 +100,20 @@ def merge_settings(into: dict[str, Any], new: Mapping[Any, Any]) -> None:
             merge_settings(into[key], value)
         else:
             into[str(key)] = dict(value) if isinstance(value, Mapping) else value
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with dotted names as sections. Raises RequestError for names that are no text."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if not isinstance(name, str):
+            raise RequestError(f"settings has the name {name!r}, but a name is text, such as features.stride.")
+        *sections, key = name.split(".")
+        one: dict[str, Any] = {key: value}
+        for section in reversed(sections):
+            one = {section: one}
+        merge_settings(found, one)
+    return found
 
 
 def _sentence(error: ValidationError) -> str:
@@ -107,9 +133,8 @@ def _sentence(error: ValidationError) -> str:
         hint = f"did you mean {path}?" if path else f"known here: {', '.join(known)}."
         return f"Unknown setting {name}: {hint}"
     if first["type"] in ("model_type", "model_attributes_type"):
-        return (
-            f"Setting {name} is a section with keys ({', '.join(_known_keys(keys))}), not the value {first['input']!r}."
-        )
+        found = "a value" if keys[0] == "storage" else f"the value {first['input']!r}"
+        return f"Setting {name} is a section with keys ({', '.join(_known_keys(keys))}), not {found}."
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and len(keys) < 2:
         return f"The settings do not fit together: {f'{name}: ' if keys else ''}{message}."
@@ -135,6 +160,7 @@ def _sentence(error: ValidationError) -> str:
     return f"Setting {name}{found} {message}."
 
 
+_QUOTED_NAME = re.compile(r"(?<=tag|ias|dle) '.*'$")
 _READINGS = {"int": "a whole number", "tuple[int, ...]": "a list of whole numbers"}
 
 

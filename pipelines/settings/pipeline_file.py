@@ -10,7 +10,8 @@ from typing import Any
 
 from pipelines.errors import RequestError
 from pipelines.jobs import PIPELINE_JOBS, Job
-from pipelines.settings.loading import make_config, merge_settings, read_yaml
+from pipelines.settings.arguments import split_arguments
+from pipelines.settings.loading import make_config, merge_settings, nested, read_yaml
 from pipelines.settings.sections import Config
 
 _TOP = ("store", "settings", "jobs")
@@ -62,7 +63,8 @@ def read_pipeline(file: Path, settings: Mapping[str, Any]) -> Pipeline:
         raise RequestError(f"{where} has no jobs: give a list, such as `jobs: [{{extract: {{input: photos}}}}]`.")
     jobs = [_job(entry, number, shared, settings, where) for number, entry in enumerate(entries, 1)]
     titles = [job.title for job in jobs]
-    twice = next((title for title in titles if titles.count(title) > 1 and title not in ("extract", "verify")), None)
+    # a job that always runs has nothing remembered under its name
+    twice = next((job.title for job in jobs if titles.count(job.title) > 1 and not job.job.always_runs), None)
     if twice:
         raise RequestError(f"{where} has the job {twice} twice: give each a name of its own.")
     return Pipeline(store, jobs, _config(shared, {}, settings))
@@ -79,14 +81,23 @@ def _job(entry: Any, number: int, shared: Mapping[str, Any], settings: Mapping[s
     job = PIPELINE_JOBS[command]
     arguments = dict(_mapping(given, f"{place} ({command})"))
     own = _mapping(arguments.pop("settings", None), f"{place} ({command}): settings")
-    _known(arguments, (*job.arguments, "settings"), f"{place} ({command})")
-    for name, argument in job.arguments.items():
-        value, kind = arguments.get(name), argument.kind
-        if (argument.position or argument.needed) and not value:
-            raise RequestError(f"{place} ({command}) needs {name}: give `{command}: {{{name}: ...}}`.")
-        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-            raise RequestError(f"{place} ({command}): {name} is {value!r}, but should be a {kind.__name__}.")
-    return JobRequest(command, arguments, _config(shared, own, settings))
+    names = [argument.name for argument in job.all_arguments if argument.name != "store"]
+    _known(arguments, (*names, "settings"), f"{place} ({command})")
+    try:
+        arguments, as_settings = split_arguments(job, dict.fromkeys(names) | arguments)
+    except RequestError as error:
+        raise RequestError(f"{place} ({command}): {error}") from None
+    merged: dict[str, Any] = {}
+    for part in (own, nested(as_settings)):
+        merge_settings(merged, part)
+    config, of_all = _config(shared, merged, settings), _config(shared, {}, settings)
+    for name in config.run.OF_RAY_ITSELF:
+        if getattr(config.run, name) != getattr(of_all.run, name):
+            raise RequestError(
+                f"{place} ({command}) has a run.{name} of its own, but all jobs of a pipeline share one Ray: give it "
+                "in the settings of the pipeline."
+            )
+    return JobRequest(command, arguments, config)
 
 
 def _config(shared: Mapping[str, Any], own: Mapping[str, Any], settings: Mapping[str, Any]) -> Config:
@@ -100,7 +111,7 @@ def _mapping(value: Any, what: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise RequestError(f"{what} must be keys with values, not {value!r}.")
+        raise RequestError(f"{what} must be keys with values, not a {type(value).__name__}.")
     return value
 
 

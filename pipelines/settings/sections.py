@@ -7,11 +7,12 @@ sentence that names the key, the value and what would do. `dinoray settings` pri
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dino_ops.training_presets import PRESETS
+from pipelines.storage import secrets
 
 Facet = Literal["key", "query", "value", "token"]
 # No model has smaller patches.
@@ -155,6 +156,9 @@ class StoreSettings(Section):
 
 
 class RunSettings(Section):
+    # They decide about Ray itself, which the jobs of a pipeline share.
+    OF_RAY_ITSELF: ClassVar = ("address", "object_store_gb", "metrics_port")
+
     address: str | None = Field(
         None,
         description="Ray cluster: `auto` on one of its nodes, or its head's host:6379; default: the environment's "
@@ -162,7 +166,9 @@ class RunSettings(Section):
     )
     workers: int | None = Field(None, ge=1, description="Model workers; default: one per GPU, else from the CPUs.")
     cpus_per_worker: float | None = Field(None, gt=0, description="CPUs (torch threads) of a worker.")
-    gpus_per_worker: float | None = Field(None, ge=0, description="GPUs of a worker; default 1 where there are any.")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="GPUs of a worker; default 1 where there are any, 0 for CPUs only."
+    )
     batch_size: Literal["auto"] | int = Field("auto", description="Images in one forward pass; `auto` probes GPUs.")
     images_per_shard: int | None = Field(
         None, ge=1, description="Largest number of images in one file of patches; default: about 256 MB worth."
@@ -482,6 +488,14 @@ class StorageSettings(Section):
         "environment variables and profiles. Never written anywhere.",
     )
 
+    # Wherever there are settings, a worker included, their secrets are known and can be hidden.
+    def model_post_init(self, context: Any) -> None:
+        secrets.remember(self.options)
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        secrets.remember(self.options)
+
 
 class Config(Section):
     """The settings of a command, after YAML files and overrides."""
@@ -511,7 +525,8 @@ class Config(Section):
         return self
 
     def without_secrets(self) -> dict[str, Any]:
-        """The settings as plain data, for reports: storage options are named, their values are not."""
-        settings = self.model_dump(mode="json")
-        settings["storage"]["options"] = {key: "..." for key in self.storage.options}
-        return settings
+        """The settings as plain data, to be shown or stored: URIs have no credentials, storage options no values."""
+        settings = self.model_dump(mode="json", exclude={"storage"})
+        settings["storage"] = {"options": dict.fromkeys(self.storage.options, secrets.HIDDEN)}
+        shown: dict[str, Any] = secrets.hidden_in(settings)
+        return shown

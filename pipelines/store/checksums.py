@@ -28,6 +28,11 @@ def checksum(path: str) -> str:
     return f"crc32:{value:08x}"
 
 
+def checksum_of(data: bytes) -> str:
+    """The same of a file's content."""
+    return f"crc32:{zlib.crc32(data):08x}"
+
+
 def read_checked(uri: str, path: str, expected: str | None, read: Callable[[str], _T]) -> _T:
     """What `read` makes of a local file, whose checksum is computed meanwhile, so that a disk reads it once.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 
 from pipelines.storage.errors import reaching
@@ -17,8 +18,8 @@ from pipelines.store.snapshots import Snapshot
 from pipelines.store.transaction_log import FOLDER, SHORTEST_KEPT_SECONDS
 
 _LOG = "_delta_log"
-# Of files beside those that pointers name.
-_ENDINGS = (".faiss", ".parquet", ".json", ".npz", ".partial")
+# Beside what pointers name: names with a run in them, and manifests of indices from before transactions.
+_OURS = re.compile(r".*\d{8}T\d{6}Z-[0-9a-f]{6}.*|manifest-\d+\.json(\.\w+\.partial)?")
 
 
 def garbage(current: Snapshot, retention_hours: float) -> list[str]:
@@ -74,7 +75,7 @@ def _may_go(path: str, tables: set[str], folders: set[str]) -> bool:
         return name.endswith(".partial") or name.startswith("probe-")
     if folder.endswith(f"/{_LOG}"):
         return "#" in name  # a commit that delta-rs had not given its name yet
-    return (folder in tables and name.endswith(".parquet")) or (folder in folders and name.endswith(_ENDINGS))
+    return (folder in tables and name.endswith(".parquet")) or (folder in folders and bool(_OURS.fullmatch(name)))
 
 
 def _is_of_a_log(path: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from hand_made import add_images, source
 from small_runs import settings
 
+from pipelines.jobs import JOBS
 from pipelines.store.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +62,15 @@ def test_the_diff_touches_nothing_else() -> None:
     touched = set(re.findall(r"^\+\+\+ b/(\S+)", diff(), flags=re.MULTILINE))
     new = {path for path in touched if path.startswith("pipelines/tally/")}
     assert touched - new == {"pipelines/jobs.py", "pipelines/settings/sections.py"} and new
+
+
+@pytest.mark.parametrize("folder", ["pipeline", "running", "settings"])
+def test_what_serves_all_jobs_names_none(folder: str) -> None:
+    """What differs between jobs is in the table of jobs."""
+    for path in (ROOT / "pipelines" / folder).glob("*.py"):
+        tree = ast.parse(path.read_text())
+        found = {(node.value, node.lineno) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert not [(value, line) for value, line in found if value in JOBS], path
 
 
 def test_the_command_line_knows_the_job(checkout: Path, store: Store) -> None:

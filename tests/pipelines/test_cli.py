@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import json
 import os
 import signal
@@ -20,6 +22,7 @@ from hand_made import finished_store
 from small_runs import as_options, settings
 from typer.testing import CliRunner, Result
 
+from pipelines import cli
 from pipelines.cli import app
 from pipelines.upkeep import verify
 
@@ -56,6 +59,7 @@ def done(photos: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
 def test_help_loads_no_heavy_package(arguments: list[str]) -> None:
     program = f"""
 import sys
+from pipelines import cli
 from pipelines.cli import app
 app({arguments!r}, standalone_mode=False)
 heavy = {{"torch", "ray", "pyarrow", "pandas", "numpy", "timm", "deltalake", "fsspec", "scipy", "faiss"}}
@@ -129,6 +133,48 @@ def test_settings_as_json_are_the_settings() -> None:
 def test_settings_never_show_secrets() -> None:
     for option in ((), ("--json",)):
         assert "hush" not in dinoray("settings", *option, "--set", "storage.options.secret=hush").output
+
+
+SECRET_URI = "s3://key:hush-hush@bucket/a.parquet"
+
+
+@pytest.mark.parametrize("option", [["--json"], []])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["settings", "--set", f"model.weights={SECRET_URI}"],
+        ["verify", "store", "--dry-run", "--set", f"model.weights={SECRET_URI}"],
+        ["verify", SECRET_URI, "--dry-run"],
+        ["stats", "https://host/a?sig=hush-hush", "--dry-run"],
+        ["verify", "store", "--dry-run", "--set", "storage.options.secret=hush-hush"],
+        ["verify", "hush-hush", "--dry-run", "--set", "storage.options.secret=hush-hush"],
+    ],
+    ids=" ".join,
+)
+def test_no_command_shows_a_secret(command: list[str], option: list[str]) -> None:
+    result = dinoray(*command, *option)
+    assert result.exit_code == 0 and "..." in result.stdout and "hush-hush" not in result.output
+
+
+@pytest.mark.parametrize("option", [["--json"], []])
+def test_what_a_job_found_is_shown_without_secrets(option: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = verify.Result("r", "s3://key:hush-hush@bucket", problems=["hush-hush has no rows"], messages=[SECRET_URI])
+    monkeypatch.setattr(verify, "run", lambda *arguments, **more: found)
+    result = dinoray("verify", "store", "--set", "storage.options.secret=hush-hush", *option)
+    assert "... has no rows" in result.stdout and "hush-hush" not in result.output
+
+
+def test_commands_print_in_no_way_that_would_show_secrets() -> None:
+    """cli.py prints nothing itself: what it says goes through cli_output, which hides."""
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(cli))) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def test_numbers_that_json_does_not_have_are_null(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = verify.Result("r", "store", seconds={"total": float("nan"), "read": float("inf")})
+    monkeypatch.setattr(verify, "run", lambda *arguments, **more: found)
+    content = json.loads(dinoray("verify", "store", "--json").stdout, parse_constant=pytest.fail)
+    assert content["seconds"] == {"total": None, "read": None}
 
 
 def test_extract_with_nothing_left_ends_with_0_and_says_where_the_tables_are(done: tuple[Path, Path]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hand_made import source
+from indices_by_hand import change_manifest
 from small_runs import as_options, photo, settings
 from typer.testing import CliRunner, Result
 
@@ -21,8 +22,11 @@ from pipelines.errors import JobError, RequestError
 from pipelines.extract.shards import ShardWriter
 from pipelines.index import job as index
 from pipelines.index import search
+from pipelines.results import index_publishing
 from pipelines.results import indices as index_files
+from pipelines.results.indices import Manifest
 from pipelines.settings.sections import Config
+from pipelines.store import transactions
 from pipelines.store.extraction import Committer, ShardReport, drop_images
 from pipelines.store.store import Store
 from pipelines.upkeep import verify
@@ -234,12 +238,12 @@ def test_a_flipped_bit_of_an_index_is_a_sentence(kind: str, make: Callable[..., 
 def test_an_index_of_before_has_no_checksums_and_is_read(make: Callable[..., Store]) -> None:
     store = make()
     index.run(asked(), store=store.uri, name="main")
-    (file,) = (Path(store.uri) / "index" / "main").glob("manifest-*.json")
-    content = json.loads(file.read_text())
-    for segment in content["segments"]:
-        assert segment.pop("checksums")
-    file.write_text(json.dumps(content))
 
+    def without_checksums(content: dict[str, Any]) -> None:
+        for segment in content["segments"]:
+            assert segment.pop("checksums")
+
+    change_manifest(store, "main", without_checksums)
     assert verify.run(store.config, store=store.uri).problems == []
     assert dinoray("search", store.uri, "main", "001").exit_code == 0
 
@@ -281,28 +285,46 @@ def test_a_run_that_dies_between_files_leaves_the_old_index(
     assert len(answers(store, "main", ["005"])[0]) == len(before[0])
 
 
-def test_a_run_that_fails_after_it_has_published_removes_nothing_that_others_build_on(
+def test_a_run_that_fails_after_it_was_decided_removes_nothing_that_others_build_on(
     make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make()
     index.run(asked(), store=store.uri, name="main")
     add(store, "r3", *names(5, 20))
-    clean = index_files.remove_files
+    publish = transactions.publish
 
     def interrupted(*arguments: Any) -> None:
-        """Another run updates the index while the first one cleans up."""
-        monkeypatch.setattr(index_files, "remove_files", clean)
+        """Another run updates the index while the first one tells what it did."""
+        monkeypatch.setattr(transactions, "publish", publish)
         add(store, "r4", *names(5, 25))
         assert index.run(asked(), store=store.uri, name="main").added == 5
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(index_files, "remove_files", interrupted)
+    monkeypatch.setattr(transactions, "publish", interrupted)
     assert index.run(asked(), store=store.uri, name="main").status == "interrupted"
 
     assert index.run(asked(), store=store.uri, name="main").status == "unchanged"
     assert verify.run(store.config, store=store.uri).problems == []
     for image_id in ("004", "022", "027"):
         assert answers(store, "main", [image_id])[0][0]
+
+
+def test_a_first_index_that_another_run_took_up_is_not_removed(
+    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log points to no index yet, so another run finds the manifest that this one is about to have it point to."""
+    store = make()
+    transact = index_publishing.transact
+
+    def late(*arguments: Any, **more: Any) -> None:
+        monkeypatch.setattr(index_publishing, "transact", transact)
+        add(store, "r3", *names(5, 20))
+        assert index.run(asked(), store=store.uri, name="main").added == 5
+        transact(*arguments, **more)
+
+    monkeypatch.setattr(index_publishing, "transact", late)
+    assert index.run(asked(), store=store.uri, name="main").status == "unchanged"
+    assert len(found(store, "022")) == 10 and verify.run(store.config, store=store.uri).problems == []
 
 
 def test_the_next_update_removes_what_killed_runs_left(make: Callable[..., Store]) -> None:
@@ -318,24 +340,36 @@ def test_the_next_update_removes_what_killed_runs_left(make: Callable[..., Store
     assert files(store) == manifest.files | {"manifest-1.json", "manifest-2.json", "notes.parquet"}
 
 
-def test_two_updates_at_once_do_not_mix(make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("meanwhile", [0, 3])
+def test_two_updates_at_once_come_one_after_the_other(
+    meanwhile: int, make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The later one begins again from what the first one made. meanwhile: images that came after the first one."""
     store = make()
     index.run(asked(), store=store.uri, name="main")
     add(store, "r3", *names(5, 20))
-    publish = index_files.publish
+    publish = index_publishing.publish
 
-    def late(*arguments: Any) -> None:
+    def late(*arguments: Any) -> Manifest:
         monkeypatch.setattr("pipelines.index.job.publish", publish)
         index.run(asked(), store=store.uri, name="main")
-        publish(*arguments)
+        if meanwhile:
+            add(store, "r4", *names(meanwhile, 30))
+        return publish(*arguments)
 
     monkeypatch.setattr("pipelines.index.job.publish", late)
-    with pytest.raises(JobError, match="Another run updated the index main"):
-        index.run(asked(), store=store.uri, name="main")
-    assert len(found(store, "022")) == 10
+    result = index.run(asked(), store=store.uri, name="main")
+    assert (result.status, result.added) == (("done", 3) if meanwhile else ("unchanged", 0))
+    assert len(found(store, "022")) == 10 and verify.run(store.config, store=store.uri).problems == []
     manifest = index_files.read_manifest(store, "main")
-    assert manifest is not None and manifest.number == 2
-    assert files(store) == manifest.files | {"manifest-1.json", "manifest-2.json"}
+    assert manifest is not None and manifest.images == 25 + meanwhile
+    replaced = index_files.read_replaced_manifest(store, "main", manifest)
+    assert replaced is not None
+    kept = {index_files.manifest_file(one.number) for one in (replaced, manifest)}
+    leftover = {index_files.manifest_file(3)} if meanwhile == 0 else set()
+    assert files(store) - leftover == manifest.files | replaced.files | kept, (
+        "nothing of the attempt that failed is left"
+    )
 
 
 def test_a_dry_run_counts_and_writes_nothing(make: Callable[..., Store]) -> None:
@@ -365,8 +399,7 @@ def test_an_index_older_than_the_table_is_refused(make: Callable[..., Store]) ->
 def test_an_index_of_another_spec_is_refused(make: Callable[..., Store]) -> None:
     store = make()
     index.run(asked(), store=store.uri, name="main")
-    file = Path(store.uri) / "index" / "main" / "manifest-1.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"fingerprint": "another"}))
+    change_manifest(store, "main", lambda content: content.update(fingerprint="another"))
     for job in (lambda: found(store, "001"), lambda: index.run(asked(), store=store.uri, name="main")):
         with pytest.raises(RequestError, match="made of features of another spec"):
             job()

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.errors import JobError, RequestError
 from pipelines.pipeline import job as pipeline
+from pipelines.running.reports import read_reports
 from pipelines.settings.loading import load_settings
 from pipelines.settings.pipeline_file import read_pipeline
 from pipelines.store.store import Store
@@ -122,6 +123,20 @@ def test_jobs_run_in_order_and_then_only_where_something_changed(tmp_path: Path,
     assert jobs.ran() == ["extract", "index images", "cluster words"]
 
 
+def test_a_job_takes_the_arguments_of_its_command(tmp_path: Path, jobs: Jobs, store: Store) -> None:
+    """Several of one that takes many, and those that stand for settings, which win over the job's settings."""
+    of_cluster = {"name": "words", "k": 5, "of": "embeddings", "settings": {"cluster": {"k": 7, "seed": 3}}}
+    file = written(tmp_path, asked(store, {"report": {"images": ["a.jpg", "b.jpg"]}}, {"cluster": of_cluster}))
+    report, cluster = read_pipeline(file, {}).jobs
+    assert report.arguments == {"images": ["a.jpg", "b.jpg"]} and cluster.arguments == {"name": "words"}
+    settings = cluster.config.cluster
+    assert (settings.k, settings.of, settings.seed) == (5, "embeddings", 3)
+    assert read_pipeline(file, {"cluster": {"k": 9}}).jobs[1].config.cluster.k == 9, "the command line wins"
+    run(file)
+    file.write_text(file.read_text().replace("k: 5", "k: 6"))
+    assert run(file).jobs[1].why == "its settings changed"
+
+
 def test_other_settings_of_a_job_make_it_run_and_no_other(tmp_path: Path, jobs: Jobs, store: Store) -> None:
     file = written(tmp_path, asked(store, *ALL))
     run(file)
@@ -200,10 +215,63 @@ def test_an_interruption_is_one_of_the_whole(tmp_path: Path, jobs: Jobs, store: 
     assert [job.status for job in result.jobs] == ["done", "interrupted", "not_run"]
 
 
-def test_a_bug_keeps_its_traceback(tmp_path: Path, jobs: Jobs, store: Store) -> None:
+def report_of(store: Store) -> dict[str, Any]:
+    (report,) = [one for one in read_reports(store.uri, settings()) if one["command"] == "run"]
+    return report
+
+
+def test_a_bug_keeps_its_traceback_and_is_in_the_report(tmp_path: Path, jobs: Jobs, store: Store) -> None:
     jobs.answers["extract"] = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
         run(written(tmp_path, asked(store, *ALL)))
+    report = report_of(store)
+    assert report["status"] == "failed"
+    assert [job["status"] for job in report["result"]["jobs"]] == ["failed", "not_run", "not_run"]
+
+
+class Unreachable(OSError):
+    """As the libraries of storage drivers have them."""
+
+
+Unreachable.__module__ = "botocore.exceptions"
+
+
+@pytest.mark.parametrize("step", ["why_to_run", "state_before", "remember", "start"])
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(JobError("The log is damaged."), "The log is damaged."), (Unreachable("no route"), "could not be reached")],
+)
+def test_what_fails_around_a_job_is_its_failure(
+    step: str, error: Exception, says: str, tmp_path: Path, jobs: Jobs, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline._SharedRay if step == "start" else pipeline, step, fails)
+    result = run(written(tmp_path, asked(store, *ALL)))
+    assert (result.status, result.exit_code) == ("failed", 1)
+    assert [job.status for job in result.jobs] == ["failed", "not_run", "not_run"]
+    assert says in result.jobs[0].why and says in result.messages[0]
+    assert report_of(store)["result"]["messages"] == result.messages
+
+
+def test_a_plan_whose_store_cannot_be_looked_at_says_so(
+    tmp_path: Path, jobs: Jobs, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise Unreachable("no route")
+
+    monkeypatch.setattr(pipeline, "why_to_run", fails)
+    result = run(written(tmp_path, asked(store, *ALL)), dry_run=True)
+    assert result.status == "dry_run" and [job.status for job in result.jobs] == ["would_fail"] * 3
+    assert not Path(store.uri, "runs").exists()
+
+
+def test_a_pipeline_that_makes_no_store_leaves_nothing(tmp_path: Path, jobs: Jobs) -> None:
+    jobs.answers["extract"] = RequestError("There is no INPUT.")
+    content = {"store": str(tmp_path / "store"), "jobs": [{"extract": {"input": "photos"}}]}
+    assert run(written(tmp_path, content)).status == "failed"
+    assert not (tmp_path / "store").exists()
 
 
 def test_the_report_says_what_became_of_every_job(tmp_path: Path, jobs: Jobs, store: Store) -> None:
@@ -219,7 +287,11 @@ def test_the_report_says_what_became_of_every_job(tmp_path: Path, jobs: Jobs, st
         ("jobs: [extract]", "has no store"),
         ("store: s", "has no jobs"),
         ("store: s\njobs: []", "has no jobs"),
-        ("store: s\njobs: [{extract: {}}]", "(extract) needs input"),
+        ("store: s\njobs: [{extract: {}}]", "(extract): input is missing: give INPUT"),
+        ("store: s\njobs: [{extract: {input: a, limit: -1}}]", "(extract): limit is -1, but should be at least 1"),
+        ("store: s\njobs: [{extract: {input: [a, b]}}]", "input is ['a', 'b'], but should be a text"),
+        ("store: s\njobs: [{report: {images: [a, 3]}}]", "images is 3, but should be a text"),
+        ("store: s\njobs: [{cluster: {name: words, k: many}}]", "k is 'many', but should be a whole number"),
         ("store: s\njobs: [{exract: {input: a}}]", "did you mean extract?"),
         ("store: s\njobs: [{index: {nam: a}}]", "did you mean name?"),
         ("store: s\njobs: [{index: {name: a}}, {index: {name: a}}]", "has the job index a twice"),
@@ -229,6 +301,8 @@ def test_the_report_says_what_became_of_every_job(tmp_path: Path, jobs: Jobs, st
         ("store: s\njobs: [3]", "must be one command"),
         ("store: s\nsetings: {}\njobs: [compact]", "did you mean settings?"),
         ("store: s\nsettings: {cluster: {kk: 1}}\njobs: [compact]", "did you mean cluster.k?"),
+        ("store: s\njobs: [{cluster: {name: a, settings: {run: {address: auto}}}}]", "share one Ray"),
+        ("store: s\njobs: [{cluster: {name: a, settings: {run: {object_store_gb: 2}}}}]", "a run.object_store_gb of"),
         ("store: s\njobs: [{index: {name: a, settings: 3}}]", "must be keys with values"),
         ("store: [", "is not valid YAML"),
         ("just text", "must hold sections"),
@@ -237,6 +311,16 @@ def test_the_report_says_what_became_of_every_job(tmp_path: Path, jobs: Jobs, st
 def test_a_mistake_is_one_sentence(tmp_path: Path, content: str, says: str) -> None:
     result = CliRunner().invoke(app, ["run", str(written(tmp_path, content))])
     assert result.exit_code == 2 and says in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_ray_of_a_pipeline_is_given_for_all_its_jobs(tmp_path: Path) -> None:
+    """Here as the same for each job, and on the command line."""
+    own = {"cluster": {"name": "words", "settings": {"run": {"address": "auto", "workers": 2}}}}
+    content = {"store": "s", "settings": {"run": {"address": "auto"}}, "jobs": [own]}
+    (job,) = read_pipeline(written(tmp_path, content), {}).jobs
+    assert (job.config.run.address, job.config.run.workers) == ("auto", 2)
+    (job,) = read_pipeline(written(tmp_path, content), {"run": {"address": "head:6379"}}).jobs
+    assert job.config.run.address == "head:6379"
 
 
 def test_the_example_is_a_pipeline() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hand_made import add_images, source
+from indices_by_hand import change_manifest
 from small_runs import settings
 from typer.testing import CliRunner
 
@@ -66,8 +66,7 @@ def folder(store: Store, name: str) -> Path:
 
 
 def edit_manifest(store: Store, name: str, **changes: Any) -> None:
-    file = folder(store, name) / f"manifest-{manifest(store, name).number}.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    change_manifest(store, name, lambda content: content.update(changes))
 
 
 def edit_table(store: Store, name: str, piece: str, change: Callable[[pa.Table], pa.Table], segment: int = 0) -> str:

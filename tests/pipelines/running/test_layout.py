@@ -47,6 +47,15 @@ def test_a_gpu_that_is_not_there_is_refused(job: str) -> None:
 
 
 @pytest.mark.parametrize("job", PLANS)
+def test_no_gpus_for_a_worker_are_none(job: str) -> None:
+    resources = {"CPU": 8.0, "GPU": 2.0}
+    layout = PLANS[job](resources, load_config([], ["run.gpus_per_worker=0"]))
+    assert (layout.device, layout.gpus) == ("cpu", 0.0)
+    with pytest.raises(RequestError, match=r"model.device is cuda, but run.gpus_per_worker is 0"):
+        PLANS[job](resources, load_config([], ["run.gpus_per_worker=0", "model.device=cuda"]))
+
+
+@pytest.mark.parametrize("job", PLANS)
 @pytest.mark.parametrize(("cpus", "gpus"), [(1, 0), (2, 0), (6, 0), (64, 0), (1, 1), (6, 1), (8, 8), (64, 8)])
 def test_what_is_planned_fits(job: str, cpus: float, gpus: float) -> None:
     layout = PLANS[job]({"CPU": cpus, "GPU": gpus}, load_config())

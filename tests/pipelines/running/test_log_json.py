@@ -20,6 +20,7 @@ from small_runs import as_options, settings
 from typer.testing import CliRunner, Result
 
 from pipelines.cli import app, evaluate
+from pipelines.errors import JobError
 from pipelines.running import json_log, progress
 from pipelines.running.progress import ProgressLine, StatusLine
 from pipelines.upkeep import verify
@@ -186,6 +187,23 @@ def test_storage_options_never_appear(options: list[str], monkeypatch: pytest.Mo
     result = dinoray("verify", "store", "--log-json", *endpoint, *options)
     assert result.exit_code and "hush-hush" not in result.stderr
     assert "hush-hush" not in json.dumps(lines_of(result.stderr))
+
+
+def test_storage_options_of_a_pipeline_never_appear(
+    done: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def careless(*arguments: object, **more: object) -> None:
+        raise JobError("refused: key hush-hush, then key hush-too")
+
+    monkeypatch.setattr(verify, "run", careless)
+    file = tmp_path / "pipeline.yaml"
+    own = "verify: {settings: {storage: {options: {password: hush-too}}}}"
+    options = "settings: {storage: {options: {secret: hush-hush}}}"
+    file.write_text(f"store: {done[1]}\n{options}\njobs: [{own}]\n")
+    result = dinoray("run", file, "--log-json", "--json")
+    messages = [line["message"] for line in lines_of(result.stderr) if "message" in line]
+    assert result.exit_code == 1 and "refused: key ..., then key ..." in messages[-1]
+    assert "hush" not in result.output
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,8 @@ def test_files_that_cannot_be_settings_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("override", ["stride=8", "features.stride", "features.=8", "=8", "features"])
 def test_an_override_of_another_form_is_shown_the_form(override: str) -> None:
     sentence = mistake(override)
-    assert repr(override) in sentence and "section.key=value" in sentence
+    name, equals, _ = override.partition("=")
+    assert repr(f"{name}=..." if equals else name) in sentence and "section.key=value" in sentence
 
 
 def test_an_override_without_its_section_is_shown_where_the_key_belongs() -> None:
@@ -252,7 +253,7 @@ def test_an_override_without_its_section_is_shown_where_the_key_belongs() -> Non
 
 
 def test_an_override_that_is_not_yaml_is_named() -> None:
-    assert "'[1'" in mistake("features.stride=[1")
+    assert "'features.stride=...': the value is not valid YAML" in mistake("features.stride=[1")
 
 
 def test_yaml_runs_no_code(tmp_path: Path) -> None:
@@ -272,8 +273,39 @@ def test_secrets_are_kept_and_never_shown() -> None:
     assert "hush" not in json.dumps(shown)
 
 
-def test_a_mistake_in_storage_options_does_not_show_them() -> None:
-    assert "hush" not in mistake("storage.options=hush")
+@pytest.mark.parametrize(
+    "override",
+    [
+        "storage.options=hush",
+        "storage.options.secret=[hush",
+        "storage.options.secret.=hush",
+        "storage.secret=hush",
+        "storage=hush",
+        "secret=hush",
+        "model.device=s3://key:hush@bucket/a",
+    ],
+)
+def test_a_mistake_in_storage_options_does_not_show_them(override: str) -> None:
+    assert "hush" not in mistake(override)
+
+
+@pytest.mark.parametrize("value", ["!hush", "*hush", "!<tag:hush> x", "!hush!x y", "[hush", "'hush"])
+def test_a_secret_that_is_not_yaml_is_not_shown(value: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"storage:\n  options:\n    secret: {value}\n")
+    sentence = mistake(files=(file,))
+    assert "hush" not in sentence and "is not valid YAML (line" in sentence
+
+
+def test_a_section_of_storage_that_is_a_value_does_not_show_it(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("storage: hush\n")
+    assert mistake(files=(file,)) == "Setting storage is a section with keys (options), not a value."
+
+
+def test_settings_that_are_uris_are_shown_without_their_credentials() -> None:
+    shown = load_config([], ["model.weights=https://me:hush@host/w.pth?sig=hush"]).without_secrets()
+    assert shown["model"]["weights"] == "https://...@host/w.pth?sig=..."
 
 
 def test_checked_settings_do_not_change() -> None:

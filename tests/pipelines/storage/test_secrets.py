@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import pickle
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from small_runs import as_options, photo
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.storage.secrets import hidden, without_credentials
+from pipelines.settings.loading import load_config
+from pipelines.storage import secrets
+from pipelines.storage.secrets import hidden, hidden_in, without_credentials
 
 PASSWORD = "hunter2-is-secret"
 SIGNATURE = "b0b5c0ffee-is-secret"
@@ -45,6 +49,50 @@ def test_a_uri_keeps_what_names_the_object(uri: str, expected: str) -> None:
 def test_texts_show_that_something_was_there() -> None:
     text = "GET https://user:pass@host/a.jpg?sig=abc&x=1 failed"
     assert hidden(text) == "GET https://...@host/a.jpg?sig=...&x=1 failed"
+
+
+@pytest.fixture
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "_known", set())
+
+
+@pytest.mark.usefixtures("nothing_known")
+@pytest.mark.parametrize(
+    ("option", "value", "is_secret"),
+    [
+        ("secret", "hush", True),
+        ("account_key", "pqr+/st=", True),
+        ("sas_token", "hush", True),
+        ("of_a_driver_that_nobody_knows", "a-long-value-of-20-c", True),
+        ("endpoint_url", "http://a-long-name-of-a-host:9000", False),
+        ("username", "worker", False),
+        ("token", "cloud", False),
+        ("key", "abc", False),
+    ],
+)
+def test_secrets_of_storage_options_are_hidden_wherever_they_are_said(option: str, value: str, is_secret: bool) -> None:
+    pickled = pickle.dumps(load_config([], [f"storage.options.client_kwargs.{option}={value}"]))
+    text = f"403: {value} refused"
+    assert (hidden(text) == "403: ... refused") == is_secret
+    secrets._known.clear()
+    assert hidden(text) == text
+    pickle.loads(pickled)
+    assert (hidden(text) == "403: ... refused") == is_secret, "a worker knows them too"
+
+
+@pytest.mark.usefixtures("nothing_known")
+def test_what_signing_makes_of_a_secret_is_hidden() -> None:
+    secrets.remember({"sas_token": "sv=2022&sig=pqr+/st="})
+    assert hidden("GET https://h/a?x=sv%3D2022%26sig%3Dpqr%2B%2Fst%3D") == "GET https://h/a?x=..."
+
+
+def test_what_a_job_says_is_hidden_in_all_its_depths() -> None:
+    @dataclass(frozen=True)
+    class Of:
+        uri: str
+
+    said = hidden_in({"s3://a:hush@b": ("s3://a:hush@b", Of("s3://a:hush@b"), 3, None)})
+    assert said == {"s3://...@b": ["s3://...@b", Of("s3://...@b"), 3, None]}
 
 
 class _Guarded(BaseHTTPRequestHandler):

@@ -220,15 +220,16 @@ def make(log: TransactionLog, change: Change) -> None:
 def test_what_pointers_stand_on_is_no_garbage(log: TransactionLog) -> None:
     folder = Path(log.uri, "index", "photos")
     folder.mkdir(parents=True)
-    for name in ("manifest-1.json", "a.faiss", "manifest-2.json", "b.faiss", "killed.faiss", "notes.txt"):
+    first, second, killed = (f"2026010{day}T000000Z-abcdef-vectors.faiss" for day in (1, 2, 3))
+    for name in ("manifest-1.json", first, "manifest-2.json", second, killed, "notes.txt", "my.faiss"):
         (folder / name).write_text(name)
-    for at, segment in ((1, "a"), (2, "b")):
-        pointer = Pointer(f"index/photos/manifest-{at}.json", None, (f"index/photos/{segment}.faiss",))
+    for at, segment in ((1, first), (2, second)):
+        pointer = Pointer(f"index/photos/manifest-{at}.json", None, (f"index/photos/{segment}",))
         make(log, Change(pointers={"index/photos": pointer}))
     assert garbage(open_for_writing(aged(log, 8)), 168) == [
-        f"index/photos/{name}" for name in ("a.faiss", "killed.faiss", "manifest-1.json")
+        f"index/photos/{name}" for name in (first, killed, "manifest-1.json")
     ]
-    for name in ("manifest-2.json", "b.faiss", "killed.faiss"):
+    for name in ("manifest-2.json", second, killed):
         os.utime(folder / name, (time.time() - 10 * DAY,) * 2)
     assert garbage(open_for_writing(log), 168) == [], "the log does not reach back that far"
 
