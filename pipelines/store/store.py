@@ -42,11 +42,16 @@ class Store:
         self.config = config
         self.spec: dict[str, Any] = description["spec"]
         self.fingerprint: str = description["fingerprint"]
-        self.images = self._table("images", IMAGES)
+
+    # opened on demand: jobs that read embeddings never need patches, and one that checks a store or repairs it goes on
+    # without a table whose log is lost
+
+    @cached_property
+    def images(self) -> Table:
+        return self._table("images", IMAGES)
 
     @cached_property
     def patches(self) -> Table:
-        # opened on demand: jobs that read embeddings never need it
         return self._table("patches", patches_schema(self.config))
 
     @cached_property
@@ -286,6 +291,10 @@ def read_description(uri: str, config: Config) -> dict[str, Any] | None:
         return None
     if not {"spec", "fingerprint", "schema_version"} <= stored.keys():
         raise JobError(f"{uri}/store.json is not a store's description: it was damaged or written by something else.")
+    if fingerprint(stored["spec"]) != stored["fingerprint"]:
+        raise JobError(
+            f"{uri}/store.json is damaged (its spec has another fingerprint than it says): restore it from a copy."
+        )
     if stored["schema_version"] > SCHEMA_VERSION:
         raise RequestError(
             f"The store {uri} was written by a newer dinoray (schema {stored['schema_version']}, this one knows "
