@@ -175,7 +175,9 @@ class ClusterTables(ResultTables):
         self.refresh()
         return done[0]
 
-    def update(self, run_id: str, decide: Callable[[Snapshot], Update | None]) -> None:
+    def update(
+        self, run_id: str, decide: Callable[[Snapshot], Update | None], command: str = "cluster --update"
+    ) -> None:
         """Change assignments, and the centroids with them. decide: what changes, from a snapshot; it may be asked again
         about a newer one. run_id: of who asks."""
 
@@ -187,7 +189,7 @@ class ClusterTables(ResultTables):
             old = {"centroids": list(current.files(self.path_of("centroids"))), "assignments": asked.remove}
             return Change(self._changes({"centroids": [centroids], "assignments": asked.add}, old))
 
-        transact(self.log, build, run_id=run_id, command="cluster --update")
+        transact(self.log, build, run_id=run_id, command=command)
         self.refresh()
 
     def _changes(self, add: Mapping[str, list[DataFile]], remove: Mapping[str, list[str]]) -> list[TableChange]:

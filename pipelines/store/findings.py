@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,12 +115,30 @@ class Finding:
     mend: Mend
 
     @property
+    def remedy(self) -> str:
+        """How it is mended, in words that follow "mended:"."""
+        return self.mend.advice if isinstance(self.mend, ByHand) else _REMEDIES[type(self.mend)]
+
+    @property
     def group(self) -> tuple[str, str, type[Mend]]:
         """Findings of one group are shown a few of many."""
         return (self.kind, self.path, type(self.mend))
 
 
-def shown(findings: list[Finding], most_of_a_group: int) -> Iterator[str]:
+_REMEDIES: dict[type[Mend], str] = {
+    Publish: "it is completed",
+    RemoveFile: "the file's rows are removed, with what belongs to them, and can be made again",
+    RestoreFile: "the log has the file again",
+    RemoveRows: "these rows are removed, with what belongs to them, and can be made again",
+    Reconcile: "rows without a partner are removed",
+    CountAgain: "the centroids are written again, from the model and the assignments",
+    RemoveResult: "what is left of the result is removed, and it can be made again",
+    RemoveLeftover: "the file is removed",
+    RewriteTransaction: "it is written again, from the one before it",
+}
+
+
+def shown(findings: Sequence[Finding], most_of_a_group: int) -> Iterator[str]:
     """Their sentences, in their order; of many in a group the first, and how many more there are."""
     counts: dict[tuple[str, str, type[Mend]], int] = {}
     for finding in findings:
