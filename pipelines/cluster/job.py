@@ -201,13 +201,14 @@ def _train(job: ClusterJob, before: Model | None) -> None:
         line.show("assigning")
         # whoever ends a training gives it its name, so that of two that continue one none writes over the other's model
         model.progress.run_id = result.run_id
+        # before files lie in their folders, which without a log look as if it had been lost
+        tables = ClusterTables.open_or_make(job.store.uri, result.name, options, job.store.log)
         written = actors.assign(job, workers, model)
     total = sum((file.statistics for file in written), Statistics.zeros(model.k))
     model.progress.mean_distance = result.mean_distance
     began = time.monotonic()
     with uninterrupted():
         write_model(model_uri(job.uri, model.progress.run_id), model, options)
-        tables = ClusterTables.open_or_make(job.store.uri, result.name, options, job.store.log)
         files, gives_way = [file.file for file in written], _GivesWay(job, tables, before)
         if not tables.replace(model, files, total, job.has_saliency, gives_way):
             assert gives_way.to

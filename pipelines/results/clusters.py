@@ -32,6 +32,7 @@ from pipelines.store.schemas import ASSIGNMENTS, CENTROIDS, vector
 from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.table import READS_AT_ONCE, Table
 from pipelines.store.transactions import transact
+from pipelines.store.written_files import WrittenFiles
 
 
 def clusters_uri(store: str, name: str) -> str:
@@ -60,7 +61,8 @@ class ClusterTables(ResultTables):
 
     def prepare(self) -> None:
         self._covered: dict[str, pa.Table] = {}
-        self._copies: dict[tuple[str, frozenset[str]], tuple[DataFile | None, Statistics]] = {}
+        self._written = WrittenFiles()
+        self._taken_out: dict[tuple[str, frozenset[str]], Statistics] = {}
 
     @property
     def assignments(self) -> Table:
@@ -180,16 +182,20 @@ class ClusterTables(ResultTables):
     ) -> None:
         """Change assignments, and the centroids with them. decide: what changes, from a snapshot; it may be asked again
         about a newer one. run_id: of who asks."""
+        change: Change | None = None
 
         def build(current: Snapshot) -> Change | None:
-            asked = decide(current)
-            if asked is None:
-                return None
-            centroids = self._centroids_file(asked.model, asked.statistics, asked.has_saliency)
-            old = {"centroids": list(current.files(self.path_of("centroids"))), "assignments": asked.remove}
-            return Change(self._changes({"centroids": [centroids], "assignments": asked.add}, old))
+            nonlocal change
+            change, asked = None, decide(current)
+            if asked is not None:
+                centroids = self._centroids_file(asked.model, asked.statistics, asked.has_saliency)
+                self._written.once(self.centroids, centroids.path, lambda: centroids)
+                old = {"centroids": list(current.files(self.path_of("centroids"))), "assignments": asked.remove}
+                change = Change(self._changes({"centroids": [centroids], "assignments": asked.add}, old))
+            return change
 
         transact(self.log, build, run_id=run_id, command=command)
+        self._written.remove_unused(change)
         self.refresh()
 
     def _changes(self, add: Mapping[str, list[DataFile]], remove: Mapping[str, list[str]]) -> list[TableChange]:
@@ -254,12 +260,15 @@ class ClusterTables(ResultTables):
         Made once, however often it is asked for.
         """
         known = (file.path, frozenset(image_ids))
-        if known not in self._copies:
+        if known not in self._taken_out:
             rows = self.assignments.read_file(file.path, ["image_id", "cluster_id", "distance", "saliency"])
             rows = rows.filter(pc.is_in(rows["image_id"], value_set=pa.array(sorted(image_ids), pa.string())))
-            copy = rewrite_without(self.assignments, file, image_ids, training_of(file.path))
-            self._copies[known] = copy, Statistics.of(rows, counting)
-        return self._copies[known]
+            self._taken_out[known] = Statistics.of(rows, counting)
+        training = training_of(file.path)
+        copy = self._written.once(
+            self.assignments, known, lambda: rewrite_without(self.assignments, file, image_ids, training)
+        )
+        return copy, self._taken_out[known]
 
 
 def changed_by_transaction(current: Snapshot, table: str) -> bool:

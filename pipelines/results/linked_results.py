@@ -25,7 +25,8 @@ from pipelines.store.parquet import DataFile
 from pipelines.store.rewriting import rewrite
 from pipelines.store.snapshots import Snapshot
 from pipelines.store.table import READS_AT_ONCE
-from pipelines.store.transactions import transact
+from pipelines.store.transactions import Build, transact
+from pipelines.store.written_files import WrittenFiles
 
 _Report = TypeVar("_Report")
 
@@ -65,7 +66,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
     def prepare(self) -> None:
         self._seen = set(self.tables[self.leading].files())
         self._images = ExtractedImages()
-        self._copies: dict[Any, DataFile | None] = {}
+        self._written = WrittenFiles()
         self.changed_meanwhile = 0
 
     @classmethod
@@ -299,10 +300,8 @@ class LinkedResult(ResultTables, Generic[_Report]):
 
     def _copy(self, table: str, file: DataFile, how: tuple[Any, ...], change: Any, run_id: str) -> DataFile | None:
         """A changed copy of a file, None when no row is left; made once, however often a change is decided."""
-        known = (table, file.path, how)
-        if known not in self._copies:
-            self._copies[known] = rewrite(self.tables[table], file, run_id, change)
-        return self._copies[known]
+        of_table = self.tables[table]
+        return self._written.once(of_table, (file.path, how), lambda: rewrite(of_table, file, run_id, change))
 
     # Reading and writing
 
@@ -329,10 +328,17 @@ class LinkedResult(ResultTables, Generic[_Report]):
         tables = [one for one in tables if one.add or one.remove]
         return Change(tables) if tables else None
 
-    def _transact(self, build: Any, run_id: str) -> None:
-        self._copies.clear()
-        transact(self.log, build, run_id=run_id, command=self.command)
-        self._copies.clear()
+    def _transact(self, build: Build, run_id: str) -> None:
+        """Copies that were made for a decision and not taken up are removed."""
+        self._written = WrittenFiles()
+        decided: list[Change | None] = [None]
+
+        def build_and_note(current: Snapshot) -> Change | None:
+            decided[0] = build(current)
+            return decided[0]
+
+        transact(self.log, build_and_note, run_id=run_id, command=self.command)
+        self._written.remove_unused(decided[0])
         self.refresh()
 
 

@@ -89,13 +89,32 @@ def write_parquet(
     table: str, name: str, rows: pa.Table, options: Options | None = None, row_group_rows: int | None = None
 ) -> DataFile:
     """Write rows, in the order of their first column, as a file of the table at `table`, for its log to name later."""
-    fs, path = filesystem(join(table, name), options)
-    if is_local(table):
+    uri = join(table, name)
+    with new_file(uri, options) as sink:
+        pq.write_table(rows, sink, row_group_size=row_group_rows, **parquet_options(rows.schema))
+    return DataFile(name, size_of(uri, options), len(rows), *key_range(rows[0]))
+
+
+@contextlib.contextmanager
+def new_file(uri: str, options: Options | None = None) -> Iterator[Any]:
+    """A file under a name that nobody else uses, to write to; gone again where writing ends with an error."""
+    fs, path = filesystem(uri, options)
+    if is_local(uri):
         # the table may not have been created yet
         os.makedirs(path.rpartition("/")[0], exist_ok=True)
-    with fs.open(path, "wb") as sink:
-        pq.write_table(rows, sink, row_group_size=row_group_rows, **parquet_options(rows.schema))
-    return DataFile(name, fs.size(path), len(rows), *key_range(rows[0]))
+    try:
+        with fs.open(path, "wb") as sink:
+            yield sink
+    except BaseException:
+        with contextlib.suppress(Exception):  # what stays is garbage, and the error counts
+            fs.rm_file(path)
+        raise
+
+
+def size_of(uri: str, options: Options | None = None) -> int:
+    """In bytes."""
+    fs, path = filesystem(uri, options)
+    return int(fs.size(path))
 
 
 def described(table: str, path: str, options: Options | None = None) -> DataFile | None:

@@ -21,7 +21,7 @@ from deltalake import Transaction as AppTransaction
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, PostCommitHookProperties, RemoveAction
 
-from pipelines.errors import JobError
+from pipelines.errors import JobError, counted
 from pipelines.storage.durable import sync_files, sync_folders
 from pipelines.storage.errors import explain_write_error, reaching, said
 from pipelines.storage.files import filesystem, is_there, join
@@ -47,7 +47,7 @@ def publish(
     opened: tables that were opened a moment ago, which saves opening them again; older ones cost a try.
 
     Raises:
-        JobError: a table's log is damaged, or could not be written for good; a leftover lies outside the store.
+        JobError: a table's log is damaged, or could not be written for good.
         OSError: the storage failed for good. In either case the transaction has happened, and the next writer
             completes it.
     """
@@ -233,22 +233,33 @@ def as_table(log: TransactionLog, table: str, delta: DeltaTable, schema: pa.Sche
 
 def _sweep(log: TransactionLog, paths: Iterable[str]) -> None:
     """Remove files that nobody names. A transaction that would name one cannot be written: its number comes after
-    this one's, by which time the file is gone, and it looks."""
+    this one's, by which time the file is gone, and it looks.
 
-    def remove(path: str) -> None:
+    A file that cannot be removed stays, and is said: it is in nobody's way, and the store must go on.
+    """
+
+    def remove(path: str) -> str:
+        """What is wrong, or an empty text."""
         uri = join(log.uri, path)
         if is_local(uri) and os.path.realpath(os.path.dirname(local_path(uri))) != os.path.join(
             os.path.realpath(local_path(log.uri)), *path.split("/")[:-1]
         ):
-            raise JobError(f"{uri} lies behind a link that leads out of its folder: it is not removed.")
+            return f"{uri} lies behind a link that leads out of its folder"
         fs, place = filesystem(uri, log.options)
-        with contextlib.suppress(FileNotFoundError), reaching(uri):
-            fs.rm_file(place)
+        try:
+            with reaching(uri):
+                fs.rm_file(place)
+        except FileNotFoundError:
+            return ""
+        except (OSError, JobError) as error:
+            return said(error)
+        return ""
 
     paths = list(paths)
     if is_local(log.uri) or len(paths) < 2:
-        for path in paths:
-            remove(path)
-        return
-    with ThreadPoolExecutor(REMOVED_AT_ONCE) as pool:
-        list(pool.map(remove, paths))
+        problems = [problem for path in paths if (problem := remove(path))]
+    else:
+        with ThreadPoolExecutor(REMOVED_AT_ONCE) as pool:
+            problems = [problem for problem in pool.map(remove, paths) if problem]
+    if problems:
+        log.messages.append(f"{counted(len(problems), 'unused file')} could not be removed: {problems[0]}.")

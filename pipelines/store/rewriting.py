@@ -14,11 +14,12 @@ from pipelines.store.parquet import (
     IMAGES_PER_ROW_GROUP,
     ROWS_PER_ROW_GROUP,
     DataFile,
-    checked_parquet,
-    damage_explained,
     key_range,
+    new_file,
     new_file_name,
+    open_parquet,
     parquet_options,
+    size_of,
 )
 from pipelines.store.table import Table
 
@@ -35,11 +36,14 @@ def merge_files(
     rows = pa.concat_tables(read)
     # the sort is stable
     rows = change(rows.take(pc.sort_indices(rows[table.key])))
-    fs, path = storage.filesystem(storage.join(table.uri, name), table.options)
-    with fs.open(path, "wb") as sink, pq.ParquetWriter(sink, table.schema, **parquet_options(table.schema)) as writer:
+    uri = table.place(name)
+    with (
+        new_file(uri, table.options) as sink,
+        pq.ParquetWriter(sink, table.schema, **parquet_options(table.schema)) as writer,
+    ):
         for group in row_groups(rows, table.key):
             writer.write_table(group, row_group_size=len(group))
-    return DataFile(name, fs.size(path), len(rows), *key_range(rows[table.key]))
+    return DataFile(name, size_of(uri, table.options), len(rows), *key_range(rows[table.key]))
 
 
 def row_groups(rows: pa.Table, key: str) -> Iterator[pa.Table]:
@@ -68,13 +72,10 @@ def rewrite(table: Table, file: DataFile, run_id: str, change: Callable[[pa.Tabl
     `change` maps the rows of one row group to those that the copy has.
     """
     name = new_file_name(run_id)
-    fs, source_path = storage.filesystem(storage.join(table.uri, file.path), table.options)
-    _, target_path = storage.filesystem(storage.join(table.uri, name), table.options)
+    uri = table.place(name)
     kept = 0
     low, high = [], []
-    source_uri = storage.join(table.uri, file.path)
-    with damage_explained(source_uri), fs.open(source_path, "rb") as source, fs.open(target_path, "wb") as sink:
-        parquet = checked_parquet(source)
+    with open_parquet(table.place(file.path), table.options) as parquet, new_file(uri, table.options) as sink:
         schema = table.schema
         with pq.ParquetWriter(sink, schema, **parquet_options(schema)) as writer:
             for index in range(parquet.num_row_groups):
@@ -86,9 +87,10 @@ def rewrite(table: Table, file: DataFile, run_id: str, change: Callable[[pa.Tabl
                     low.append(bounds["min"].as_py())
                     high.append(bounds["max"].as_py())
     if not kept:
-        fs.rm_file(target_path)
+        fs, path = storage.filesystem(uri, table.options)
+        fs.rm_file(path)
         return None
-    return DataFile(name, fs.size(target_path), kept, min(low), max(high))
+    return DataFile(name, size_of(uri, table.options), kept, min(low), max(high))
 
 
 def _without(rows: pa.Table, image_ids: Iterable[str]) -> pa.Table:

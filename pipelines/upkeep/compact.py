@@ -99,7 +99,8 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
                     _merge(opened, pair, group, target, result)
         result.seconds["merge"] = time.monotonic() - started
         line.show("removing unused files")
-        result.vacuumed = _remove_leftovers(opened, tables, retention_hours, result.run_id)
+        with uninterrupted():
+            result.vacuumed = _remove_leftovers(opened, tables, retention_hours, result.run_id)
         opened.log.cut(retention_hours)
         result.seconds["vacuum"] = time.monotonic() - started - result.seconds["merge"]
         result.files_after = sum(len(pair.data.files()) for pair in tables)
@@ -191,13 +192,13 @@ def _merge(store: Store, tables: LinkedTables, group: list[DataFile], target: in
     with uninterrupted():
         merge_made = transact(store.log, build, run_id=run_id, command="compact") is not None
         _refresh(tables)
-    if not merge_made:
-        result.conflicts += 1
-        remove_files(written)
-        return
-    result.merged += len(group) + len(naming)
-    result.written += len(written)
-    result.bytes_written += sum(file.size for _, file in written)
+        if not merge_made:
+            result.conflicts += 1
+            remove_files(written)
+            return
+        result.merged += len(group) + len(naming)
+        result.written += len(written)
+        result.bytes_written += sum(file.size for _, file in written)
 
 
 def _refresh(tables: LinkedTables) -> None:
@@ -254,16 +255,18 @@ def _remove_leftovers(store: Store, tables: list[LinkedTables], retention_hours:
         leftovers = _leftovers(store, current, tables, retention_hours) if tries <= SWEEP_TRIES else []
         return Change(sweep=leftovers) if leftovers else None
 
-    with uninterrupted():
-        transact(store.log, build, run_id=run_id, command="compact")
+    transact(store.log, build, run_id=run_id, command="compact")
     return len(leftovers)
 
 
 def _leftovers(store: Store, current: Snapshot, tables: list[LinkedTables], retention_hours: float) -> list[str]:
-    """Garbage in the folders of the store's own tables and of its log, and nowhere else: what jobs keep beside tables
-    (models, indices, settings) no transaction names. A file that a leading table names stays, even where the log of the
-    data lost it: `extract` brings it back."""
+    """Garbage in the folders of the store's own tables, of its log, and of what the log points at (models, indices).
+
+    A file that a leading table names stays, even where the log of the data lost it: `extract` brings it back.
+    """
     folders, spared = {FOLDER}, set[str]()
+    for pointer in current.pointers.values():
+        folders |= {path.rpartition("/")[0] for path in pointer.every_file}
     for pair in tables:
         data = _path(store, pair.data)
         if pair.leading:

@@ -23,10 +23,15 @@ from small_changes import (
 )
 from trials import KILLED, Trials, at_step
 
+from pipelines.storage.filesystems import Options
 from pipelines.store import transaction_log
 from pipelines.store.transaction_log import TransactionLog
 
-LONGEST = 200  # steps of one change
+# Steps of one change, reading ones included: one that does nothing takes fewer than the least.
+LEAST, LONGEST = 12, 200
+RACES_TRIED = 5
+# One after the other, they change it once.
+LEAD_CHANGES_OF_A_RACE = 3
 
 CHANGES: dict[str, tuple[str, dict[str, Any], Images]] = {
     "the first change of a new store": ("put", {"images": [{"c": 0}]}, {"c": 0}),
@@ -76,17 +81,31 @@ def pause_everywhere(
         with at_step(step, partial(other, fresh(log)), reads=True) as taken:
             change(fresh(log))
         if len(taken) <= step:
+            assert step >= LEAST, f"only {step} steps were taken"
             return
         yield log, taken
     raise AssertionError(f"more than {LONGEST} steps")
 
 
-def race(trials: Trials, log: TransactionLog, each: int) -> None:
-    """Two processes, each with images of its own in every transaction, and one that both replace."""
-    children = [
-        trials.start("put", store=log.uri, options=log.options, images=[{f"{name}{at:02}": 0} for at in range(each)])
-        for name in "pq"
-    ]
-    assert [trials.wait(child) for child in children] == [0, 0]
-    holds(log, {f"{name}{at:02}": 0 for name in "pq" for at in range(each)})
-    assert log.listing().newest == 2 * each
+def race(trials: Trials, uri: str, options: Options, each: int) -> None:
+    """Two processes make transactions in one store below `uri`, each with an image of its own. They must have been at
+    it at the same time; where one was through before the other began, it is tried again with another store."""
+    for _ in range(RACES_TRIED):
+        log = TransactionLog(f"{uri}/{uuid.uuid4().hex}", options)
+        children = [
+            trials.start("put", store=log.uri, options=options, images=[{f"{name}{at:02}": 0} for at in range(each)])
+            for name in "pq"
+        ]
+        assert [trials.wait(child) for child in children] == [0, 0]
+        holds(log, {f"{name}{at:02}": 0 for name in "pq" for at in range(each)})
+        assert log.listing().newest == 2 * each
+        if _times_the_lead_changed(log) >= LEAD_CHANGES_OF_A_RACE:
+            return
+    raise AssertionError(f"in {RACES_TRIED} races the processes took no turns")
+
+
+def _times_the_lead_changed(log: TransactionLog) -> int:
+    """How often a transaction is of another process than the one before."""
+    made = [log.read(number) for number in log.listing().numbers]
+    makers = [one.tables[0].add[0].min_id[0] for one in made if one]
+    return sum(one != other for one, other in itertools.pairwise(makers))

@@ -36,7 +36,7 @@ def storage_steps(*, reads: bool = False) -> list[tuple[Any, str]]:
     from pipelines.store.transaction_log import TransactionLog
 
     found: list[tuple[Any, str]] = [(os, "link"), (os, "unlink"), (os, "remove"), (LocalFileSystem, "pipe_file")]
-    found += [(S3FileSystem, "_pipe_file"), (S3FileSystem, "_rm_file"), (pq, "write_table")]
+    found += [(S3FileSystem, "_pipe_file"), (S3FileSystem, "_rm_file"), (pq.ParquetWriter, "write_table")]
     found += [(DeltaTable, "create"), (DeltaTable, "create_write_transaction")]
     if reads:
         found += [(TransactionLog, "listing"), (TransactionLog, "read")]

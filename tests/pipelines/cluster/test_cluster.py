@@ -268,7 +268,7 @@ def test_update_without_clusters_trains(store: Store, here: None) -> None:
 def test_what_an_older_dinoray_left_between_its_two_commits_is_completed(
     store: Store, here: None, swapped: bool
 ) -> None:
-    """S5: assignments are there that no size counts, also where their sum is the same."""
+    """Assignments came and the centroids with their counts did not: sizes are wrong, also where their sum is right."""
     run(store)
     tables = ClusterTables.open_existing(store.uri, "words", {})
     assert tables is not None
@@ -551,7 +551,7 @@ def iterations(checkpoint: Path) -> int:
 
 
 def test_another_kind_of_clustering_is_not_replaced(store: Store, here: None) -> None:
-    """H6: images clustered under the name of clusters of patches replaced them."""
+    """Images clustered under the name of clusters of patches do not replace them."""
     run(store)
     with pytest.raises(RequestError, match=r"clusters words are of patches, asked was embeddings: give another"):
         run(store, "words", "cluster.of=embeddings")

@@ -10,6 +10,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pytest
+from changes_in_steps import commits_in_order
 from deltalake import DeltaTable
 from every_step import at_every_step, die
 from hand_made import add_described, described
@@ -30,8 +31,6 @@ from pipelines.store.store import Store
 from pipelines.store.transactions import transact
 
 NAME = "words"
-
-results: list[cluster.Result] = []  # of runs that were disturbed, in their order
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +103,7 @@ def test_a_training_is_killed_at_any_step_and_an_update_goes_on(begun: Path, tmp
 
 
 def test_two_updates_over_different_images(begun: Path, tmp_path: Path) -> None:
-    """S7: sizes are counts, whoever comes last."""
+    """The sizes of clusters count the patches of both, whichever comes last."""
 
     def other(store: str) -> None:
         add(store, 3, "bh")
@@ -116,13 +115,14 @@ def test_two_updates_over_different_images(begun: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_training_that_ends_while_an_update_is_at_work(begun: Path, tmp_path: Path) -> None:
-    """S6: the update starts over on the new clusters, and no table mixes two trainings."""
+    """The update starts over on the new clusters, and no table mixes two trainings."""
 
     def other(store: str) -> None:
         run(store)
         add(store, 3, "bh")
 
     began_anew = 0
+    results: list[cluster.Result] = []
     for store in at_every_step(begun, tmp_path, lambda store: results.append(update(store)), other):
         fits(store)
         began_anew += any("trained anew meanwhile" in message for message in results[-1].messages)
@@ -166,6 +166,7 @@ def test_files_are_merged_while_an_update_is_at_work(begun: Path, tmp_path: Path
 def test_two_trainings_at_once(begun: Path, tmp_path: Path) -> None:
     """The second gives way to the first where both do the same, and otherwise replaces it whole."""
     gave_way = 0
+    results: list[cluster.Result] = []
     for store in at_every_step(begun, tmp_path, lambda store: results.append(run(store)), run):
         gave_way += any("they stand" in message for message in results[-1].messages)
         holds(store)
@@ -184,6 +185,15 @@ def test_two_first_trainings_at_once(tmp_path: Path) -> None:
     for store in at_every_step(tmp_path / "store", tmp_path, run, run):
         holds(store)
         assert run(store).status == "unchanged"
+
+
+def test_assignments_are_published_last(begun: Path) -> None:
+    """They say which images are done; who reads the tables without a snapshot finds the centroids of every cluster."""
+    store = str(begun)
+    for change in (update, lambda store: run(store, "cluster.seed=5")):
+        with commits_in_order(store) as committed:
+            change(store)
+        assert committed == [f"clusters/{NAME}/centroids", f"clusters/{NAME}/assignments"]
 
 
 def test_the_model_is_pointed_at_and_a_damaged_one_is_not_used(begun: Path) -> None:

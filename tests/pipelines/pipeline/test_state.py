@@ -117,7 +117,7 @@ INDEX = {"index": {"name": "images"}}
 def test_results_that_are_gone_or_damaged_are_made_again(
     night: Callable[..., dict[str, str]], store: Store, job: Any, title: str, damage: Callable[[Store], None], why: str
 ) -> None:
-    """S11: they were up to date for ever."""
+    """And not taken for up to date, as a pipeline sees neither in the tables."""
     assert night(job)[title] == "did not run before in this pipeline"
     assert night(job)[title] == ""
     damage(store)
@@ -129,7 +129,7 @@ def test_results_that_are_gone_or_damaged_are_made_again(
 
 
 def test_a_clustering_that_sets_name_is_read(night: Callable[..., dict[str, str]], store: Store) -> None:
-    """H4: sets by cluster were current for ever, whatever became of the clusters."""
+    """Sets by cluster are outdated by another training of the clusters."""
     job = {"cosegment": {"name": "things", "sets": "cluster:words"}}
     night(job)
     assert night(job)["cosegment things"] == ""
@@ -143,7 +143,7 @@ def test_a_clustering_that_sets_name_is_read(night: Callable[..., dict[str, str]
 def test_a_file_that_a_job_names_is_read(
     night: Callable[..., dict[str, str]], store: Store, tmp_path: Path, by_setting: bool
 ) -> None:
-    """H4: a file of pairs was current for ever, whatever was written into it."""
+    """Matches of listed pairs are outdated by what is written into the list."""
     pairs = tmp_path / "pairs.csv"
     pairs.write_text(f"image_a,image_b\n{IDS[0]},{IDS[1]}\n")
     given = {"settings": {"correspond": {"pairs": str(pairs)}}} if by_setting else {"pairs": str(pairs)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from changes_in_steps import commits_in_order, just_before_its_put
 from every_step import at_every_step, die
 from small_results import KINDS, SIDE, Kind, extracted, new_store, opened, run_ids, write_parts
 from tables_by_hand import commit_by_hand
@@ -118,6 +119,60 @@ def test_what_is_of_no_image_any_more_is_not_taken_up(changed: tuple[Kind, Path]
     assert added and added == {one for one in kind.wanted(list("afg")) if "g" in one and "f" not in one}
     assert tables.changed_meanwhile == len(tables.rows_of(report)) - len(tables.rows_of(left)) > 0
     assert list(kind.disagreements(tables)) == []
+
+
+# In which order, and what is decided again
+
+
+def test_what_says_what_is_done_is_published_last(changed: tuple[Kind, Path]) -> None:
+    """Who reads the tables without a snapshot finds the data of every row: when rows go, when they come, and when what
+    an older dinoray left is mended."""
+    kind, path = changed
+    store = str(path)
+    tables = kind.tables(store)
+    in_order = [tables.path_of(table) for table in (tables.data, tables.leading)]
+    with commits_in_order(store) as committed:
+        kind.job(store, "r4")
+    assert len(committed) >= 4 and committed == in_order * (len(committed) // 2)
+    tables.refresh()
+    data = tables.tables[tables.data]
+    lost = min(data.files())
+    commit_by_hand(data, [], [lost], "r5")
+    Path(data.uri, lost).unlink()
+    orphan = data.write_file(new_file_name("r6"), data.read_file(max(data.files())))
+    commit_by_hand(data, [orphan], [], "r6")
+    with commits_in_order(store) as committed:
+        kind.tables(store).repair("r7")
+    assert committed == in_order
+
+
+def test_a_commit_that_is_decided_again_counts_what_it_did(changed: tuple[Kind, Path]) -> None:
+    """Another run did all but one of the new things, and an image of the others was extracted again."""
+    kind, path = changed
+    store = str(path)
+    kind.job(store, "r4")
+    extracted(opened(store), "r5", "fg")
+    runs = run_ids(store)
+    tables, beside = kind.tables(store), kind.tables(store)
+    new = [one for one in kind.wanted(sorted(runs)) if set(one) & set("fg")]
+    elsewhere = [one for one in new if "f" in one]
+    report = kind.write(tables, "r6", new, runs)
+    with just_before_its_put(tables.log, lambda: beside.commit([kind.write(beside, "r7", elsewhere, runs)], "r7")):
+        (left,) = tables.commit([report], "r6")
+    assert len(tables.rows_of(left)) == len(new) - len(elsewhere) and tables.changed_meanwhile == 0
+    kind.holds(store)
+
+    extracted(opened(store), "r8", "g")
+    runs = run_ids(store)
+    tables = kind.tables(store)
+    outdated = [one for one in kind.wanted(sorted(runs)) if "g" in one]
+    with just_before_its_put(tables.log, lambda: kind.tables(store).drop_outdated("r9")):
+        assert tables.drop_outdated("r10") == 0
+    report = kind.write(tables, "r11", outdated, runs)
+    with just_before_its_put(tables.log, lambda: extracted(opened(store), "r12", "g")):
+        assert tables.commit([report], "r11") == [] and tables.changed_meanwhile == len(outdated)
+    kind.job(store, "r13")
+    kind.holds(store)
 
 
 # What an older dinoray left
@@ -235,3 +290,18 @@ def test_only_files_with_what_is_dropped_are_written_anew(tmp_path: Path) -> Non
     assert tables.drop(rows.filter(pa.array([one == "b" for one in rows["image_id"].to_pylist()])), "r3") == 1
     assert len(before.keys() - tables.patches.files().keys()) == 1 and len(tables.patches.files()) == 3
     assert list(part_checks.disagreements(tables)) == []
+
+
+def test_copies_that_a_decision_left_out_are_removed(changed: tuple[Kind, Path]) -> None:
+    """Another run takes out the same rows first, so nothing is left of what was written for it."""
+    kind, store = changed
+    tables, written = kind.tables(str(store)), list[str]()
+
+    def meanwhile() -> None:
+        written.extend(path for table in tables.tables.values() for path in table.present_files() if "-r4-" in path)
+        assert kind.tables(str(store)).drop_outdated("r9") == 1
+
+    with just_before_its_put(tables.log, meanwhile):
+        assert tables.drop_outdated("r4") == 0
+    assert written
+    assert not [path for table in tables.tables.values() for path in table.present_files() if "-r4-" in path]

@@ -10,17 +10,21 @@ from pipelines import storage
 
 WRITERS = 6
 ROUNDS = 100
+# Of a file: more than one write of the system takes, so that one in pieces would show.
+COPIES = 20_000
 
 
 def test_writers_with_the_same_process_id_do_not_disturb_each_other(tmp_path: Path) -> None:
     """Threads have it, and so do programs in containers that share a folder: there each has the process id 1."""
-    barrier = Barrier(WRITERS)
+    barrier, often = Barrier(WRITERS), tmp_path / "often"
+    whole = [b"%d" % number * COPIES for number in range(WRITERS)]
 
     def write(number: int) -> list[bool]:
         first = []
         for at in range(ROUNDS):
             barrier.wait(60)
-            storage.write_bytes(str(tmp_path / "often"), b"%d" % number)
+            storage.write_bytes(str(often), b"%d" % number * COPIES)
+            assert often.read_bytes() in whole
             first.append(storage.write_once(str(tmp_path / f"once-{at}"), b"%d" % number))
         return first
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from changes_in_steps import commits_in_order, just_before_its_put
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 from hand_made import source, write_shard
@@ -21,7 +22,7 @@ from trials import at_step
 from pipelines.errors import JobError
 from pipelines.store.extraction import Committer, ShardReport, drop_images
 from pipelines.store.failures import failure_row
-from pipelines.store.rewriting import rewrite_without
+from pipelines.store.rewriting import merge_files, rewrite_without
 from pipelines.store.store import Store
 from pipelines.store.table import Table
 from pipelines.upkeep import verify
@@ -165,7 +166,7 @@ def test_two_runs_that_replace_the_same_image_leave_one(tmp_path: Path) -> None:
 
 
 def test_prune_beside_extract_takes_and_leaves_what_it_should(tmp_path: Path) -> None:
-    """S1 of both kinds: either stands at one of its steps while the other runs whole."""
+    """Either stands at one of its steps while the other runs whole."""
 
     def prune(store: Store) -> None:
         drop_images(store, ["b", "f"], "r1")
@@ -361,4 +362,97 @@ def test_dropping_images_removes_their_patches_in_one_commit_a_table(store: Stor
     assert (store.images.version, store.patches.version, store.failures.version) == tuple(v + 1 for v in before)
     assert rows(store) == {"b": "v1"}
     assert set(store.patches.read(["image_id"])["image_id"].to_pylist()) == {"b"}
+    sound(store)
+
+
+# In which order, and what is decided again
+
+
+def test_what_images_name_is_published_before_them(store: Store) -> None:
+    """Who reads the tables without a snapshot finds the patches of every image."""
+    Committer(store, "r1", set()).commit([shard(store, "r1", ["a", "b"]), failed("c", "r1")], versions(["a", "b", "c"]))
+    with commits_in_order(store.uri) as committed:
+        Committer(store, "r2", set()).commit([shard(store, "r2", ["a", "c"], "v2")], versions(["a", "c"], "v2"))
+    assert committed == ["patches", "images", "failures"]
+    with commits_in_order(store.uri) as committed:
+        drop_images(store, ["a"], "r3")
+    assert committed == ["patches", "images"]
+    orphan, lost = shard(store, "r4", ["x"]).patches, min(store.patches.files())
+    assert orphan
+    commit_by_hand(store.patches, [orphan], [lost], "r4")
+    Path(store.uri, "patches", lost).unlink()
+    with commits_in_order(store.uri) as committed:
+        store.repair("r5")
+    assert committed == ["patches", "images"]
+
+
+def files_that_no_transaction_named(store: Store) -> set[str]:
+    named = set[str]()
+    for number in store.log.listing().numbers:
+        transaction = store.log.read(number)
+        assert transaction
+        named |= {f"{entry.table}/{file.path}" for entry in transaction.tables for file in entry.add}
+    folder = Path(store.uri)
+    return {str(path.relative_to(folder)) for path in folder.rglob("part-*.parquet")} - named
+
+
+@pytest.fixture
+def beside(store: Store) -> Store:
+    """The same store, opened by another process. It holds images a to d in one file, and failures x and y."""
+    reports = [shard(store, "r0", list("abcd")), failed("x", "r0"), failed("y", "r0")]
+    Committer(store, "r0", set()).commit(reports, versions(list("abcdxy")))
+    opened = Store.open_existing(store.uri, store.config)
+    assert opened
+    return opened
+
+
+def test_a_commit_that_is_decided_again_counts_and_leaves_what_it_did(store: Store, beside: Store) -> None:
+    """Another run did one of its images, and changed the files that hold the others."""
+    reports = [shard(store, "r1", ["a", "e"], "v2"), shard(store, "r1", ["b", "f"], "v2"), failed("x", "r1", "v2")]
+    committer = Committer(store, "r1", set())
+    with just_before_its_put(store.log, lambda: add(beside, "r2", ["b", "c"], "v2")):
+        outcome = committer.commit(reports, versions(list("abefx"), "v2"))
+    assert (outcome.extracted, outcome.done_elsewhere, outcome.failed) == (3, 1, 1)
+    assert rows(store) == {"d": "v1"} | versions_only(list("abcef"), "v2")
+    # what the first decision wrote is gone, and a shard that was copied without the image that is done elsewhere stays
+    ours = reports[1]
+    assert ours.patches and ours.images
+    assert files_that_no_transaction_named(store) == {f"patches/{ours.patches.path}", f"images/{ours.images.path}"}
+    sound(store)
+
+
+def test_a_prune_that_is_decided_again_counts_and_leaves_what_it_did(store: Store, beside: Store) -> None:
+    with just_before_its_put(store.log, lambda: drop_images(beside, ["a", "x"], "r2")):
+        assert drop_images(store, ["a", "b", "x", "y"], "r1") == 2
+    assert rows(store) == versions_only(["c", "d"])
+    assert files_that_no_transaction_named(store) == set()
+    with just_before_its_put(store.log, lambda: drop_images(beside, ["c"], "r4")):
+        assert drop_images(store, ["d"], "r3") == 1
+    assert rows(store) == {}
+    assert files_that_no_transaction_named(store) == set()
+    sound(store)
+
+
+def test_a_prune_that_another_made_first_removes_nothing(store: Store, beside: Store) -> None:
+    with just_before_its_put(store.log, lambda: drop_images(beside, ["a", "x"], "r2")):
+        assert drop_images(store, ["a", "x"], "r1") == 0
+    assert files_that_no_transaction_named(store) == set()
+    sound(store)
+
+
+def test_a_repair_that_is_decided_again_counts_and_leaves_what_it_did(store: Store, beside: Store) -> None:
+    """Of three images in one file, one has lost its patches; another run took it up first."""
+    lost, kept = shard(store, "r1", ["l"]), shard(store, "r1", ["m"])
+    Committer(store, "r1", set()).commit([lost, kept], versions(["l", "m"]))
+    images = list(store.images.files().values())
+    merged = merge_files(store.images, images, "part-compact-0123456789ab.parquet")
+    commit_by_hand(store.images, [merged], [file.path for file in images], "compact")
+    assert lost.patches
+    commit_by_hand(store.patches, [], [lost.patches.path], "r1")
+    Path(store.uri, "patches", lost.patches.path).unlink()
+    with just_before_its_put(store.log, lambda: beside.repair("r2")):
+        found = store.repair("r3")
+    assert not any(found.values()), "the other one did it"
+    assert rows(store) == versions_only(list("abcdm"))
+    assert files_that_no_transaction_named(store) == {f"images/{merged.path}"}
     sound(store)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable
+from changes_in_steps import commits_in_order
+from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError
 from small_changes import (
     SCHEMA,
@@ -26,7 +27,6 @@ from small_changes import (
     write,
 )
 from tables_by_hand import commit_by_hand, made_table
-from trials import at_step
 
 from pipelines.errors import JobError, RequestError
 from pipelines.storage import conditional
@@ -51,6 +51,21 @@ def test_a_change_is_in_every_table_and_in_the_log(log: TransactionLog) -> None:
     assert len(images["remove"]) == 1 and not images["rearranges"]
     for table in TABLES:
         assert DeltaTable(f"{log.uri}/{table}").transaction_version("dinoray") == 2
+
+
+@pytest.mark.parametrize("order", [TABLES, TABLES[::-1]], ids=" then ".join)
+def test_tables_are_published_in_the_order_of_the_change(log: TransactionLog, order: tuple[str, ...]) -> None:
+    """By its writer, and by whoever completes it."""
+    change = Change([TableChange(table, SCHEMA, [write(log, table, {"a": 0})]) for table in order])
+    with commits_in_order(log.uri) as committed:
+        transact(log, lambda _: change, run_id="r", command="extract")
+    assert committed == list(order)
+    for table in order:
+        shutil.rmtree(Path(log.uri, table, "_delta_log"))
+    Path(log.uri_of(1, "published")).unlink()
+    with commits_in_order(log.uri) as committed:
+        put_images(fresh(log), {"a": 0})
+    assert committed == list(order)
 
 
 def test_nothing_to_do_writes_nothing(log: TransactionLog) -> None:
@@ -238,6 +253,57 @@ def test_a_table_that_cannot_be_written_is_completed_by_the_next_command(
     holds(log, {"a": 1, "b": 0})
 
 
+def by_another_program(log: TransactionLog, table: str, images: Images) -> None:
+    """Rows appended by a writer of Delta tables that knows nothing of transactions."""
+    rows = pa.table({"image_id": list(images), "version": list(images.values())}, SCHEMA)
+    write_deltalake(f"{log.uri}/{table}", rows, mode="append")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_commit_goes_on_top_of_the_version_that_was_read_and_no_other(
+    log: TransactionLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says of its content is of that version: with another program's rows below it, indices would stay as they
+    are, and those rows would be in none."""
+    put_images(log, {"a": 0})
+    put_images(log, {"b": 0})
+    before = made_table(f"{log.uri}/images", SCHEMA).content_version
+    original, refused = DeltaTable.create_write_transaction, list[str]()
+
+    def commit(delta: DeltaTable, *arguments: Any, **named: Any) -> None:
+        if "images" in delta.table_uri and not refused:
+            by_another_program(log, "images", {"c": 0})
+            try:
+                original(delta, *arguments, **named)
+            except CommitFailedError as error:
+                refused.append(str(error))
+                raise
+        original(delta, *arguments, **named)
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", commit)
+    compact(log)
+    after = made_table(f"{log.uri}/images", SCHEMA)
+    assert len(refused) == 1 and after.version == before + 2
+    assert after.content_version == before + 1, "the other program's version"
+
+
+def test_no_commit_removes_older_ones_behind_a_checkpoint(log: TransactionLog) -> None:
+    """Readers of older snapshots need them, whatever a table says of how long its log is kept."""
+    put_images(log, {"0": 0})
+    held = snapshot(log)
+    table = DeltaTable(f"{log.uri}/images")
+    keep_nothing = {"delta.logRetentionDuration": "interval 0 seconds", "delta.enableExpiredLogCleanup": "true"}
+    table.alter.set_table_properties({"delta.checkpointInterval": "2", **keep_nothing})
+    for name in (folder := Path(log.uri, "images", "_delta_log")).iterdir():
+        os.utime(name, (0, 0))
+    for at in range(1, 6):
+        put_images(log, {str(at): 0})
+    assert list(folder.glob("*.checkpoint.parquet")), "a checkpoint stands for the commits before it"
+    newest = DeltaTable(f"{log.uri}/images").version()
+    assert len(list(folder.glob("*.json"))) == newest + 1
+    assert len(held.files("images")) == 1
+
+
 # Stores of before, damage, storage
 
 
@@ -259,17 +325,17 @@ def test_a_store_of_before_is_read_and_brought_up_by_its_first_writer(log: Trans
 def test_a_reader_of_a_store_of_before_while_its_first_transaction_is_on_its_way(log: TransactionLog) -> None:
     store_of_before(log)
     seen: list[Images] = []
-    with at_step(0, lambda: None):
-        original = DeltaTable.create_write_transaction
+    original = DeltaTable.create_write_transaction
 
-        def commit(delta: DeltaTable, *arguments: Any, **named: Any) -> None:
-            seen.append(seen_by_a_reader(log))
-            original(delta, *arguments, **named)
+    def commit(delta: DeltaTable, *arguments: Any, **named: Any) -> None:
+        seen.append(seen_by_a_reader(log))
+        original(delta, *arguments, **named)
+        seen.append(seen_by_a_reader(log))
 
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(DeltaTable, "create_write_transaction", commit)
-            put_images(log, {"a": 1})
-    assert seen == [{"a": 0, "b": 0}] * 2
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(DeltaTable, "create_write_transaction", commit)
+        put_images(log, {"a": 1})
+    assert seen == [{"a": 0, "b": 0}] * 4, "before and after each of two commits"
     holds(log, {"a": 1, "b": 0})
 
 
@@ -367,7 +433,7 @@ def test_a_damaged_table_is_one_sentence(log: TransactionLog) -> None:
     put_images(log, {"a": 0})
     Path(log.uri, "images", "_delta_log", f"{1:020}.json").write_bytes(b"\0" * 400)
     for use in (lambda: snapshot(log).files("images"), lambda: put_images(log, {"b": 0})):
-        with pytest.raises(JobError, match=r"The log of .*/images is damaged .*repair"):
+        with pytest.raises(JobError, match=r"The log of .*/images is damaged .*restore it from a copy"):
             use()
 
 

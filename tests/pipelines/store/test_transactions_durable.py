@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from deltalake import DeltaTable
-from disturbed_changes import LONGEST
+from disturbed_changes import LEAST, LONGEST
 from power_cuts import cut_power, make_disk, mounted_disk
 from small_changes import (
     TABLES,
@@ -20,9 +20,11 @@ from small_changes import (
     seen_by_a_reader,
     with_old_images,
 )
-from trials import Trials
+from trials import KILLED, Trials
 
+from pipelines.store.changes import Change, Pointer
 from pipelines.store.transaction_log import TransactionLog
+from pipelines.store.transactions import transact
 
 
 def test_a_power_cut_at_every_step(trials: Trials, tmp_path: Path) -> None:
@@ -36,12 +38,14 @@ def test_a_power_cut_at_every_step(trials: Trials, tmp_path: Path) -> None:
         with mounted_disk(image, tmp_path / "disk") as disk:
             log = TransactionLog(str(disk / "store"))
             code = trials.run("put", store=log.uri, images=[{"a": 1, "c": 0}], die_at=step)
+            assert code in (0, KILLED), f"step {step}"
             found = cut_power(image, tmp_path / "found")
         with mounted_disk(found, tmp_path / "disk"):
             assert seen_by_a_reader(log) in ([wanted] if code == 0 else [before, wanted]), f"step {step}"
             put_images(fresh(log), {"a": 1, "c": 0})
             holds(log, wanted)
         if code == 0:
+            assert step >= LEAST
             return
     raise AssertionError(f"more than {LONGEST} steps")
 
@@ -93,8 +97,9 @@ def test_what_a_power_cut_left_of_a_checkpoint_goes(log: TransactionLog) -> None
     holds(log, {"a": 0, "b": 0, "c": 0})
 
 
-def test_what_counts_is_on_the_disk_before_the_next_step(log: TransactionLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data before the transaction that names it, the transaction before any table, tables before the mark."""
+@pytest.fixture
+def order(log: TransactionLog, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is synced, put, committed and marked from now on, by its path in the store."""
     order: list[str] = []
     fsync, link, commit = os.fsync, os.link, DeltaTable.create_write_transaction
 
@@ -120,6 +125,11 @@ def test_what_counts_is_on_the_disk_before_the_next_step(log: TransactionLog, mo
     monkeypatch.setattr(os, "link", put)
     monkeypatch.setattr(DeltaTable, "create_write_transaction", publish)
     monkeypatch.setattr(TransactionLog, "mark_published", mark)
+    return order
+
+
+def test_what_counts_is_on_the_disk_before_the_next_step(log: TransactionLog, order: list[str]) -> None:
+    """Data before the transaction that names it, the transaction before any table, tables before the mark."""
     put_images(log, {"a": 0})
     at = {what: order.index(what) for what in order}
     last = {what: len(order) - 1 - order[::-1].index(what) for what in order}
@@ -133,6 +143,18 @@ def test_what_counts_is_on_the_disk_before_the_next_step(log: TransactionLog, mo
             assert at[f"commit {table}"] < at[synced] < at["mark"]
         assert at[f"commit {table}"] < last[f"sync {table}/_delta_log"] < at["mark"]
         assert at[f"commit {table}"] < last[f"sync {table}"] < at["mark"]
+
+
+def test_what_a_result_points_at_is_on_the_disk_before_the_transaction(log: TransactionLog, order: list[str]) -> None:
+    folder = Path(log.uri, "index", "photos")
+    folder.mkdir(parents=True)
+    for name in ("manifest-1.json", "a.faiss"):
+        (folder / name).write_text(name)
+    pointer = Pointer("index/photos/manifest-1.json", None, ("index/photos/a.faiss",))
+    transact(log, lambda _: Change(pointers={"index/photos": pointer}), run_id="r", command="index")
+    written = order.index(f"put transactions/{1:020}.json")
+    for synced in (*pointer.every_file, "index/photos", "index", "."):
+        assert order.index(f"sync {synced}") < written, synced
 
 
 def snapshot_files(log: TransactionLog, table: str) -> list[str]:

@@ -67,8 +67,8 @@ def test_killed_at_every_step_in_a_bucket(trials: Trials, s3: S3Server) -> None:
     assert kill_everywhere(trials, new_store, "new, replaced and copied rows") >= 8
 
 
-def test_two_processes_race_in_a_bucket(trials: Trials, bucket_log: TransactionLog) -> None:
-    race(trials, bucket_log, 6)
+def test_two_processes_race_in_a_bucket(trials: Trials, s3: S3Server) -> None:
+    race(trials, f"s3://{BUCKET}", s3.options, 6)
 
 
 def test_garbage_and_cuts_in_a_bucket(bucket_log: TransactionLog) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
+import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -12,11 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from changes_in_steps import commits_in_order
 from deltalake import DeltaTable
 from hand_made import add_failure, add_images, source, write_shard
 from small_runs import settings
 from stores import sorted_patches, sound
 from tables_by_hand import commit_by_hand, made_table
+from trials import at_step
 from typer.testing import CliRunner
 
 from pipelines.cli import app
@@ -78,6 +84,14 @@ def test_rows_stay_and_files_become_one(tmp_path: Path, dtype: str) -> None:
         assert (now.path_in_schema, now.compression) == (was.path_in_schema, was.compression)
         assert set(was.encodings) <= set(now.encodings) | {"PLAIN", "RLE"}
         assert now.is_stats_set == was.is_stats_set
+
+
+def test_what_images_name_is_published_before_them(tmp_path: Path) -> None:
+    """Who reads the tables without a snapshot finds the patches of every image."""
+    store = small_runs_store(tmp_path, runs=3)
+    with commits_in_order(store.uri) as committed:
+        compact.run(settings(), store=store.uri)
+    assert committed == ["patches", "images"]
 
 
 def test_row_groups_hold_whole_images_about_64_of_them(tmp_path: Path) -> None:
@@ -177,6 +191,33 @@ def test_a_run_that_commits_meanwhile_wins(tmp_path: Path, monkeypatch: pytest.M
     assert sound(tmp_path).unreferenced_files == 0 and len(live(tmp_path, "patches")) == 1
 
 
+def test_a_signal_at_any_step_ends_it_with_what_was_merged(tmp_path: Path) -> None:
+    """Ctrl-C, and the SIGTERM of a scheduler: every row stays, no whole file is left over, and the result counts what
+    the store shows."""
+    small_runs_store(tmp_path / "begun", runs=2)
+    before = every_row(tmp_path / "begun")
+    merged = set[int]()
+    for step in itertools.count():
+        folder = Path(shutil.copytree(tmp_path / "begun", tmp_path / "store"))
+        kind = signal.SIGTERM if step % 2 else signal.SIGINT
+        with at_step(step, partial(signal.raise_signal, kind)) as taken:
+            result = compact.run(settings(KEEP_NOTHING), store=str(folder))
+        if len(taken) <= step:
+            assert result.exit_code == 0 and step > 10
+            break
+        assert (result.status, result.exit_code) == ("interrupted", 130), f"step {step}: {taken[step]}"
+        files = [len(live(folder, table)) for table in ("patches", "images")]
+        assert files == ([1, 1] if result.merged else [2, 2]), f"step {step}: {taken[step]}"
+        half_written = taken[step] == "write_table"
+        replaced = 4 if result.merged and not result.vacuumed else 0
+        assert sound(folder).unreferenced_files == replaced + half_written, f"step {step}: {taken[step]}"
+        assert compact.run(settings(KEEP_NOTHING), store=str(folder)).exit_code == 0
+        assert every_row(folder) == before and sound(folder).unreferenced_files == 0
+        merged.add(result.merged)
+        shutil.rmtree(folder)
+    assert merged == {0, 4}, "some signals came before the merge and some after it"
+
+
 def test_rows_that_come_to_name_a_file_while_it_is_merged_keep_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +244,7 @@ def test_rows_that_come_to_name_a_file_while_it_is_merged_keep_it(
 
 
 def test_what_was_killed_before_there_were_transactions_is_neither_merged_nor_swept(tmp_path: Path) -> None:
-    """S2 and S3: patches that no image names, and patches that images name and the log lost, wait for extract."""
+    """Patches that no image names, and patches that images name and the log lost, wait for extract."""
     store = small_runs_store(tmp_path)
     before = every_row(tmp_path)
     orphan = write_shard(store, "20260103T000000Z-000000", [source("new.jpg")]).patches

@@ -1,0 +1,52 @@
+"""Files of tables are whole or not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tables_by_hand import commit_by_hand, made_table
+
+from pipelines.store.parquet import described, write_parquet
+from pipelines.store.rewriting import merge_files, rewrite
+
+SCHEMA = pa.schema([("image_id", pa.string()), ("version", pa.int64())])
+
+
+def rows(*ids: str) -> pa.Table:
+    return pa.table({"image_id": list(ids), "version": [1] * len(ids)}, schema=SCHEMA)
+
+
+@pytest.mark.parametrize("how", ["write", "merge", "rewrite"])
+def test_a_file_that_fails_half_way_leaves_nothing(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = made_table(str(tmp_path / "images"), SCHEMA)
+    files = [table.write_file(f"part-{name}.parquet", rows(name)) for name in "ab"]
+    commit_by_hand(table, files, [], "r")
+    before = table.present_files()
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        if how == "write":
+            write_parquet(table.uri, "part-c.parquet", rows("c"))
+        elif how == "merge":
+            merge_files(table, files, "part-c.parquet")
+        else:
+            rewrite(table, files[0], "r2", lambda found: found)
+    assert table.present_files() == before
+
+
+def test_a_file_is_described_by_its_footer(tmp_path: Path) -> None:
+    table = str(tmp_path / "images")
+    written = write_parquet(table, "part-a.parquet", rows("a", "b"))
+    assert described(table, "part-a.parquet") == written
+    assert described(table, "part-b.parquet") is None, "it is gone"
+    path = tmp_path / "images" / "part-a.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert described(table, "part-a.parquet") is None, "it is cut short"
+    pq.write_table(rows("a"), path, write_statistics=False)
+    assert described(table, "part-a.parquet") is None, "nobody can say which images it holds"
