@@ -4,8 +4,8 @@
 
 Every effect on storage is a numbered step (trials.at_step). A job is killed with SIGKILL before each of its steps, and
 the same command runs again, at once or after another job; and it is paused before each of its steps while another one
-runs whole. Whatever happened, the store must be sound (`verify --deep`) and say what it says when the jobs run one after
-the other, in one order or the other.
+runs whole. Whatever happened, the store must be sound (`verify --deep`) and say what it says when the jobs run one
+after the other, in one order or the other.
 
 This process forks the ones that use storage, and uses none itself: delta-rs cannot be forked once it was used. What
 is found is printed as one JSON object.
@@ -169,9 +169,7 @@ class Judge:
         if not trial.ended:
             allowed = [(job, other), (other, job)]
             if job == "run":
-                allowed += [
-                    (*PARTS_OF_RUN[:at], other, *PARTS_OF_RUN[at:]) for at in range(1, len(PARTS_OF_RUN))
-                ]
+                allowed += [(*PARTS_OF_RUN[:at], other, *PARTS_OF_RUN[at:]) for at in range(1, len(PARTS_OF_RUN))]
             if unfinished:
                 trial.again = True
                 for name in unfinished:
@@ -265,9 +263,7 @@ def _broke(what: str, error: Exception) -> str:
 
 
 def _lacks(found: Contents, expected: Contents) -> bool:
-    return any(
-        path not in found or not set(found[path].keys).issuperset(rows.keys) for path, rows in expected.items()
-    )
+    return any(path not in found or not set(found[path].keys).issuperset(rows.keys) for path, rows in expected.items())
 
 
 class Child:
@@ -443,7 +439,12 @@ def main() -> None:
             looks=asked.looks,
             server=server,
         )
-    print(json.dumps({"counts": figures.counts, "steps": figures.steps, "wrong": figures.wrong, "untold": figures.untold}, indent=1))
+    print(
+        json.dumps(
+            {"counts": figures.counts, "steps": figures.steps, "wrong": figures.wrong, "untold": figures.untold},
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":
