@@ -335,6 +335,27 @@ def print_verify(result: Any) -> None:
     print(f"in {counted(result.files, 'file')}{unused if result.unreferenced_files else ''}.")
 
 
+def print_repair(result: Any) -> None:
+    for sentence in result.mends:
+        print(f"{'would be mended' if result.status == 'dry_run' else 'mended'}: {printable(sentence)}")
+    for sentence in result.left:
+        print(f"left: {printable(sentence)}")
+    for table, rows in result.removed.items():
+        if rows:
+            print(f"{counted(rows, 'row')} removed from {table}.")
+    if result.commands:
+        print("To make again what is removed, with the settings that it was made with:")
+        for command in result.commands:
+            print(f"    {printable(command)}")
+    if result.status == "dry_run":
+        print("Nothing was written.")
+    elif not result.left:
+        did = f"{counted(result.mended, 'finding')} mended" if result.mended else "nothing to mend"
+        print(f"{result.store} is sound: {did} ({result.total_seconds:.1f} s).")
+    else:
+        print(f"{counted(len(result.left), 'problem')} left in {result.store}.", file=sys.stderr)
+
+
 def print_compact(result: Any) -> None:
     if result.status == "dry_run":
         print(

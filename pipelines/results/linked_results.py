@@ -48,15 +48,16 @@ class _Edits:
 class LinkedResult(ResultTables, Generic[_Report]):
     """The two tables of one NAME at the versions last refreshed.
 
-    data: the table whose files are named. versioned: columns that make a row of the leading table another one.
-    extractions: (image_id, run_id) columns of the images that a row is made from. rows_are: what the leading table has
-    a row for. command: that changes the tables.
+    data: the table whose files are named. key_columns: of both tables, that `keys_of` takes. versioned: columns that
+    make a row of the leading table another one. extractions: (image_id, run_id) columns of the images that a row is
+    made from. rows_are: what the leading table has a row for. command: that changes the tables.
 
     changed_meanwhile: rows that the last `commit` did not take up, since their images were extracted again, or removed,
     while the run was at work.
     """
 
     data: ClassVar[str]
+    key_columns: ClassVar[Sequence[str]]
     versioned: ClassVar[Sequence[str]]
     extractions: ClassVar[Sequence[tuple[str, str]]]
     rows_are: ClassVar[str]

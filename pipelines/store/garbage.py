@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pipelines.storage.errors import reaching
 from pipelines.storage.files import filesystem, join
 from pipelines.storage.filesystems import is_local, local_path, modified_at
+from pipelines.store.damage import DamagedLog
 from pipelines.store.snapshots import Snapshot
 from pipelines.store.transaction_log import FOLDER, SHORTEST_KEPT_SECONDS
 
@@ -42,9 +43,12 @@ def garbage(current: Snapshot, retention_hours: float) -> list[str]:
     folders = set[str]()
     listing = log.listing(times=True)
     for number in reversed(listing.numbers):
-        transaction = log.read(number)
+        try:
+            transaction = log.read(number)
+        except DamagedLog:
+            transaction = None
         if transaction is None:
-            break  # cut at this moment, and so are those before it
+            break  # damaged, or cut at this moment, and so are those before it
         for pointer in transaction.pointers.values():
             named |= set(pointer.every_file)
             folders |= {path.rpartition("/")[0] for path in pointer.every_file if "/" in path}
@@ -57,8 +61,11 @@ def garbage(current: Snapshot, retention_hours: float) -> list[str]:
         return []
     found = dict(_files(current))
     tables = {path.partition(f"/{_LOG}/")[0] for path in found if f"/{_LOG}/" in path}
-    for table in tables:
-        named |= {f"{table}/{path}" for path in current.files(table)}
+    for table in list(tables):
+        try:
+            named |= {f"{table}/{path}" for path in current.files(table)}
+        except DamagedLog:
+            tables.remove(table)  # nobody can say which files it names
     # what a log's writer is at this moment about to give its name has none yet
     began_of_logs = min(began, log.clock() - SHORTEST_KEPT_SECONDS)
     ours = [path for path in found if _may_go(path, tables, folders)]

@@ -13,6 +13,7 @@ from deltalake.exceptions import DeltaError
 from pipelines.errors import JobError
 from pipelines.storage.errors import said
 from pipelines.store.changes import Pointer, Transaction
+from pipelines.store.damage import DamagedLog
 from pipelines.store.parquet import DataFile
 from pipelines.store.publishing import as_table, delta_for_writing, delta_of, number_of
 from pipelines.store.table import Table, repeated
@@ -73,7 +74,7 @@ class Snapshot:
             if delta is not None and number > self.number:
                 number = self._go_back(path, delta, number)
             if delta is not None and delta.version() and number < self._number_expected(path):
-                raise JobError(
+                raise DamagedLog(
                     f"{self.log.uri}/{path} does not have transaction {self.number}, which {self.log.folder} says it "
                     "has: the store was copied while it was written to, or a part of it was put back. Copy or restore "
                     "it whole."
@@ -89,7 +90,7 @@ class Snapshot:
         """Have a table at the version before those of later transactions, which is mostly the one before; the number of
         the last transaction that touched it then."""
         if number > (newest := self.log.listing().newest):
-            raise JobError(
+            raise DamagedLog(
                 f"{self.log.uri}/{path} has transaction {number}, and {self.log.folder} ends at {newest}: "
                 "files of it were removed, or the store was copied while it was written to. Copy or restore it whole."
             )

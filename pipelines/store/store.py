@@ -44,8 +44,9 @@ class Store:
         self.fingerprint: str = description["fingerprint"]
         self._opened: dict[str, Table] = {}
         self._stale: set[str] = set()
-        # a store without it is none
-        self._table("images")
+
+    # opened on demand: jobs that read embeddings never need patches, and one that checks a store or repairs it goes on
+    # without a table whose log is lost
 
     @property
     def images(self) -> Table:
@@ -53,7 +54,6 @@ class Store:
 
     @property
     def patches(self) -> Table:
-        # opened on demand, as failures are: jobs that read embeddings never need it
         return self._table("patches")
 
     @property
@@ -308,6 +308,10 @@ def read_description(uri: str, config: Config) -> dict[str, Any] | None:
         return None
     if not {"spec", "fingerprint", "schema_version"} <= stored.keys():
         raise JobError(f"{uri}/store.json is not a store's description: it was damaged or written by something else.")
+    if fingerprint(stored["spec"]) != stored["fingerprint"]:
+        raise JobError(
+            f"{uri}/store.json is damaged (its spec has another fingerprint than it says): restore it from a copy."
+        )
     if stored["schema_version"] > SCHEMA_VERSION:
         raise RequestError(
             f"The store {uri} was written by a newer dinoray (schema {stored['schema_version']}, this one knows "

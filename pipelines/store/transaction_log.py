@@ -24,6 +24,7 @@ from pipelines.storage.errors import explain_write_error, reaching
 from pipelines.storage.files import filesystem, join, normalise
 from pipelines.storage.filesystems import Options, is_local, modified_at
 from pipelines.store.changes import Transaction
+from pipelines.store.damage import DamagedLog, run_repair
 
 FOLDER = "transactions"
 PUTS_TRIED = 4
@@ -145,9 +146,9 @@ class TransactionLog:
             if same and (found or not number):
                 return found
             if same:
-                raise JobError(
-                    f"{self.uri_of(number)} is gone, and without it there is no way to know what {self.uri} holds: run "
-                    "any command that writes to the store, which completes the last change."
+                raise DamagedLog(
+                    f"{self.uri_of(number)} is gone, and without it there is no way to know what {self.uri} holds: "
+                    f"{run_repair(self.uri)}."
                 )
             listing = again
         return None

@@ -19,10 +19,11 @@ from deltalake.exceptions import DeltaError
 
 from pipelines.errors import JobError
 from pipelines.storage.durable import sync_files, sync_folders
-from pipelines.storage.errors import explain_failed_storage, explain_write_error, reaching, said
+from pipelines.storage.errors import explain_failed_storage, explain_write_error, reaching
 from pipelines.storage.files import filesystem, join
 from pipelines.storage.filesystems import is_local
 from pipelines.store.changes import Change, TableChange, TableEntry, Transaction, checked_path, table_entry
+from pipelines.store.damage import gone
 from pipelines.store.publishing import publish
 from pipelines.store.snapshots import Snapshot
 from pipelines.store.transaction_log import TransactionLog
@@ -68,10 +69,9 @@ def transact(log: TransactionLog, build: Build, *, run_id: str, command: str) ->
             except FileNotFoundError as error:
                 if log.listing().newest > current.number:
                     continue  # another transaction replaced a file that is read here, and it was swept at once
-                raise JobError(
-                    f"A file of {log.uri} is gone ({said(error)}): run the same command again, and `dinoray verify "
-                    f"{log.uri}` if it fails again."
-                ) from None
+                if isinstance(error, JobError):
+                    raise
+                raise JobError(gone(str(error.filename or f"A file of {log.uri}"), log.uri)) from None
             if change is None:
                 return None
             transaction = _plan(current, change, run_id, command)

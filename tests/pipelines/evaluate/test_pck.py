@@ -352,7 +352,7 @@ def test_a_patches_file_that_is_damaged(store: Path, spair: Path) -> None:
     result = evaluate(store, spair)
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
-    assert file.name in line and "cannot be read" in line and "dinoray verify" in line
+    assert file.name in line and "is damaged" in line and "dinoray repair" in line
 
 
 def test_annotations_that_cannot_be_read(store: Path, spair: Path) -> None:

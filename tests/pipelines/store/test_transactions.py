@@ -386,6 +386,10 @@ def test_damaged_and_newer_logs_are_one_sentence(log: TransactionLog) -> None:
     put_images(log, {"a": 0})
     path = Path(log.uri_of(1))
     sound = json.loads(path.read_bytes())
+    path.write_text(json.dumps(sound | {"run_id": "another"}))
+    with pytest.raises(JobError, match=r"is damaged \(it has another checksum"):
+        snapshot(log)
+    del sound["checksum"]
     for content, error in (
         (b"", "is damaged"),
         (b"[]", "is damaged"),
