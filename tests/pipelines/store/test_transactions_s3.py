@@ -64,7 +64,7 @@ def test_killed_at_every_step_in_a_bucket(trials: Trials, s3: S3Server) -> None:
     def new_store() -> TransactionLog:
         return with_old_images(TransactionLog(f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", s3.options))
 
-    assert kill_everywhere(trials, new_store, "new, replaced and copied rows") >= 8
+    kill_everywhere(trials, new_store, "new, replaced and copied rows", least=8)
 
 
 def test_two_processes_race_in_a_bucket(trials: Trials, s3: S3Server) -> None:
