@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from every_step import each_step
 from small_runs import settings
-from store_changes import COMMANDS, after, compact, compact_and_sweep, contents, extract_written, new_store, opened
+from store_commands import COMMANDS, after, compact, compact_and_sweep, contents, extract_written, new_store, opened
 from trials import Trials
 
 from pipelines.errors import JobError

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disturbed_changes import CHANGES, LEAST_STEPS_AND_READS, kill_everywhere, pause_everywhere, race
 from every_step import each_step
+from kills_pauses_and_races import CHANGES, LEAST_STEPS_AND_READS, kill_everywhere, pause_everywhere, race
 from small_changes import (
     SCHEMA,
     Images,

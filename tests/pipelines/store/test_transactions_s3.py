@@ -6,7 +6,7 @@ import uuid
 from typing import Any
 
 import pytest
-from disturbed_changes import kill_everywhere, race
+from kills_pauses_and_races import kill_everywhere, race
 from s3_server import BUCKET, S3Server
 from small_changes import (
     SCHEMA,
