@@ -12,7 +12,7 @@ from pipelines.store.store import Store
 
 
 class SetVersions:
-    """The set_version of each set in a snapshot: as it was planned, and from the images anew where they changed."""
+    """The set_version of each set in a snapshot: as it was planned, and from the images again where they changed."""
 
     def __init__(self, store: Store, asked: str, pending: list[PendingSet]) -> None:
         self._store = store

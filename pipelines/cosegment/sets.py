@@ -157,7 +157,7 @@ def sets_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options)
     found = ImageSets(members, "file")
     if repeated := len(positions) - found.images:
         were = "was" if repeated == 1 else "were"
-        found.messages.append(f"{counted(repeated, 'row')} that {uri} lists again {were} passed over.")
+        found.messages.append(f"{counted(repeated, 'row')} that {uri} lists again {were} skipped.")
     return found
 
 

@@ -348,4 +348,4 @@ def _skipped_sentence(skipped: dict[str, int]) -> str:
     kinds = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in most)
     count = sum(skipped.values())
     reason = "it is not an image by name" if count == 1 else "they are not images by name"
-    return f"{counted(count, 'file')} passed over because {reason} ({kinds})."
+    return f"{counted(count, 'file')} skipped because {reason} ({kinds})."

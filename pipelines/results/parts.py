@@ -65,6 +65,7 @@ class PartTables(LinkedResult[SegmentReport]):
     schemas: ClassVar = {"images": PARTS_IMAGES, "patches": PARTS_PATCHES}
     leading = "images"
     data = "patches"
+    key_columns = KEY
     versioned = VERSIONED
     extractions = (("image_id", "run_id"),)
     rows_are = "images"

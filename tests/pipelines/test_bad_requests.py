@@ -94,7 +94,7 @@ def test_an_input_that_no_worker_can_reach(uri: str, store: Path) -> None:
     says(sentence(extract(uri, store)), uri)
 
 
-@pytest.mark.usefixtures("ray")
+@pytest.mark.usefixtures("extract_here")
 def test_a_tar_cut_short_ends_with_1_and_its_whole_images_are_extracted(source: Path, store: Path) -> None:
     path = source.parent / "photos.tar"
     with tarfile.open(path, "w") as archive:
@@ -127,8 +127,8 @@ def test_a_tar_cut_short_ends_with_1_and_its_whole_images_are_extracted(source: 
 def test_a_store_with_another_spec(source: Path, store: Path) -> None:
     finished_store(source, store, settings())
     text = sentence(extract(source, store, "features.stride=8", "store.dtype=int8"))
-    says(text, store, "features.stride: the store has null, asked was 8")
-    says(text, 'store.dtype: the store has "float16", asked was "int8"')
+    says(text, store, "features.stride: the store has null, requested 8")
+    says(text, 'store.dtype: the store has "float16", requested "int8"')
     says(text, "give the stored settings again", "or another STORE")
     assert "features.layer" not in text
 
