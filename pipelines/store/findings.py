@@ -81,6 +81,13 @@ class RewriteTransaction:
 
 
 @dataclass(frozen=True)
+class WriteLogAgain:
+    """The log of a table is written again, from the transactions that made it."""
+
+    table: str
+
+
+@dataclass(frozen=True)
 class ByHand:
     """Nothing here can mend it. advice: what can be done, as a sentence."""
 
@@ -97,6 +104,7 @@ Mend = (
     | RemoveResult
     | RemoveLeftover
     | RewriteTransaction
+    | WriteLogAgain
     | ByHand
 )
 
@@ -135,6 +143,7 @@ _REMEDIES: dict[type[Mend], str] = {
     RemoveResult: "what is left of the result is removed, and it can be made again",
     RemoveLeftover: "the file is removed",
     RewriteTransaction: "it is written again, from the one before it",
+    WriteLogAgain: "it is written again, from the transactions that made the table",
 }
 
 

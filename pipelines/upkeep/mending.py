@@ -25,6 +25,7 @@ from pipelines.store.findings import (
     RemoveRows,
     RestoreFile,
     RewriteTransaction,
+    WriteLogAgain,
 )
 from pipelines.store.parquet import DamagedFile, DataFile
 from pipelines.store.rewriting import rewrite_without
@@ -36,6 +37,7 @@ from pipelines.store.transaction_log import FOLDER, TransactionLog
 from pipelines.store.transactions import open_for_writing, transact
 from pipelines.store.written_files import WrittenFiles
 from pipelines.upkeep.checking import command_for
+from pipelines.upkeep.delta_logs import write_log_again
 from pipelines.upkeep.pairs import Damage, Pair, PairMender, difference
 
 COMMAND = "repair"
@@ -56,6 +58,11 @@ class Mender:
             if isinstance(mend, RewriteTransaction):
                 rewrite_transaction(self._store.log, mend.number)
                 return  # what the store holds can be judged only now
+        logs = [mend.table for mend in mends if isinstance(mend, WriteLogAgain)]
+        for table in logs:
+            write_log_again(self._store.log, table)
+        if logs:
+            return  # which files are damaged can be judged only now
         open_for_writing(self._store.log)
         emptied = {mend.path for mend in mends if isinstance(mend, RemoveResult)}
         for path in sorted(emptied):
