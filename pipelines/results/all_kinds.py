@@ -57,8 +57,9 @@ class StoredIndex(StoredResult):
 
 @dataclass(frozen=True)
 class ResultKind:
-    """tables: their names. names: of folders that may hold a result of the kind. open: one by its NAME, None where there
-    is none. check: whether one holds what it says, given image_id and run_id of every row of the store's images."""
+    """tables: their names. names: of folders that may hold a result of the kind. open: one by its NAME, None where
+    there is none. check: whether one holds what it says, given image_id and run_id of every row of the store's images.
+    """
 
     tables: tuple[str, ...]
     names: Callable[[Store], Iterable[str]]
