@@ -272,7 +272,7 @@ def _print_classification(result: Any) -> None:
     how = "" if result.test else f", each by {others}"
     left_out = f"{result.unlabelled:,} without label left out"
     if result.unknown:
-        left_out += f", {result.unknown:,} of a label that nobody to learn from has, counted as wrong"
+        left_out += f", {result.unknown:,} of a label that no image to learn from has, counted as wrong"
     tested = f"{counted(result.tested, 'image')}, learnt from {result.learnt_from:,}{how}"
     print(f"top-1 accuracy of {tested} ({left_out}).")
     print(f"{counted(result.labels, 'label')}; answering with the commonest one always: {result.chance:.4f}.")

@@ -77,7 +77,7 @@ class Segment:
     """A FAISS index and the rows of its images, as stored; its ids are below those of later segments.
 
     first_id: the lowest. images, vectors: how many, dead ones included. files: piece -> name of its file. checksums:
-    of the files that FAISS wrote, by name; none of indices of before there were any.
+    of the files that FAISS wrote, by name; none of indices from before there were any.
     """
 
     kind: Kind

@@ -96,7 +96,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
         """Mend what runs of an older dinoray left, which were killed between their commits to the two tables.
 
         The leading table decides what is true: files of data that it does not name go; those that it names and the log
-        lost come back, while they are there; rows whose data is gone go, to be made anew.
+        lost come back, while they are there; rows whose data is gone go, to be made again.
         """
         found: dict[str, int] = {}
 
@@ -254,7 +254,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
     def _without(self, current: Snapshot, hits: Mapping[str, pa.Table], run_id: str) -> _Edits:
         """The files that change when rows go. hits: rows by file of the leading table.
 
-        A file of data may be named by several files of the leading table: each is written anew once, and everything
+        A file of data may be named by several files of the leading table: each is written again once, and everything
         that names it follows.
         """
         edits = _Edits()

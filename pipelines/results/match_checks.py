@@ -33,4 +33,4 @@ def disagreements(tables: MatchTables) -> Iterator[Finding]:
             held = counted(found, "match", "matches")
             yield finding(pair_key(a, b), f"{a} and {b} have {held}, their pair says {kept:,}")
     for a, b in matches_of:
-        yield finding(pair_key(a, b), f"{a} and {b} have matches, but are no pair")
+        yield finding(pair_key(a, b), f"{a} and {b} have matches, but are not a pair")

@@ -1,7 +1,7 @@
 """What every kind of result in a store has: a name, tables, counts, a version, and checks.
 
 Whatever looks at all results (verify, stats, compact, pipelines, queries of a report) does so through `StoredResult`,
-so that a new kind is known to all of them once it stands in pipelines/results/all_kinds.py.
+so that a new kind is known to all of them once it is in pipelines/results/all_kinds.py.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def read_json(uri: str, options: Options | None = None) -> dict[str, Any] | None
             f"{uri} is not readable as JSON ({error}): it was damaged or written by something else."
         ) from None
     if not isinstance(content, dict):
-        raise DamagedJson(f"{uri} holds no JSON object: it was damaged or written by something else.")
+        raise DamagedJson(f"{uri} does not hold a JSON object: it was damaged or written by something else.")
     return content
 
 

@@ -41,9 +41,9 @@ class TableChange:
 
 @dataclass(frozen=True)
 class Pointer:
-    """What a result that is no table is at present. All paths are relative to the store.
+    """What a result that is not a table is at present. All paths are relative to the store.
 
-    file: an index's manifest, the model of a clustering. files: others that it stands on, such as an index's segments.
+    file: an index's manifest, the model of a clustering. files: others that it needs, such as an index's segments.
     """
 
     file: str
@@ -87,7 +87,7 @@ class Transaction:
     """A file of the log.
 
     token: of this attempt alone, so that its writer knows it again. previous: the token of the transaction before,
-    by which a writer finds out whether others went on from its own. created_at: by its writer's clock, UTC; nothing is
+    from which a writer learns whether others went on from its own. created_at: by its writer's clock, UTC; nothing is
     decided by it. pointers: all that are in force, so that one file says what the results of a store are. changed: by
     table the last transaction that changed it, 0 for one that was only made.
     """

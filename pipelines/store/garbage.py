@@ -27,11 +27,12 @@ def garbage(current: Snapshot, retention_hours: float) -> list[str]:
     """Paths, in the store, of files in its tables' folders and beside what its pointers name that are named by nobody.
 
     current: the newest snapshot, as a `build` gets it. Spared is what
-    - a table of the snapshot names, or what its pointers stand on;
+    - a table of the snapshot names, or what its pointers point at;
     - a transaction of the last `retention_hours` brought, took away or pointed at, since readers may be at it;
     - was written in that time, since its writer may be about to name it (what belongs to a log: within an hour, too);
     - lies behind a link, or in a folder that is no table's and no pointer's.
-    Nothing is listed where the log of transactions does not reach back that far: in a store of before, until then.
+    Nothing is listed where the log of transactions does not reach back that far: in a store from before transactions,
+    until it does.
 
     Times are by the clocks of the storage and of this machine. Where one is wrong, a run may fail that wrote a file too
     long ago, or a reader of an old snapshot: nothing that is committed is lost.

@@ -78,7 +78,7 @@ def read_projections(store: str, config: Config) -> dict[str, PCA]:
 
 
 def write_projections(store: str, config: Config, projections: dict[str, PCA]) -> None:
-    """Write the PCA unless another run was first; all runs then use what stands there."""
+    """Write the PCA unless another run was first; all runs then use what is there."""
     rows: list[dict[str, Any]] = []
     for column, pca in projections.items():
         about: dict[str, Any] = {"descriptor_column": column}

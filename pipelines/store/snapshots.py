@@ -15,7 +15,7 @@ from pipelines.storage.errors import said
 from pipelines.store.changes import Pointer, Transaction
 from pipelines.store.damage import DamagedLog, run_repair
 from pipelines.store.parquet import DataFile
-from pipelines.store.publishing import as_table, delta_of, number_of
+from pipelines.store.publishing import as_table, delta_for_writing, delta_of, number_of
 from pipelines.store.table import Table, repeated
 from pipelines.store.transaction_log import TransactionLog
 
@@ -25,11 +25,14 @@ class Snapshot:
     """The store after the transaction `number`, which every table has; 0 is the store before any.
 
     Tables are opened when they are asked for, whenever that is: each at its newest version that no later transaction
-    made. Nothing is written. opened: what was opened so far.
+    made. Nothing is written.
+
+    for_writing: by the one who decides the next change, and uses no older snapshot any more. opened: so far.
     """
 
     log: TransactionLog
     transaction: Transaction | None
+    for_writing: bool = False
     opened: dict[str, DeltaTable | None] = field(default_factory=dict)
     _files: dict[str, dict[str, DataFile]] = field(default_factory=dict)
 
@@ -65,14 +68,17 @@ class Snapshot:
 
     def _delta(self, path: str) -> DeltaTable | None:
         if path not in self.opened:
-            delta = delta_of(self.log, path)
-            self.opened[path] = delta if delta is None else self._went_back(path, delta)
-            if delta is not None and number_of(delta) < (expected := self._number_expected(path, delta)):
+            delta = (delta_for_writing if self.for_writing else delta_of)(self.log, path)
+            number = 0 if delta is None else number_of(delta)
+            if delta is not None and number > self.number:
+                number = self._go_back(path, delta, number)
+            if delta is not None and number < (expected := self._number_expected(path, delta)):
                 raise DamagedLog(
                     f"{self.log.uri}/{path} does not have transaction {expected}, which {self.log.folder} says it "
                     "has: a part of its log is lost or was put back, or the store was copied while it was written to; "
                     f"{run_repair(self.log.uri)}."
                 )
+            self.opened[path] = delta
         return self.opened[path]
 
     def _number_expected(self, path: str, delta: DeltaTable) -> int:
@@ -86,14 +92,15 @@ class Snapshot:
         changed = any(entry.add or entry.remove for entry in of_table) and delta.version() > 0
         return self.number if changed else 0
 
-    def _went_back(self, path: str, delta: DeltaTable) -> DeltaTable:
-        """The version before those of later transactions, which is mostly the newest or the one before."""
-        if number_of(delta) > self.number and number_of(delta) > (newest := self.log.listing().newest):
+    def _go_back(self, path: str, delta: DeltaTable, number: int) -> int:
+        """Have a table at the version before those of later transactions, which is mostly the one before; the number of
+        the last transaction that touched it then."""
+        if number > (newest := self.log.listing().newest):
             raise DamagedLog(
-                f"{self.log.uri}/{path} has transaction {number_of(delta)}, and {self.log.folder} ends at {newest}: "
+                f"{self.log.uri}/{path} has transaction {number}, and {self.log.folder} ends at {newest}: "
                 "files of it were removed, or the store was copied while it was written to. Copy or restore it whole."
             )
-        while number_of(delta) > self.number:
+        while number > self.number:
             before = delta.version() - 1
             try:
                 repeated(partial(delta.load_as_version, before), self.log.uri)
@@ -102,7 +109,8 @@ class Snapshot:
                     f"The log of {self.log.uri}/{path} does not reach back to transaction {self.number} "
                     f"({said(error)}): run the same command again."
                 ) from None
-        return delta
+            number = number_of(delta)
+        return number
 
 
 def snapshot(log: TransactionLog) -> Snapshot:

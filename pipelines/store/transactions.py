@@ -2,7 +2,7 @@
 
 A change is decided against a snapshot, written to the log under the next number, and then published to the tables. The
 log decides: a number is taken once, and what is written under it has happened, whatever becomes of its writer. Why no
-interleaving loses a change or makes it twice stands in docs/transactions.md.
+interleaving loses a change or makes it twice is in docs/transactions.md.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def open_for_writing(log: TransactionLog) -> Snapshot:
     transaction, published = log.newest()
     if transaction and not published:
         publish(log, transaction)
-    return Snapshot(log, transaction)
+    return Snapshot(log, transaction, for_writing=True)
 
 
 def _is_in_force(current: Snapshot, transaction: Transaction) -> bool:
@@ -105,8 +105,8 @@ def _is_in_force(current: Snapshot, transaction: Transaction) -> bool:
         following = log.read(number + 1)
         if following is None:
             raise JobError(
-                f"This run slept for longer than the log of {log.uri} is kept, and nobody can say whether its last "
-                "change was made: run the same command again, which finds what is done."
+                f"This run slept for longer than the log of {log.uri} is kept, and there is no way to know whether its "
+                "last change was made: run the same command again, which finds what is done."
             )
         if following.previous != transaction.token:
             log.take_back(number)

@@ -138,8 +138,8 @@ def _path(store: Store, table: Table) -> str:
 
 
 def _groups(store: Store, current: Snapshot, pair: LinkedTables, target: int) -> list[list[DataFile]]:
-    """Files to merge. One that the leading table does not name, as kills left it in stores of before, stays apart: rows
-    that nobody asks for are not to come among those that count."""
+    """Files to merge. One that the leading table does not name, as kills left it before there were transactions, stays
+    apart: rows that nobody asks for must not be mixed with those that count."""
     groups = pair.groups(target)
     if pair.leading is None or not groups:
         return groups

@@ -7,6 +7,8 @@ delay       the answer comes late
 500         InternalError, and the server has not heard of the request
 landed 500  InternalError, though the server did what was asked
 503         SlowDown
+
+It can also stand for a server that takes conditional puts and pays no heed to their condition.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
-from s3_server import S3Server
+from s3_server import ACCESS_KEY, REGION, SECRET_KEY, S3Server
 
 KINDS = ("refuse", "lose", "truncate", "delay", "500", "landed 500", "503")
 MAX_DELAY_SECONDS = 1.0
@@ -37,9 +39,11 @@ Plan = Callable[[str, str], str | None]
 class FaultyProxy:
     """Where the proxy is, what it does next, and what it has done."""
 
-    def __init__(self, endpoint: str, plan: Plan) -> None:
+    def __init__(self, endpoint: str, plan: Plan, make_way: Callable[[str], None] | None = None) -> None:
+        """make_way: called with the path of what is put only if it is absent, before that."""
         self.endpoint = endpoint
         self.plan = plan
+        self.make_way = make_way
         self.injected: Counter[str] = Counter()
         self.requests = 0
         self._lock = threading.Lock()
@@ -69,11 +73,15 @@ def nothing_wrong(method: str, path: str) -> None:
 
 
 @contextmanager
-def faulty_proxy(server: S3Server, plan: Plan = nothing_wrong) -> Iterator[FaultyProxy]:
-    """Run a proxy before `server`. The client's Host goes on unchanged, since signatures cover it."""
+def faulty_proxy(
+    server: S3Server, plan: Plan = nothing_wrong, *, ignores_conditions: bool = False
+) -> Iterator[FaultyProxy]:
+    """Run a proxy before `server`. The client's Host goes on unchanged, since signatures cover it, and so do headers:
+    a condition is ignored by removing what stands in its way."""
     listener = _Listener(("127.0.0.1", 0), _Handler)
     listener.upstream = urlsplit(server.endpoint).netloc
-    listener.proxy = FaultyProxy(f"http://127.0.0.1:{listener.server_address[1]}", plan)
+    endpoint = f"http://127.0.0.1:{listener.server_address[1]}"
+    listener.proxy = FaultyProxy(endpoint, plan, _remover(server) if ignores_conditions else None)
     thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
@@ -81,6 +89,25 @@ def faulty_proxy(server: S3Server, plan: Plan = nothing_wrong) -> Iterator[Fault
     finally:
         listener.shutdown()
         listener.server_close()
+
+
+def _remover(server: S3Server) -> Callable[[str], None]:
+    """Removes the object at a path such as /bucket/key."""
+    from botocore.session import get_session
+
+    client = get_session().create_client(
+        "s3",
+        endpoint_url=server.endpoint,
+        region_name=REGION,
+        aws_access_key_id=ACCESS_KEY,
+        aws_secret_access_key=SECRET_KEY,
+    )
+
+    def remove(path: str) -> None:
+        bucket, _, key = unquote(urlsplit(path).path).lstrip("/").partition("/")
+        client.delete_object(Bucket=bucket, Key=key)
+
+    return remove
 
 
 class _Listener(ThreadingHTTPServer):
@@ -102,6 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         body = self._read_body()
+        if self.server.proxy.make_way and self.headers.get("If-None-Match"):
+            self.server.proxy.make_way(self.path)
         kind = self.server.proxy.next_fault(self.command, self.path)
         if kind in ("500", "503"):
             self._answer_error(kind)

@@ -27,6 +27,7 @@ KILLED = 9  # exit code of a child that died at its step
 
 def storage_steps(*, reads: bool = False) -> list[tuple[Any, str]]:
     """Where this program touches storage, as (owner, name of a function). reads: looks at it too."""
+    import faiss
     import pyarrow.parquet as pq
     from deltalake import DeltaTable
     from fsspec.implementations.local import LocalFileSystem
@@ -35,8 +36,9 @@ def storage_steps(*, reads: bool = False) -> list[tuple[Any, str]]:
     from pipelines.store import publishing, snapshots
     from pipelines.store.transaction_log import TransactionLog
 
-    found: list[tuple[Any, str]] = [(os, "link"), (os, "unlink"), (os, "remove"), (LocalFileSystem, "pipe_file")]
-    found += [(S3FileSystem, "_pipe_file"), (S3FileSystem, "_rm_file"), (pq.ParquetWriter, "write_table")]
+    found: list[tuple[Any, str]] = [(os, name) for name in ("link", "replace", "unlink", "remove")]
+    found += [(LocalFileSystem, "pipe_file"), (pq.ParquetWriter, "close"), (faiss, "write_index")]
+    found += [(S3FileSystem, name) for name in ("_pipe_file", "_put_file", "_rm_file")]
     found += [(DeltaTable, "create"), (DeltaTable, "create_write_transaction")]
     if reads:
         found += [(TransactionLog, "listing"), (TransactionLog, "read")]

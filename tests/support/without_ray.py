@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -79,9 +80,18 @@ def ray_session(*_: Any, **__: Any) -> Iterator[dict[str, float]]:
     yield {"CPU": 2.0}
 
 
+@contextmanager
+def model_left_out() -> Iterator[None]:
+    """Within: extractions are done in this process, and without a model."""
+    with (
+        mock.patch.object(streaming, "stream_reports", stream_reports),
+        mock.patch.object(layout, "model_facts", model_facts),
+        mock.patch.object(stages, "make_extractor", Colours),
+    ):
+        yield
+
+
 if __name__ == "__main__":
-    vars(streaming).update(stream_reports=stream_reports)
-    vars(layout).update(model_facts=model_facts)
-    vars(stages).update(make_extractor=Colours)
     vars(extract).update(ray_session=ray_session, JobMetrics=lambda command: None)
-    cli.main()
+    with model_left_out():
+        cli.main()
