@@ -213,7 +213,7 @@ def test_a_damaged_file_is_a_sentence(piece: str, make: Callable[..., Store]) ->
     assert result.exit_code == 1 and "/index/main/" in result.stderr
     file.unlink()
     result = dinoray("search", store.uri, "main", "001")
-    assert result.exit_code == 1 and "is gone: the index main was updated at this moment or is damaged" in result.stderr
+    assert result.exit_code == 1 and "is gone: run the same command again, and `dinoray repair" in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
