@@ -38,7 +38,7 @@ def download_pretrained(timm_name: str) -> Path:
         try:
             return Path(hf_hub_download(repository, file))
         except Exception as e:  # the hub's client raises its own, the HTTP library's and the system's errors
-            reason = str(e).splitlines()[0]
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
     raise ModelError(
         f"pretrained weights of {timm_name} are not in the local cache and cannot be downloaded from {repository} "
         f"({reason}): {_WAYS}"

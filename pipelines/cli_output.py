@@ -272,7 +272,7 @@ def _print_classification(result: Any) -> None:
     how = "" if result.test else f", each by {others}"
     left_out = f"{result.unlabelled:,} without label left out"
     if result.unknown:
-        left_out += f", {result.unknown:,} of a label that nobody to learn from has, counted as wrong"
+        left_out += f", {result.unknown:,} of a label that no image to learn from has, counted as wrong"
     tested = f"{counted(result.tested, 'image')}, learnt from {result.learnt_from:,}{how}"
     print(f"top-1 accuracy of {tested} ({left_out}).")
     print(f"{counted(result.labels, 'label')}; answering with the commonest one always: {result.chance:.4f}.")
@@ -333,6 +333,27 @@ def print_verify(result: Any) -> None:
     print(f"{result.store} is sound: {counted(result.images, 'image')}, {patches}, {failures}")
     unused = f", and {counted(result.unreferenced_files, 'file')} of older snapshots or unfinished writes (harmless)"
     print(f"in {counted(result.files, 'file')}{unused if result.unreferenced_files else ''}.")
+
+
+def print_repair(result: Any) -> None:
+    for sentence in result.mends:
+        print(f"{'would be mended' if result.status == 'dry_run' else 'mended'}: {printable(sentence)}")
+    for sentence in result.left:
+        print(f"left: {printable(sentence)}")
+    for table, rows in result.removed.items():
+        if rows:
+            print(f"{counted(rows, 'row')} removed from {table}.")
+    if result.commands:
+        print("To make again what is removed, with the settings that it was made with:")
+        for command in result.commands:
+            print(f"    {printable(command)}")
+    if result.status == "dry_run":
+        print("Nothing was written.")
+    elif not result.left:
+        did = f"{counted(result.mended, 'finding')} mended" if result.mended else "nothing to mend"
+        print(f"{result.store} is sound: {did} ({result.total_seconds:.1f} s).")
+    else:
+        print(f"{counted(len(result.left), 'problem')} left in {result.store}.", file=sys.stderr)
 
 
 def print_compact(result: Any) -> None:

@@ -360,6 +360,15 @@ _ALL = (
         plans=False,
     ),
     Job(
+        "repair",
+        "Mend what verify finds, or remove rows so that their commands make them again, or say what else can be done.",
+        "pipelines.upkeep.repair",
+        (_STORE,),
+        counts=("mended",),
+        unit="findings",
+        uses_ray=False,
+    ),
+    Job(
         "compact",
         "Merge the small files that many runs leave, and remove what no snapshot within compact.retention_hours needs.",
         "pipelines.upkeep.compact",

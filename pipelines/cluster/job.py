@@ -104,11 +104,11 @@ def _settings(asked: ClusterSettings, model: Model | None, name: str) -> Cluster
         return asked
     stored = model.progress.settings
     given = asked.model_dump(mode="json", include=asked.model_fields_set & stored.keys())
-    differing = differences(stored, given, "cluster.{key}: trained with {before}, asked {asked}", only=given)
+    differing = differences(stored, given, "cluster.{key}: trained with {before}, requested {asked}", only=given)
     if differing:
         raise RequestError(
             f"The clusters {name} were trained with other settings ({'; '.join(differing)}), and an update keeps its "
-            "centroids: leave these settings out, give another NAME, or train anew without --update."
+            "centroids: leave these settings out, give another NAME, or train again without --update."
         )
     fields = {key: value for key, value in stored.items() if key in ClusterSettings.model_fields}
     return ClusterSettings.model_validate({**fields, "cache_gb": asked.cache_gb})
@@ -118,7 +118,8 @@ def _refuse_another_kind(uri: str, name: str, model: Model, asked: ClusterSettin
     """Raises RequestError for clusters of patches where images are to be clustered, or the other way round."""
     if (before := model.progress.settings["of"]) != asked.of:
         raise RequestError(
-            f"The clusters {name} are of {before}, asked was {asked.of}: give another NAME for these, or remove {uri}."
+            f"The clusters {name} are of {before}, and {asked.of} were requested: give another NAME for these, or "
+            f"remove {uri}."
         )
 
 
@@ -147,7 +148,7 @@ def _plan(job: ClusterJob, tables: ClusterTables | None, model: Model | None) ->
         result.resumed_from = len(left.progress.objectives)
     result.k = job.asked.k
     if model is not None and not _same(job, model):
-        result.messages.append(f"The clusters {result.name} would be trained anew, {_why_again(job, model)}.")
+        result.messages.append(f"The clusters {result.name} would be trained again, {_why_again(job, model)}.")
 
 
 def _update(job: ClusterJob, tables: ClusterTables, model: Model) -> None:
@@ -167,7 +168,9 @@ def _update(job: ClusterJob, tables: ClusterTables, model: Model) -> None:
             table.refresh()
         job = replace(job, asked=asked, images=clustered_images(job.store, asked))
         job.result.images = len(job.images)
-        job.result.messages.append(f"The clusters {name} were trained anew meanwhile: this run updated the new ones.")
+        job.result.messages.append(
+            f"The clusters {name} were trained again by another run meanwhile: this run updated the new ones."
+        )
 
 
 def _train(job: ClusterJob, before: Model | None) -> None:
@@ -180,7 +183,7 @@ def _train(job: ClusterJob, before: Model | None) -> None:
     if model is None or not _same(job, model):
         model = Model(Progress(result.run_id, job.settings, digest(job.images)), [])
     if before is not None and not _same(job, before):
-        result.messages.append(f"The clusters {result.name} were trained anew, {_why_again(job, before)}.")
+        result.messages.append(f"The clusters {result.name} were trained again, {_why_again(job, before)}.")
     result.resumed_from = len(model.progress.objectives)
     if result.resumed_from and not model.progress.trained:
         result.messages.append(f"Continued after iteration {result.resumed_from} of an earlier run.")
@@ -213,7 +216,9 @@ def _train(job: ClusterJob, before: Model | None) -> None:
         if not tables.replace(model, files, total, job.has_saliency, gives_way):
             assert gives_way.to
             model, total = gives_way.to, tables.stored_statistics()
-            result.messages.append(f"Another run trained the same clusters {result.name} at the same time: they stand.")
+            result.messages.append(
+                f"Another run trained the same clusters {result.name} at the same time: its clusters were kept."
+            )
         _remove_checkpoint(job)
     result.seconds["commit"] = time.monotonic() - began
     result.describe(model, total)

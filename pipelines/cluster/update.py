@@ -27,7 +27,7 @@ DRIFT_WORTH_A_MESSAGE = 1.1
 
 
 class AnotherTraining(Exception):
-    """The clusters were trained anew while an update was at work."""
+    """The clusters were trained again while an update was at work."""
 
 
 def update_clusters(job: ClusterJob, tables: ClusterTables, model: Model) -> None:
@@ -67,9 +67,9 @@ def update_clusters(job: ClusterJob, tables: ClusterTables, model: Model) -> Non
     with uninterrupted():
         tables.update(result.run_id, decide)
     result.describe(model, ended[0].statistics)
-    if ended[0].counted_anew:
+    if ended[0].counted_again:
         result.messages.append(
-            f"The clusters {result.name} were counted anew, since an earlier run was killed before it said how large "
+            f"The clusters {result.name} were counted again, since an earlier run was killed before it said how large "
             "they are."
         )
     if not ended[0].changes:
@@ -91,8 +91,8 @@ class _Update:
         self._add: list[DataFile] = []
         self._remove: list[str] = []
         # a run of an older dinoray may have been killed between its commits to the two tables
-        self.changes = self.counted_anew = not tables.centroids_agree(current)
-        if self.counted_anew:
+        self.changes = self.counted_again = not tables.centroids_agree(current)
+        if self.counted_again:
             self.statistics = tables.statistics(self._counting, self._files)
         else:
             self.statistics = tables.stored_statistics(current)

@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.errors import JobError, RequestError
+from pipelines.errors import RequestError
 from pipelines.settings.sections import ClusterSettings, Config
-from pipelines.store.parquet import open_parquet
+from pipelines.store.parquet import MissingFile, open_parquet
 from pipelines.store.schemas import scale_column
 from pipelines.store.store import Store
 from pipelines.store.table import READS_AT_ONCE, Table
@@ -117,9 +117,7 @@ def list_units(store: Store, asked: ClusterSettings, images: pa.Table) -> list[U
                 groups = parquet.metadata
                 return [groups.row_group(index).num_rows for index in range(groups.num_row_groups)]
         except FileNotFoundError:
-            raise JobError(
-                f"{uri} is gone: run the same command again, or `dinoray verify {store.uri}` says what is wrong."
-            ) from None
+            raise MissingFile(uri) from None
 
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         rows_of = dict(zip(wanted, pool.map(footer, wanted), strict=True))

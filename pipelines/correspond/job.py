@@ -7,6 +7,7 @@ A pair is done when its row in `pairs` is committed, for the extraction of both 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -170,9 +171,11 @@ def _match_pending(
         began = time.monotonic()
         commits = Commits(tables, config, result)
         try:
-            for report in stream_matches(setup, pending, pair_scores, images, values, layout):
-                progress.advance(len(report.kept), 0)
-                commits.take(report)
+            # closed while Ray is there
+            with contextlib.closing(stream_matches(setup, pending, pair_scores, images, values, layout)) as reports:
+                for report in reports:
+                    progress.advance(len(report.kept), 0)
+                    commits.take(report)
         finally:
             # an interruption keeps what is finished
             commits.commit()

@@ -141,9 +141,9 @@ def pairs_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options
     kept = np.sort(firsts[different[firsts]])
     messages = []
     if same := int((~different).sum()):
-        messages.append(f"{counted(same, 'pair')} of an image with itself in {uri} passed over.")
+        messages.append(f"{counted(same, 'pair')} of an image with itself in {uri} skipped.")
     if repeated := int(different.sum()) - len(kept):
-        messages.append(f"{counted(repeated, 'pair')} that {uri} lists again, in either order, passed over.")
+        messages.append(f"{counted(repeated, 'pair')} that {uri} lists again, in either order, skipped.")
     return Pairs(a[kept], b[kept], "file", messages)
 
 

@@ -12,7 +12,8 @@ once, with n bands up to (n + 1) / 2 times, less where few blocks have pairs wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
@@ -123,7 +124,7 @@ def stream_matches(
     images: pa.Table,
     values: float,
     layout: Layout,
-) -> Iterator[MatchReport]:
+) -> Generator[MatchReport]:
     """Match pairs on Ray and yield what its workers wrote, in the order in which they finish.
 
     images: image_id, shard, grid_height, grid_width, run_id. values: about how many a descriptor has.
@@ -178,8 +179,9 @@ def stream_matches(
                     yield match.remote(setup, [pair_row(at) for at in chunk], *(read_blocks[block] for block in needed))
 
     upcoming = tasks()
-    for _, report in finished_tasks(lambda: next(upcoming, None), workers, "the matching"):
-        yield report
+    with contextlib.closing(finished_tasks(lambda: next(upcoming, None), workers, "the matching")) as finished:
+        for _, report in finished:
+            yield report
 
 
 def _smallest_object_store() -> float:

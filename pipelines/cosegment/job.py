@@ -7,6 +7,7 @@ A set is done when the rows of all its images are committed, for the members and
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -250,9 +251,11 @@ def _segment_pending(
     commits = Commits(tables, spec, result)
     with ProgressLine(result.pending) as progress:
         try:
-            for report in stream_reports(setup, pending, described.at, layout, resources):
-                progress.advance(len(report.keys), 0)
-                commits.take(report)
+            # closed while Ray is there
+            with contextlib.closing(stream_reports(setup, pending, described.at, layout, resources)) as reports:
+                for report in reports:
+                    progress.advance(len(report.keys), 0)
+                    commits.take(report)
         finally:
             # an interruption keeps what is finished
             commits.commit()
@@ -285,8 +288,10 @@ def _export(
             yield export_task.remote(export, path, *known)
 
     upcoming = tasks()
-    for _, files in finished_tasks(lambda: next(upcoming, None), layout.workers, "the export of masks"):
-        result.exported += files
+    exporting = finished_tasks(lambda: next(upcoming, None), layout.workers, "the export of masks")
+    with contextlib.closing(exporting) as finished:
+        for _, files in finished:
+            result.exported += files
     result.seconds["export"] = time.monotonic() - began
 
 
@@ -357,13 +362,14 @@ class Commits:
         self._waiting.commit()
 
     def _commit(self, reports: list[SegmentReport]) -> None:
-        kept = sum(len(report.keys) for report in self._tables.commit(reports, self._result.run_id))
+        committed = self._tables.commit(reports, self._result.run_id)
+        kept = sum(len(report.keys) for report in committed)
         result, changed = self._result, self._tables.changed_meanwhile
         result.segmented += kept
         result.changed_meanwhile += changed
         result.done_elsewhere += sum(len(report.keys) for report in reports) - kept - changed
-        result.without_foreground += sum(report.without_foreground for report in reports)
-        result.noted += sum(report.noted for report in reports)
+        result.without_foreground += sum(report.without_foreground for report in committed)
+        result.noted += sum(report.noted for report in committed)
         self._metrics.committed(kept, sum(report.bytes_written for report in reports))
 
 

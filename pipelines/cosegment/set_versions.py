@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pyarrow.compute as pc
 
-from pipelines.cosegment.sets import choose_sets, set_version
+from pipelines.cosegment.sets import NoSuchSets, choose_sets, set_version
 from pipelines.cosegment.tasks import PendingSet
-from pipelines.errors import RequestError
 from pipelines.store.schemas import IMAGES
 from pipelines.store.snapshots import Snapshot
 from pipelines.store.store import Store
 
 
 class SetVersions:
-    """The set_version of each set in a snapshot: as it was planned, and from the images anew where they changed."""
+    """The set_version of each set in a snapshot: as it was planned, and from the images again where they changed."""
 
     def __init__(self, store: Store, asked: str, pending: list[PendingSet]) -> None:
         self._store = store
@@ -36,6 +35,7 @@ class SetVersions:
         images = images.filter(pc.is_valid(images["shard"])).sort_by("image_id").combine_chunks()
         try:
             chosen = choose_sets(self._asked, self._store.uri, images, self._store.config.storage.options)
-        except RequestError:
-            return {}  # there are no such sets any more
+        except NoSuchSets:
+            # there were, when this run began
+            return {}
         return {set_id: set_version(images, members) for set_id, members in chosen.members.items()}

@@ -25,6 +25,10 @@ CLUSTERING_PREFIX = "cluster:"
 SET_ID_OF_NO_FOLDER = "."
 
 
+class NoSuchSets(RequestError):
+    """The store's images, as they are now, do not make the sets that were asked for."""
+
+
 @dataclass(frozen=True)
 class ImageSets:
     """Sets of images. Only a file can have an image in several of them.
@@ -64,7 +68,7 @@ def choose_sets(asked: str, store: str, images: pa.Table, options: storage.Optio
 
     images: image_id, label, run_id, in key order.
 
-    Raises RequestError for anything else, for unknown images, and where there are no sets.
+    Raises NoSuchSets for unknown images and where there are no sets, RequestError for anything else.
     """
     source = source_of(asked)
     if source == "label":
@@ -77,9 +81,9 @@ def choose_sets(asked: str, store: str, images: pa.Table, options: storage.Optio
 
 
 def sets_by_label(labels: pa.ChunkedArray) -> ImageSets:
-    """A set for each label. Raises RequestError where no image has one."""
+    """A set for each label. Raises NoSuchSets where no image has one."""
     if labels.null_count == len(labels):
-        raise RequestError(
+        raise NoSuchSets(
             f"There are no sets: of {counted(len(labels), 'image')} none has a label; give --sets directory, "
             "cluster:NAME or a file with image_id and set_id."
         )
@@ -99,13 +103,13 @@ def sets_by_directory(image_ids: pa.ChunkedArray) -> ImageSets:
 def sets_by_cluster(name: str, store: str, images: pa.Table, options: storage.Options) -> ImageSets:
     """A set for each cluster of a clustering of images, its cluster_id as text.
 
-    Raises RequestError where there is no such clustering, and for a clustering of patches.
+    Raises NoSuchSets where there is no such clustering or it has no image, RequestError for a clustering of patches.
     """
     tables = ClusterTables.open_existing(store, name, options)
     model = tables.model() if tables else None
     if tables is None or model is None:
         there = ", ".join(ClusterTables.all_in(store, options)) or "none"
-        raise RequestError(
+        raise NoSuchSets(
             f"The store has no clusters {name} (it has {there}): make them with `dinoray cluster {store} {name} --of "
             "embeddings`."
         )
@@ -119,7 +123,7 @@ def sets_by_cluster(name: str, store: str, images: pa.Table, options: storage.Op
     same = pc.fill_null(pc.equal(rows["run_id"].take(at), images["run_id"]), False)
     clusters = pc.if_else(same, rows["cluster_id"].take(at), pa.scalar(None, pa.int32())).cast(pa.string())
     if clusters.null_count == len(clusters):
-        raise RequestError(
+        raise NoSuchSets(
             f"There are no sets: the clusters {name} hold none of the store's images as they are now; bring them up to "
             f"date with `dinoray cluster {store} {name} --update`."
         )
@@ -136,8 +140,8 @@ def sets_by_cluster(name: str, store: str, images: pa.Table, options: storage.Op
 def sets_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options) -> ImageSets:
     """The sets that a CSV, JSON-lines or Parquet file lists; an image may be in several.
 
-    Raises RequestError when it cannot be read, lacks a column or a value, lists nothing, or names images that are not
-    there.
+    Raises RequestError when it cannot be read, lacks a column or a value, or lists nothing, NoSuchSets when it names
+    images that are not there.
     """
     ids, set_ids = read_id_file(uri, FILE, options)
     if not len(ids):
@@ -147,13 +151,13 @@ def sets_of_file(uri: str, image_ids: pa.ChunkedArray, options: storage.Options)
     at = pc.index_in(ids, value_set=image_ids.combine_chunks())
     if at.null_count:
         unknown = sorted(pc.unique(ids.filter(pc.is_null(at))).to_pylist())
-        raise RequestError(f"The sets file {uri} names images that the store does not have: {names_shown(unknown)}.")
+        raise NoSuchSets(f"The sets file {uri} names images that the store does not have: {names_shown(unknown)}.")
     positions = at.to_numpy().astype(np.int64)
     members = {set_id: np.unique(positions[rows]) for set_id, rows in _groups(set_ids).items()}
     found = ImageSets(members, "file")
     if repeated := len(positions) - found.images:
         were = "was" if repeated == 1 else "were"
-        found.messages.append(f"{counted(repeated, 'row')} that {uri} lists again {were} passed over.")
+        found.messages.append(f"{counted(repeated, 'row')} that {uri} lists again {were} skipped.")
     return found
 
 

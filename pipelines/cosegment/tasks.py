@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,7 +103,7 @@ def stream_reports(
     describe: Callable[[np.ndarray, np.ndarray], list[SetImage]],
     layout: Layout,
     resources: Mapping[str, float],
-) -> Iterator[SegmentReport]:
+) -> Generator[SegmentReport]:
     """Segment sets on Ray and yield what its workers wrote, in the order in which they finish.
 
     describe: what tasks need to know of images at some positions, of which some are outliers.
@@ -143,14 +144,15 @@ def stream_reports(
             return task
         return whole.remote(setup, [work(one, one.left, fit_on=True) for one in group])
 
-    for task, found in finished_tasks(submit, workers, "the co-segmentation"):
-        if (one := fitting.pop(task, None)) is None:
-            yield found
-            continue
-        yield _of_fit(one, found)
-        if found.model is not None:
-            model = ray.put(found)
-            batches_of_fitted_sets.extend((one, images, model) for images in _batches(one.left, batch))
+    with contextlib.closing(finished_tasks(submit, workers, "the co-segmentation")) as finished:
+        for task, found in finished:
+            if (one := fitting.pop(task, None)) is None:
+                yield found
+                continue
+            yield _of_fit(one, found)
+            if found.model is not None:
+                model = ray.put(found)
+                batches_of_fitted_sets.extend((one, images, model) for images in _batches(one.left, batch))
 
 
 def _of_fit(one: PendingSet, fitted: FittedSet) -> SegmentReport:

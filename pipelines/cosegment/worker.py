@@ -315,9 +315,7 @@ class _Rows:
             )
             report.images = write_parquet(storage.join(tables, "images"), self._name, images, options)
             report.keys = keys_of(images).to_pylist()
-            report.rows = images.select([*VERSIONED, "run_id"])
-            report.without_foreground = sum(row["foreground_fraction"] == 0 for row in self._images)
-            report.noted = sum(row["note"] is not None for row in self._images)
+            report.rows = images.select([*VERSIONED, "run_id", "foreground_fraction", "note"])
             report.bytes_written = report.patches.size + report.images.size
         report.seconds = spent.seconds | {"write": time.monotonic() - began}
         return report

@@ -101,9 +101,9 @@ def _spair_pair(name: str, data: bytes) -> AnnotatedPair:
         source, target = (f"{category}/{content[key]}" for key in ("src_imname", "trg_imname"))
         source_size, target_size = (_size_wh(content.get(key)) for key in ("src_imsize", "trg_imsize"))
     except KeyError as error:
-        raise RequestError(f"{name} is no annotation of a pair: it lacks {error.args[0]}.") from None
+        raise RequestError(f"{name} is not an annotation of a pair: it lacks {error.args[0]}.") from None
     except (ValueError, TypeError, IndexError) as error:
-        raise RequestError(f"{name} is no annotation of a pair: {error}.") from None
+        raise RequestError(f"{name} is not an annotation of a pair: {error}.") from None
     _check_points(name, source_xy, target_xy)
     box = (x0, y0, x1, y1)
     return AnnotatedPair(category, source, target, source_xy, target_xy, box, source_size, target_size)

@@ -105,8 +105,8 @@ def run(config: Config, *, store: str, annotations: str) -> Result:
         result.scores = _scores(points, settings.alphas)
         if outside := sum(_outside(pair, images) for pair in annotated.pairs):
             result.messages.append(
-                f"{outside:,} of {2 * result.points:,} annotated points lie outside of their images: the nearest patch "
-                "stands for such a source point."
+                f"{outside:,} of {2 * result.points:,} annotated points lie outside their images: for such a source "
+                "point the nearest patch is used."
             )
     return result
 

@@ -125,9 +125,9 @@ def _spair_points(fs: Any, name: str) -> tuple[str, KeyPoints]:
         xy = np.array(list(visible.values()), np.float64).reshape(len(visible), 2)
         image = f"{name.rsplit('/', 2)[1]}/{content['filename']}"
     except KeyError as error:
-        raise RequestError(f"{name} is no annotation of an image: it lacks {error.args[0]}.") from None
+        raise RequestError(f"{name} is not an annotation of an image: it lacks {error.args[0]}.") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise RequestError(f"{name} is no annotation of an image: {error}.") from None
+        raise RequestError(f"{name} is not an annotation of an image: {error}.") from None
     return image, KeyPoints(list(visible), xy)
 
 

@@ -97,7 +97,7 @@ def run(
     """
     started = time.monotonic()
     if device is not None and device not in DEVICE_TFLOP_PER_SECOND:
-        raise RequestError(f"There is no device {device!r}: known are {', '.join(DEVICE_TFLOP_PER_SECOND)}.")
+        raise RequestError(f"There is no device {device!r}: choose one of {', '.join(DEVICE_TFLOP_PER_SECOND)}.")
     refuse_memory(input, "INPUT")
     result = Result(new_run_id(), storage.normalise(store))
     with recorded(None, result, started):

@@ -31,9 +31,11 @@ from pipelines.settings.sections import Config
 from pipelines.storage.errors import explain_write_error
 from pipelines.store.extraction import Committer, Plan, ShardReport, drop_images
 from pipelines.store.failures import STORAGE_ERROR, failure_row
+from pipelines.store.projection import write_projections
 from pipelines.store.store import Store, refuse_memory
 
 if TYPE_CHECKING:
+    from dino_ops.pca import PCA
     from pipelines.extract.layout import ModelFacts
 
 
@@ -110,27 +112,49 @@ def run(
         _count_plan(result, plan)
         return result.ended("dry_run", started)
 
-    facts = None
     opened = Store.open_existing(result.store, config)
-    if opened is None:
-        # before a store exists, which would be bound to a mistake
-        facts = _check_model(config)
-        opened = Store.create(result.store, config)
-    asked = {"input": input, "prune": prune, "retry_failed": retry_failed, "limit": limit}
-    report = RunReport("extract", result.store, config, result.run_id, asked)
-    with recorded(report, result, started, told=opened.log.messages, fingerprint=opened.fingerprint):
-        result.repaired = {what: count for what, count in opened.repair(result.run_id).items() if count}
-        plan = opened.plan(listing.table, retry_failed=retry_failed, limit=limit)
-        _count_plan(result, plan)
-        if prune and listing.broken:
-            result.messages.append("Nothing was pruned: what a damaged file held and what is gone look the same.")
-        elif prune and plan.gone:
-            result.pruned = drop_images(opened, plan.gone, result.run_id)
-        if len(plan.pending):
-            extract_pending(opened, plan, config, result, facts or _check_model(config))
-        _record_damage(opened, listing, result)
-        _judge(result, config)
+    with contextlib.ExitStack() as session:
+        facts = None
+        if opened is None:
+            # what cannot be done is refused before there is a store, which would be bound to a mistake
+            facts = _check_model(config)
+            pending = Plan.of_empty_store(listing.table, limit=limit).pending
+            fitted = _rehearse(session, pending, config, facts, result.run_id) if len(pending) else {}
+            opened = Store.create(result.store, config)
+            if fitted:
+                write_projections(opened.uri, config, fitted)
+        asked = {"input": input, "prune": prune, "retry_failed": retry_failed, "limit": limit}
+        report = RunReport("extract", result.store, config, result.run_id, asked)
+        with recorded(report, result, started, told=opened.log.messages, fingerprint=opened.fingerprint):
+            result.repaired = {what: count for what, count in opened.repair(result.run_id).items() if count}
+            plan = opened.plan(listing.table, retry_failed=retry_failed, limit=limit)
+            _count_plan(result, plan)
+            if prune and listing.broken:
+                result.messages.append("Nothing was pruned: what a damaged file held and what is gone look the same.")
+            elif prune and plan.gone:
+                result.pruned = drop_images(opened, plan.gone, result.run_id)
+            if len(plan.pending):
+                extract_pending(opened, plan, config, result, facts or _check_model(config))
+            _record_damage(opened, listing, result)
+            _judge(result, config)
     return result
+
+
+def _rehearse(
+    session: contextlib.ExitStack, pending: pa.Table, config: Config, facts: ModelFacts, run_id: str
+) -> dict[str, PCA]:
+    """Start Ray, plan the workers, and fit the PCA where one is asked for; by descriptor column.
+
+    session: Ray stays until it ends.
+
+    Raises RequestError and JobError for what the cluster or the images cannot meet.
+    """
+    from pipelines.extract.layout import plan_extraction
+    from pipelines.extract.streaming import fit_projections
+
+    resources = session.enter_context(ray_session(config.run))
+    layout = plan_extraction(resources, config, facts, len(pending))
+    return fit_projections(pending, layout, config, run_id) if config.store.pca is not None else {}
 
 
 def extract_pending(
@@ -332,4 +356,4 @@ def _skipped_sentence(skipped: dict[str, int]) -> str:
     kinds = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in most)
     count = sum(skipped.values())
     reason = "it is not an image by name" if count == 1 else "they are not images by name"
-    return f"{counted(count, 'file')} passed over because {reason} ({kinds})."
+    return f"{counted(count, 'file')} skipped because {reason} ({kinds})."

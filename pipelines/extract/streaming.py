@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -24,11 +25,14 @@ from pipelines.extract.stages import (
 from pipelines.features.extractor import ExtractorSetup, make_extractor
 from pipelines.running.streams import dataset_of, map_with_actors, map_with_tasks, read_blocks
 from pipelines.settings.sections import Config
-from pipelines.store import projection
+from pipelines.store import projection, weights
 from pipelines.store.extraction import ShardReport
 from pipelines.store.schemas import descriptor_columns
 from pipelines.store.store import Store
 from pipelines.store.vectors import descriptor_map
+
+if TYPE_CHECKING:
+    from dino_ops.pca import PCA
 
 # However many workers there are, the driver must keep up.
 MOST_REPORTS_TO_DRIVER_PER_SECOND = 50
@@ -56,7 +60,7 @@ def stream_reports(
         progress_seconds=max(1.0, layout.workers / MOST_REPORTS_TO_DRIVER_PER_SECOND),
     )
     if config.store.pca is not None and not projection.exists(store.uri, config):
-        _fit_projection(rows, layout, setup, store)
+        projection.write_projections(store.uri, config, fit_projections(rows, layout, config, run_id))
     dataset = dataset_of(rows, block_size, report_each=not layout.separate)
     if layout.separate:
         decode = partial(decode_block, setup=setup, patch_size=layout.facts.patch_size)
@@ -75,16 +79,19 @@ def stream_reports(
             yield ShardReport.from_json(text)
 
 
-def _fit_projection(rows: pa.Table, layout: ExtractionLayout, setup: ExtractorSetup, store: Store) -> None:
-    """Fit the store's PCA on patches of a sample of the images."""
+def fit_projections(rows: pa.Table, layout: ExtractionLayout, config: Config, run_id: str) -> dict[str, PCA]:
+    """The PCA that store.pca asks for, by descriptor column, fitted on patches of a sample of the images.
+
+    Raises JobError where the sample has too few patches.
+    """
     from dino_ops.pca import fit_pca
 
-    count = projection.images_to_fit(setup.config, len(rows))
+    setup = ExtractorSetup("", run_id, config, layout.device, weights.identity(config), max(1, round(layout.cpus)))
+    count = projection.images_to_fit(config, len(rows))
     sample = rows.take(pa.array(np.linspace(0, len(rows) - 1, count).astype(np.int64)))
     dataset = dataset_of(sample, max(1, min(FEWEST_IMAGES_PER_BLOCK, count // layout.workers)), report_each=False)
     dataset = map_with_actors(dataset, SampleWorker, setup, layout.workers, layout.cpus, layout.gpus)
     parts = [unpack(block) for block in read_blocks(dataset)]
-    config = setup.config
     dimensions = config.store.pca
     assert dimensions is not None
     fitted = {}
@@ -97,7 +104,7 @@ def _fit_projection(rows: pa.Table, layout: ExtractionLayout, setup: ExtractorSe
                 f"gave {len(vectors):,}: give a smaller store.pca, or more readable images."
             )
         fitted[column] = fit_pca(vectors, dimensions, seed=0)
-    projection.write_projections(store.uri, config, fitted)
+    return fitted
 
 
 class SampleWorker:

@@ -162,7 +162,7 @@ def _published(store: Store, asked: IndexSettings, plan: _Plan, result: Result, 
 
 
 def _refuse_other_content(store: Store, name: str, before: Manifest, asked: IndexSettings) -> None:
-    differing = differences(before.holds, held_settings(asked), "index.{key} {before}, asked was {asked}")
+    differing = differences(before.holds, held_settings(asked), "index.{key} {before}, requested {asked}")
     if differing:
         raise RequestError(
             f"The index {name} has {'; '.join(differing)}: give its settings again, another NAME for these, or remove "

@@ -87,7 +87,7 @@ def _reads(job: JobRequest, store: Store) -> dict[str, str]:
         if name == RESULTS_OF_ALL_JOBS:
             found |= {result.path: _version(result) for result in all_results(store)}
         elif name in KINDS:
-            found |= {result.path: _version(result) for result in KINDS[name].find(store)}
+            found |= {result.path: _version(result) for result in all_results(store) if result.kind == name}
         else:
             found[name] = getattr(store, name).content_identity
     for value in _named_files(job):

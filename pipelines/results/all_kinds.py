@@ -14,8 +14,11 @@ from pipelines.results.clusters import ClusterTables
 from pipelines.results.index_checks import check_index
 from pipelines.results.indices import files_present, index_names, manifest_file, read_manifest, valid_manifest
 from pipelines.results.matches import MatchTables
+from pipelines.results.names import result_names
 from pipelines.results.parts import PartTables
 from pipelines.results.stored import Findings, ResultTables, StoredResult
+from pipelines.store.damage import DamagedLog
+from pipelines.store.findings import Finding
 from pipelines.store.linked_tables import LinkedTables
 from pipelines.store.store import Store
 
@@ -29,11 +32,6 @@ class StoredIndex(StoredResult):
         self.name = name
         self.tables = {}
         self._store = store
-
-    @classmethod
-    def all_in(cls, store: Store) -> Iterator[StoredIndex]:
-        """Every index of a store."""
-        return (cls(store, name) for name in index_names(store))
 
     def version(self) -> str:
         return valid_manifest(self._store, self.name).removeprefix("manifest-").removesuffix(".json")
@@ -59,16 +57,18 @@ class StoredIndex(StoredResult):
 
 @dataclass(frozen=True)
 class ResultKind:
-    """find: every result of the kind in a store. check: whether one holds what it says, given image_id and run_id of
-    every row of the store's images table."""
+    """names: of folders that may hold a result of the kind. open: one by its NAME, None where there is none. check:
+    whether one holds what it says, given image_id and run_id of every row of the store's images table."""
 
-    find: Callable[[Store], Iterable[StoredResult]]
+    names: Callable[[Store], Iterable[str]]
+    open: Callable[[Store, str], StoredResult | None]
     check: Callable[[Store, Any, pa.Table], Findings]
 
 
-def _of_tables(kind: type[ResultTables], disagreements: Callable[[Any], Iterator[str]]) -> ResultKind:
+def _of_tables(kind: type[ResultTables], disagreements: Callable[[Any], Iterator[Finding]]) -> ResultKind:
     return ResultKind(
-        find=lambda store: kind.all_in(store.uri, store.config.storage.options).values(),
+        names=lambda store: result_names(store.uri, kind.kind, store.config.storage.options),
+        open=lambda store, name: kind.open_existing(store.uri, name, store.config.storage.options, store.log),
         check=lambda store, result, images: Findings(problems=list(disagreements(result))),
     )
 
@@ -77,14 +77,34 @@ KINDS: dict[str, ResultKind] = {
     "matches": _of_tables(MatchTables, match_checks.disagreements),
     "clusters": _of_tables(ClusterTables, cluster_checks.disagreements),
     "parts": _of_tables(PartTables, part_checks.disagreements),
-    "index": ResultKind(StoredIndex.all_in, lambda store, result, images: check_index(store, result.name, images)),
+    "index": ResultKind(
+        index_names, StoredIndex, lambda store, result, images: check_index(store, result.name, images)
+    ),
 }
 
 
 def all_results(store: Store) -> Iterator[StoredResult]:
-    """Everything that jobs left in a store besides the extraction, kind by kind, by NAME."""
-    for kind in KINDS.values():
-        yield from kind.find(store)
+    """Everything that jobs left in a store besides the extraction, kind by kind, by NAME.
+
+    Raises DamagedLog for the first of which the log of a table is damaged, or lost.
+    """
+    for _, result in look_at_results(store):
+        if isinstance(result, DamagedLog):
+            raise result
+        yield result
+
+
+def look_at_results(store: Store) -> Iterator[tuple[str, StoredResult | DamagedLog]]:
+    """The same with the path of each, such as clusters/words; in place of one that cannot be opened, why not."""
+    for kind, of_kind in KINDS.items():
+        for name in of_kind.names(store):
+            try:
+                found = of_kind.open(store, name)
+            except DamagedLog as error:
+                yield f"{kind}/{name}", error
+                continue
+            if found is not None:
+                yield found.path, found
 
 
 def check_result(store: Store, result: StoredResult, images: pa.Table) -> Findings:
@@ -95,4 +115,4 @@ def check_result(store: Store, result: StoredResult, images: pa.Table) -> Findin
 def find_result(store: Store, path: str) -> StoredResult | None:
     """A result by its path, such as clusters/words; None when there is none."""
     kind, _, name = path.partition("/")
-    return next((result for result in KINDS[kind].find(store) if result.name == name), None)
+    return KINDS[kind].open(store, name) if name in KINDS[kind].names(store) else None

@@ -16,6 +16,7 @@ import numpy as np
 
 from pipelines import storage
 from pipelines.errors import JobError
+from pipelines.storage.errors import said
 from pipelines.store.arrays import npz_arrays, npz_bytes
 from pipelines.store.checksums import checksum_of
 from pipelines.store.parquet import DamagedFile
@@ -112,10 +113,7 @@ def read_model(uri: str, options: storage.Options, checksum: str | None = None) 
     except FileNotFoundError:
         return None
     if checksum is not None and checksum_of(data) != checksum:
-        raise JobError(
-            f"{uri} is damaged (its bytes are not those that were written): remove {uri.rpartition('/model/')[0]} and "
-            "cluster again."
-        )
+        raise DamagedFile(uri, "its bytes are not those that were written")
     try:
         arrays = npz_arrays(uri, data)
         about = json.loads(str(arrays["about"]))
@@ -124,7 +122,5 @@ def read_model(uri: str, options: storage.Options, checksum: str | None = None) 
             raise JobError(f"{uri} was written by a newer dinoray: update dinoray.")
         levels = [Level(arrays[f"centroids{at}"], arrays.get(f"offsets{at}")) for at in range(count)]
         return Model(Progress(**about), levels)
-    except (DamagedFile, KeyError, ValueError, TypeError):
-        raise JobError(
-            f"{uri} is damaged: remove it and run the same command again, which trains from scratch."
-        ) from None
+    except (KeyError, ValueError, TypeError) as error:
+        raise DamagedFile(uri, said(error)) from None

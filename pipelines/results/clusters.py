@@ -22,6 +22,7 @@ from pipelines.results.cluster_statistics import Counting, Statistics
 from pipelines.results.names import result_uri
 from pipelines.results.stored import ResultTables
 from pipelines.store.changes import Change, Pointer, TableChange
+from pipelines.store.damage import DamagedResult, gone, run_repair
 from pipelines.store.linked_tables import LinkedTables
 from pipelines.store.parquet import DataFile, new_file_name, open_parquet, run_id_of
 from pipelines.store.publishing import number_of
@@ -99,14 +100,14 @@ class ClusterTables(ResultTables):
         if not runs:
             return None
         if len(runs) > 1:
-            raise JobError(f"{self.assignments.uri} mixes several trainings: remove {self.uri} and cluster again.")
+            raise DamagedResult(f"{self.assignments.uri} mixes several trainings: {run_repair(self.log.uri)}.")
         run_id = runs.pop()
         uri = model_uri(self.uri, run_id)
         pointer = snapshot(self.log).pointers.get(self.path)
         checksum = pointer.checksum if pointer and pointer.file == self._model_path(run_id) else None
         model = read_model(uri, self.options, checksum)
         if model is None:
-            raise JobError(f"{uri} is gone, and {self.uri} was made with it: remove {self.uri} and cluster again.")
+            raise DamagedResult(gone(uri, self.log.uri))
         return model
 
     def training_in(self, current: Snapshot) -> str:
@@ -116,7 +117,7 @@ class ClusterTables(ResultTables):
         """
         runs = {training_of(path) for path in current.files(self.path_of("assignments"))}
         if len(runs) > 1:
-            raise JobError(f"{self.assignments.uri} mixes several trainings: remove {self.uri} and cluster again.")
+            raise DamagedResult(f"{self.assignments.uri} mixes several trainings: {run_repair(self.log.uri)}.")
         return runs.pop() if runs else ""
 
     def _model_path(self, run_id: str) -> str:
@@ -176,7 +177,9 @@ class ClusterTables(ResultTables):
         self.refresh()
         return done[0]
 
-    def update(self, run_id: str, decide: Callable[[Snapshot], Update | None]) -> None:
+    def update(
+        self, run_id: str, decide: Callable[[Snapshot], Update | None], command: str = "cluster --update"
+    ) -> None:
         """Change assignments, and the centroids with them. decide: what changes, from a snapshot; it may be asked again
         about a newer one. run_id: of who asks."""
         change: Change | None = None
@@ -191,7 +194,7 @@ class ClusterTables(ResultTables):
                 change = Change(self._changes({"centroids": [centroids], "assignments": asked.add}, old))
             return change
 
-        transact(self.log, build, run_id=run_id, command="cluster --update")
+        transact(self.log, build, run_id=run_id, command=command)
         self._written.remove_unused(change)
         self.refresh()
 

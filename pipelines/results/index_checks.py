@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from pipelines.results.indices import (
     Segment,
     files_present,
     ids_of,
+    index_path,
+    index_uri,
     is_ours,
     manifest_file,
     read_file,
@@ -26,18 +29,42 @@ from pipelines.results.indices import (
     without_dead,
 )
 from pipelines.results.stored import Findings
-from pipelines.store.parquet import why_unreadable
+from pipelines.storage.errors import explain_read_error
+from pipelines.store.damage import DamagedResult
+from pipelines.store.findings import Finding, RemoveResult
+from pipelines.store.parquet import DamagedFile, why_unreadable
 from pipelines.store.store import Store
 
 SCHEMAS = {"images": IMAGES, "cells": CELLS, "dead": DEAD}
 
 
+@dataclass
+class _Found:
+    """What is wrong with an index, and else as in Findings."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    files: int = 0
+    unreferenced_files: int = 0
+
+
 def check_index(store: Store, name: str, images: pa.Table) -> Findings:
-    """Check one index of a store. images: image_id, run_id of every row of the images table."""
-    findings = Findings()
+    """Check one index of a store. images: image_id, run_id of every row of the images table.
+
+    Whatever is wrong, it is to be built anew, for which it takes no more than what the store holds.
+
+    Raises JobError for a file that cannot be reached or may not be read.
+    """
+    path, found = index_path(name), _check(store, name, images)
+    problems = [Finding("result", path, sentence, RemoveResult(path)) for sentence in found.problems]
+    return Findings(problems, found.notes, found.files, found.unreferenced_files)
+
+
+def _check(store: Store, name: str, images: pa.Table) -> _Found:
+    findings = _Found()
     try:
         manifest = read_manifest(store, name)
-    except DinorayError as error:
+    except (DamagedFile, DamagedResult) as error:
         findings.problems.append(str(error))
         return findings
     # a name is among those of indices when it has a manifest
@@ -87,9 +114,11 @@ def _read(store: Store, name: str, piece: str, file: str, expected: str | None =
     """A file's content, and why it cannot be read or an empty text."""
     try:
         content = read_file(store, name, file, expected)
-    except (OSError, RuntimeError, MemoryError, pa.ArrowException) as error:
+    except (DamagedFile, FileNotFoundError, RuntimeError, pa.ArrowException) as error:
         # FAISS raises RuntimeError
         return None, f"{file} cannot be read ({why_unreadable(error)})"
+    except OSError as error:
+        raise explain_read_error(error, f"{index_uri(store.uri, name)}/{file}") or error from None
     if piece in SCHEMAS and not content.schema.equals(SCHEMAS[piece]):
         return None, f"{file} has other columns than an index has ({', '.join(content.schema.names)})"
     return content, ""
@@ -138,7 +167,7 @@ def _check_whole(manifest: Manifest, stored: pa.Table, dead: pa.Table) -> Iterat
 
 
 def _compare_with_table(
-    store: Store, manifest: Manifest, name: str, alive: pa.Table, images: pa.Table, findings: Findings
+    store: Store, manifest: Manifest, name: str, alive: pa.Table, images: pa.Table, findings: _Found
 ) -> None:
     lacking, extra = _missing_from(alive, images), _missing_from(images, alive)
     if manifest.images_version == store.images.content_version:

@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 
 from dino_ops.nearest import pool
 from pipelines import storage
-from pipelines.errors import JobError
 from pipelines.settings.sections import IndexSettings
-from pipelines.store.parquet import open_parquet
+from pipelines.store.parquet import MissingFile, open_parquet
 from pipelines.store.schemas import scale_column
 from pipelines.store.store import Store
 from pipelines.store.vectors import decode
@@ -97,7 +96,7 @@ def _patches(store: Store, asked: IndexSettings, images: pa.Table) -> Iterator[V
             with open_parquet(uri, store.patches.options) as parquet:
                 yield from _shard_patches(parquet, asked, of_shard)
         except FileNotFoundError:
-            raise JobError(f"{uri} is gone: run the same command again, or `dinoray verify {store.uri}`.") from None
+            raise MissingFile(uri) from None
 
 
 def _shard_patches(parquet: pq.ParquetFile, asked: IndexSettings, images: pa.Table) -> Iterator[VectorBatch]:

@@ -32,12 +32,13 @@ import pyarrow.parquet as pq
 
 from dino_ops.nearest import Kind, NearestIndex, estimate_bytes
 from pipelines import storage
-from pipelines.errors import JobError, RequestError
+from pipelines.errors import RequestError
 from pipelines.results.faiss_files import read_faiss, write_faiss
 from pipelines.results.names import result_names, result_uri
-from pipelines.storage.errors import reaching
+from pipelines.storage.errors import reaching, said
 from pipelines.store.changes import Pointer
 from pipelines.store.checksums import checksum_of
+from pipelines.store.damage import DamagedResult, damaged, gone
 from pipelines.store.parquet import DamagedFile, open_parquet, why_unreadable
 from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.store import Store
@@ -76,7 +77,7 @@ class Segment:
     """A FAISS index and the rows of its images, as stored; its ids are below those of later segments.
 
     first_id: the lowest. images, vectors: how many, dead ones included. files: piece -> name of its file. checksums:
-    of the files that FAISS wrote, by name; none of indices of before there were any.
+    of the files that FAISS wrote, by name; none of indices from before there were any.
     """
 
     kind: Kind
@@ -196,14 +197,13 @@ def read_manifest(store: Store, name: str, current: Snapshot | None = None) -> M
     manifest = read_manifest_file(store, name, file, pointer.checksum if pointer else None)
     if manifest is None:
         uri = index_uri(store.uri, name)
-        raise JobError(f"{uri}/{file} is gone: remove {uri} and run `dinoray index` again.")
+        raise DamagedResult(gone(f"{uri}/{file}", store.uri))
     return manifest
 
 
 def read_manifest_file(store: Store, name: str, file: str, expected: str | None = None) -> Manifest | None:
     """A manifest, or None when it is not there. expected: its checksum, where that is known. Raises as above."""
     uri, options = index_uri(store.uri, name), store.config.storage.options
-    again = f"remove {uri} and run `dinoray index` again"
     fs, path = storage.filesystem(storage.join(uri, file), options)
     try:
         with reaching(uri):
@@ -211,7 +211,7 @@ def read_manifest_file(store: Store, name: str, file: str, expected: str | None 
     except FileNotFoundError:
         return None
     if expected is not None and checksum_of(data) != expected:
-        raise JobError(f"{uri}/{file} is damaged (its bytes are not those that were written): {again}.")
+        raise DamagedFile(f"{uri}/{file}", "its bytes are not those that were written")
     try:
         content = json.loads(data)
         if content.get("schema_version", 0) > SCHEMA_VERSION:
@@ -220,16 +220,13 @@ def read_manifest_file(store: Store, name: str, file: str, expected: str | None 
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, RequestError):
             raise
-        raise JobError(f"{uri}/{file} is damaged: {again}.") from None
+        raise DamagedFile(f"{uri}/{file}", said(error)) from None
     if foreign := sorted(str(name) for name in manifest.files if not is_ours(str(name))):
-        raise JobError(
-            f"{uri}/{file} names a file that no index has ({foreign[0]!r}): it was damaged or written by something "
-            f"else; {again}."
-        )
+        raise DamagedFile(f"{uri}/{file}", f"it names a file that no index has, {foreign[0]!r}")
     if manifest.fingerprint != store.fingerprint:
         raise RequestError(
             f"The index {name} was made of features of another spec ({manifest.fingerprint}, the store has "
-            f"{store.fingerprint}): {again}."
+            f"{store.fingerprint}): remove {uri} and run `dinoray index` again."
         )
     return manifest
 
@@ -374,16 +371,10 @@ def _explained(store: Store, name: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise JobError(
-            f"{error.filename or uri} is gone: the index {name} was updated at this moment or is damaged; "
-            f"run the same command again, or remove {uri} and run `dinoray index` again."
-        ) from None
-    except (RuntimeError, pa.ArrowException, DamagedFile) as error:
+        raise DamagedResult(gone(str(error.filename or uri), store.uri)) from None
+    except (RuntimeError, pa.ArrowException) as error:
         # FAISS raises RuntimeError
-        raise JobError(
-            f"A file of the index {name} cannot be read ({why_unreadable(error)}): `dinoray verify {store.uri}` says "
-            f"which; remove {uri} and run `dinoray index` again."
-        ) from None
+        raise DamagedResult(damaged(f"A file of {uri}", why_unreadable(error), store.uri)) from None
 
 
 def _write_parquet(table: pa.Table, uri: str, options: storage.Options) -> None:

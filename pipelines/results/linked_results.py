@@ -48,15 +48,16 @@ class _Edits:
 class LinkedResult(ResultTables, Generic[_Report]):
     """The two tables of one NAME at the versions last refreshed.
 
-    data: the table whose files are named. versioned: columns that make a row of the leading table another one.
-    extractions: (image_id, run_id) columns of the images that a row is made from. rows_are: what the leading table has
-    a row for. command: that changes the tables.
+    data: the table whose files are named. key_columns: of both tables, that `keys_of` takes. versioned: columns that
+    make a row of the leading table another one. extractions: (image_id, run_id) columns of the images that a row is
+    made from. rows_are: what the leading table has a row for. command: that changes the tables.
 
     changed_meanwhile: rows that the last `commit` did not take up, since their images were extracted again, or removed,
     while the run was at work.
     """
 
     data: ClassVar[str]
+    key_columns: ClassVar[Sequence[str]]
     versioned: ClassVar[Sequence[str]]
     extractions: ClassVar[Sequence[tuple[str, str]]]
     rows_are: ClassVar[str]
@@ -95,7 +96,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
         """Mend what runs of an older dinoray left, which were killed between their commits to the two tables.
 
         The leading table decides what is true: files of data that it does not name go; those that it names and the log
-        lost come back, while they are there; rows whose data is gone go, to be made anew.
+        lost come back, while they are there; rows whose data is gone go, to be made again.
         """
         found: dict[str, int] = {}
 
@@ -253,7 +254,7 @@ class LinkedResult(ResultTables, Generic[_Report]):
     def _without(self, current: Snapshot, hits: Mapping[str, pa.Table], run_id: str) -> _Edits:
         """The files that change when rows go. hits: rows by file of the leading table.
 
-        A file of data may be named by several files of the leading table: each is written anew once, and everything
+        A file of data may be named by several files of the leading table: each is written again once, and everything
         that names it follows.
         """
         edits = _Edits()

@@ -40,7 +40,7 @@ class MadeWith:
             stored = storage.read_json(uri, self.options)
         if stored is None:
             return
-        phrase = f"{self.section}.{{key}}: stored {{before}}, asked {{asked}}"
+        phrase = f"{self.section}.{{key}}: stored {{before}}, requested {{asked}}"
         differing = differences(_shown(stored), _shown(self.asked), phrase, defaults=_shown(self.defaults))
         if differing:
             raise RequestError(

@@ -37,6 +37,7 @@ class MatchTables(LinkedResult["MatchReport"]):
     schemas: ClassVar = {"pairs": PAIRS, "matches": MATCHES}
     leading = "pairs"
     data = "matches"
+    key_columns = ("image_a", "image_b")
     versioned = PAIR_VERSION_COLUMNS
     extractions = (("image_a", "run_id_a"), ("image_b", "run_id_b"))
     rows_are = "pairs"

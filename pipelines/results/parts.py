@@ -30,8 +30,8 @@ VERSIONED = [*KEY, "set_version"]
 class SegmentReport:
     """What a worker wrote; the driver commits it.
 
-    keys: of the rows in images, as `keys_of` makes them. rows: VERSIONED and run_id of them. failed: set_id -> why
-    nothing could be made of the set. seconds: read, fit, segment and write.
+    keys: of the rows in images, as `keys_of` makes them. rows: VERSIONED, run_id, foreground_fraction and note of them.
+    failed: set_id -> why nothing could be made of the set. seconds: read, fit, segment and write.
     """
 
     images: DataFile | None
@@ -39,11 +39,19 @@ class SegmentReport:
     keys: list[str] = field(default_factory=list)
     rows: pa.Table | None = None
     failed: dict[str, str] = field(default_factory=dict)
-    without_foreground: int = 0
-    noted: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def without_foreground(self) -> int:
+        """How many of the rows have nothing in mask_png."""
+        return 0 if self.rows is None else pc.sum(pc.equal(self.rows["foreground_fraction"], 0)).as_py() or 0
+
+    @property
+    def noted(self) -> int:
+        """How many of the rows have a note."""
+        return 0 if self.rows is None else len(self.rows) - self.rows["note"].null_count
 
 
 class PartTables(LinkedResult[SegmentReport]):
@@ -57,6 +65,7 @@ class PartTables(LinkedResult[SegmentReport]):
     schemas: ClassVar = {"images": PARTS_IMAGES, "patches": PARTS_PATCHES}
     leading = "images"
     data = "patches"
+    key_columns = KEY
     versioned = VERSIONED
     extractions = (("image_id", "run_id"),)
     rows_are = "images"

@@ -1,7 +1,7 @@
 """What every kind of result in a store has: a name, tables, counts, a version, and checks.
 
 Whatever looks at all results (verify, stats, compact, pipelines, queries of a report) does so through `StoredResult`,
-so that a new kind is known to all of them once it stands in pipelines/results/all_kinds.py.
+so that a new kind is known to all of them once it is in pipelines/results/all_kinds.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.results.names import result_names, result_uri
+from pipelines.store.damage import DamagedLog, run_repair
+from pipelines.store.findings import Finding
 from pipelines.store.linked_tables import LinkedTables
 from pipelines.store.new_tables import make_tables
 from pipelines.store.snapshots import snapshot
@@ -26,11 +28,11 @@ from pipelines.store.transaction_log import TransactionLog
 class Findings:
     """What a check found.
 
-    problems: damage, a sentence each. notes: what is worth knowing and harmless. files: how many the result
+    problems: damage. notes: what is worth knowing and harmless. files: how many the result
     has that belong to no table. unreferenced_files: left by killed runs; harmless.
     """
 
-    problems: list[str] = field(default_factory=list)
+    problems: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     files: int = 0
     unreferenced_files: int = 0
@@ -118,16 +120,22 @@ class ResultTables(StoredResult):
         """The tables of NAME, or None where there are none yet; nothing is written.
 
         They belong together, also where a run was killed while it changed them, or is at it.
+
+        Raises DamagedLog where the log of a table is damaged, or gone while another table has rows.
         """
         result_uri(store, cls.kind, name)
         log = log or TransactionLog(store, options)
         current = snapshot(log)
         tables: dict[str, Table] = {}
         for table, schema in cls.schemas.items():
-            found = current.table(f"{cls.kind}/{name}/{table}", schema)
-            if found is None:
-                return None
-            tables[table] = found
+            if (found := current.table(f"{cls.kind}/{name}/{table}", schema)) is not None:
+                tables[table] = found
+        if len(tables) < len(cls.schemas):
+            lost = [table for table in cls.schemas if table not in tables]
+            if any(table.files() for table in tables.values()):
+                place = storage.join(result_uri(store, cls.kind, name), lost[0])
+                raise DamagedLog(f"The log of {place} is gone: {run_repair(log.uri)}.")
+            return None
         return cls(store, name, options, log, tables)
 
     @classmethod

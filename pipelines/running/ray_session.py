@@ -15,6 +15,7 @@ from pipelines.errors import DinorayError, JobError, RequestError
 from pipelines.running.cpus import available_cpus
 from pipelines.running.layout import LARGEST_NODE_CPUS_KEY, LARGEST_NODE_GPUS_KEY
 from pipelines.settings.sections import RunSettings
+from pipelines.storage.errors import said
 
 CONNECT_SECONDS = 5
 RAY_METRICS_PACKAGES = ("grpc", "opencensus", "opentelemetry", "prometheus_client")
@@ -110,27 +111,29 @@ def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, f
             if address != "local":
                 ray.init(address=address, logging_level="ERROR", log_to_driver=False)
             else:
-                # without an address Ray joins a cluster that somebody started on this machine
-                ray.init(
-                    address="local",
-                    num_cpus=available_cpus() + RAY_SPARE_CPUS,
-                    include_dashboard=False,
-                    object_store_memory=int(run.object_store_gb * 2**30) if run.object_store_gb else None,
-                    logging_level="ERROR",
-                    log_to_driver=False,
-                    _metrics_export_port=run.metrics_port,
-                )
+                # what Ray serves metrics to is elsewhere
+                with _on_loopback() if run.metrics_port is None else contextlib.nullcontext():
+                    # without an address Ray joins a cluster that somebody started on this machine
+                    ray.init(
+                        address="local",
+                        num_cpus=available_cpus() + RAY_SPARE_CPUS,
+                        include_dashboard=False,
+                        object_store_memory=int(run.object_store_gb * 2**30) if run.object_store_gb else None,
+                        logging_level="ERROR",
+                        log_to_driver=False,
+                        _metrics_export_port=run.metrics_port,
+                    )
         # Ray raises Exception itself where the machine was too busy for its processes to start in time
         except Exception as error:
-            said = str(error).splitlines()[0].rstrip(".")
+            reason = said(error)
             if address == "local":
                 raise JobError(
-                    f"A local Ray could not be started: {said}. Give it a machine that is less busy, or more memory, "
+                    f"A local Ray could not be started: {reason}. Give it a machine that is less busy, or more memory, "
                     "and run the same command again."
                 ) from None
             raise JobError(
-                f"The Ray cluster at {address} could not be reached ({said}): check run.address, that Ray's version is "
-                f"{ray.__version__} there too, and whether it asks for a token (RAY_AUTH_MODE=token)."
+                f"The Ray cluster at {address} could not be reached ({reason}): check run.address, that Ray's version "
+                f"is {ray.__version__} there too, and whether it asks for a token (RAY_AUTH_MODE=token)."
             ) from None
     try:
         resources = _cluster_resources(spare_cpus=RAY_SPARE_CPUS if address == "local" and ours else 0)
@@ -140,6 +143,24 @@ def _session(run: RunSettings, address: str, ours: bool) -> Iterator[dict[str, f
         _Open.resources = None
         if ours:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Within: a Ray that starts listens on the loopback interface only, as it does on Windows and macOS.
+
+    `ray.init(_node_ip_address="127.0.0.1")` would take the machine's own address instead. The variable
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER decides the same, but only for a Ray that is not imported yet, and for clusters
+    that are joined later too.
+    """
+    import ray._private.ray_constants as constants
+
+    before = getattr(constants, "ENABLE_RAY_CLUSTER", None)
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 def _cluster_resources(spare_cpus: int) -> dict[str, float]:

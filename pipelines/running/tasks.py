@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from pipelines.running.layout import Layout
@@ -21,7 +21,7 @@ def as_task(function: Callable[..., Any], layout: Layout, *, gpu: bool = True) -
     )
 
 
-def finished_tasks(submit: Callable[[], Any | None], workers: int, work: str) -> Iterator[tuple[Any, Any]]:
+def finished_tasks(submit: Callable[[], Any | None], workers: int, work: str) -> Generator[tuple[Any, Any]]:
     """Yield (task, what it returned) in the order in which tasks finish.
 
     submit: starts the next task and returns its reference, or None when there is none to start yet. It is called
@@ -29,6 +29,8 @@ def finished_tasks(submit: Callable[[], Any | None], workers: int, work: str) ->
     there are workers is submitted at any time, so that what it needs is read before a worker is free.
 
     work: what the tasks do, for messages, such as "the matching".
+
+    Tasks that have not finished when the caller closes the iterator, or when one of them fails, are cancelled.
 
     Raises JobError for what stops a worker.
     """
@@ -46,3 +48,7 @@ def finished_tasks(submit: Callable[[], Any | None], workers: int, work: str) ->
             yield task, ray.get(task)
     except RayError as error:
         raise explain_ray_error(error, work) from None
+    finally:
+        # an iterator that is dropped rather than closed may end after Ray, which any call would start again
+        for task in waiting if ray.is_initialized() else ():
+            ray.cancel(task)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.errors import RequestError, counted
+from pipelines.storage.errors import said
 
 ENDINGS = (".csv", ".jsonl", ".ndjson", ".parquet")
 MAX_NAMES_SHOWN = 3
@@ -85,8 +86,7 @@ def _read(uri: str, asked: IdFile, options: storage.Options) -> pa.Table:
         ) from None
     # Arrow's and Unicode's errors are ValueErrors.
     except (OSError, ValueError, csv.Error) as error:
-        said = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise RequestError(f"The {asked.kind} file {uri} cannot be read: {said}.") from None
+        raise RequestError(f"The {asked.kind} file {uri} cannot be read: {said(error)}.") from None
 
 
 def _parquet(file: Any, columns: list[str]) -> pa.Table:

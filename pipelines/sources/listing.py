@@ -1,4 +1,4 @@
-"""What listing an INPUT gives: a row for every image, sorted by image_id, and what was passed over or damaged."""
+"""What listing an INPUT gives: a row for every image, sorted by image_id, and what was skipped or damaged."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class BrokenContainer:
 class Listing:
     """The images of an INPUT.
 
-    table: rows of LISTING_SCHEMA, sorted by image_id, ids unique. skipped: extension -> how many files were passed over
+    table: rows of LISTING_SCHEMA, sorted by image_id, ids unique. skipped: extension -> how many files were skipped
     because they are not images by name. kind: directory, tar, manifest or parquet.
     """
 

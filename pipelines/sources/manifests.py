@@ -16,7 +16,7 @@ import pyarrow.csv
 
 from pipelines.errors import InputError
 from pipelines.sources.listing import Rows
-from pipelines.storage.errors import failed_storage
+from pipelines.storage.errors import failed_storage, said
 from pipelines.storage.filesystems import is_local, local_path, local_uri, open_filesystem, version_of
 from pipelines.storage.secrets import without_credentials
 
@@ -55,7 +55,7 @@ def read_text_manifest(fs: Any, path: str, asked: str) -> pa.Table:
             )
     # Arrow's and Unicode's errors are ValueErrors.
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"The manifest {asked} cannot be read: {str(error).splitlines()[0]}.") from None
+        raise InputError(f"The manifest {asked} cannot be read: {said(error)}.") from None
 
 
 def _read_json_lines(file: Any) -> pa.Table:
@@ -126,7 +126,7 @@ def _strings(table: pa.Table, name: str, asked: str) -> list[str | None] | None:
     except pa.ArrowException as error:
         raise InputError(
             f"The manifest {asked} has a column `{name}` that is not text ({table[name].type}: "
-            f"{str(error).splitlines()[0]}): give text or numbers."
+            f"{said(error)}): give text or numbers."
         ) from None
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipelines.errors import InputError
 from pipelines.sources.listing import BrokenContainer, Rows
 from pipelines.sources.walk import FileEntry
-from pipelines.storage.errors import failed_storage
+from pipelines.storage.errors import failed_storage, said
 from pipelines.storage.filesystems import open_filesystem
 
 _USUAL_NAMES = ("image", "img", "bytes", "image_bytes", "data", "content", "jpg", "jpeg", "png", "webp")
@@ -72,8 +72,7 @@ def list_parquet(fs: Any, entries: Sequence[FileEntry], asked: str) -> Rows:
 
 def broken_container(entry: FileEntry, error: Exception) -> BrokenContainer:
     """A Parquet file that cannot be read, as its reader said it."""
-    message = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return BrokenContainer(entry.uri, entry.key, entry.version, type(error).__name__, message)
+    return BrokenContainer(entry.uri, entry.key, entry.version, type(error).__name__, said(error))
 
 
 def _rows_of(

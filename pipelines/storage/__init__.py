@@ -6,6 +6,7 @@ from pipelines.storage.errors import explain_write_error as explain_write_error
 from pipelines.storage.errors import failed_storage as failed_storage
 from pipelines.storage.errors import reaching as reaching
 from pipelines.storage.errors import said as said
+from pipelines.storage.files import DamagedJson as DamagedJson
 from pipelines.storage.files import filesystem as filesystem
 from pipelines.storage.files import join as join
 from pipelines.storage.files import normalise as normalise

@@ -111,7 +111,7 @@ def _link(path: str, data: bytes) -> bool:
 
 
 def _codes(error: OSError) -> set[str]:
-    """What S3 answered, by which its driver's error came about."""
+    """What S3 answered, which caused its driver's error."""
     causes = [error, error.__cause__]
     return {str(getattr(cause, "response", {}).get("Error", {}).get("Code")) for cause in causes if cause}
 
@@ -127,7 +127,7 @@ def honours_put_if_absent(folder: str, options: Options | None = None) -> bool:
     with reaching(uri):
         try:
             put_if_absent(uri, b"first", options)
-            with contextlib.suppress(OSError):  # drivers say in many ways that a name is taken; what stands there tells
+            with contextlib.suppress(OSError):  # drivers say in many ways that a name is taken; what is there tells
                 put_if_absent(uri, b"second", options)
             return bool(fs.cat_file(path) == b"first")
         except NoConditionalPut:

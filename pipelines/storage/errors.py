@@ -66,6 +66,19 @@ def said(error: BaseException) -> str:
     return text[:MAX_QUOTED_CHARACTERS].rstrip(".: ") or type(error).__name__
 
 
+def explain_read_error(error: Exception, uri: str) -> JobError | None:
+    """What a failed read means in words, where it says nothing of the content: there is no permission, or the disk or
+    the storage fails; None for anything else."""
+    if isinstance(error, DinorayError | FileNotFoundError | NotADirectoryError):
+        return None
+    if isinstance(error, PermissionError) or "Permission denied" in str(error) or "AccessDenied" in str(error):
+        where = "check the permissions" if is_local(uri) else "check the credentials and the bucket's policy"
+        return JobError(f"{uri} cannot be read (permission denied): {where}.")
+    if isinstance(error, OSError) and error.errno is not None:
+        return JobError(f"{uri} cannot be read ({said(error)}): run the same command again when its storage works.")
+    return explain_failed_storage(error, uri)
+
+
 def explain_write_error(error: Exception, uri: str) -> JobError | None:
     """What a failed write means in words, for the causes that users meet; None for anything else."""
     text = str(error)

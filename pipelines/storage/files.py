@@ -15,6 +15,10 @@ from pipelines.storage.errors import reaching
 from pipelines.storage.filesystems import Options, is_local, open_filesystem
 
 
+class DamagedJson(JobError):
+    """A file that is to be JSON and is not."""
+
+
 def normalise(uri: str) -> str:
     """A URI that means the same from every process: local paths become absolute, trailing slashes go."""
     if uri.startswith("file://"):
@@ -58,11 +62,11 @@ def read_json(uri: str, options: Options | None = None) -> dict[str, Any] | None
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise JobError(
+        raise DamagedJson(
             f"{uri} is not readable as JSON ({error}): it was damaged or written by something else."
         ) from None
     if not isinstance(content, dict):
-        raise JobError(f"{uri} holds no JSON object: it was damaged or written by something else.")
+        raise DamagedJson(f"{uri} does not hold a JSON object: it was damaged or written by something else.")
     return content
 
 

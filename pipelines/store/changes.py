@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +13,13 @@ import pyarrow as pa
 from deltalake import Schema
 
 from pipelines.errors import JobError, RequestError
+from pipelines.store.damage import DamagedLog, damaged
 from pipelines.store.parquet import DataFile
 
 # A transaction's file with a higher format is a newer dinoray's.
 FORMAT = 1
+# Of the other entries, in a transaction's file; none in those of before there were any.
+CHECKSUM = "checksum"
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,9 @@ class TableChange:
 
 @dataclass(frozen=True)
 class Pointer:
-    """What a result that is no table is at present. All paths are relative to the store.
+    """What a result that is not a table is at present. All paths are relative to the store.
 
-    file: an index's manifest, the model of a clustering. files: others that it stands on, such as an index's segments.
+    file: an index's manifest, the model of a clustering. files: others that it needs, such as an index's segments.
     """
 
     file: str
@@ -83,9 +87,8 @@ class Transaction:
     """A file of the log.
 
     token: of this attempt alone, so that its writer knows it again. previous: the token of the transaction before,
-    by which a writer finds out whether others went on from its own. created_at: by its writer's clock, UTC; nothing is
-    decided by it. pointers: all that are in force, so that one
-    file says what the results of a store are.
+    from which a writer learns whether others went on from its own. created_at: by its writer's clock, UTC; nothing is
+    decided by it. pointers: all that are in force, so that one file says what the results of a store are.
     """
 
     number: int
@@ -135,7 +138,7 @@ class Transaction:
             "pointers": pointers,
             "sweep": list(self.sweep),
         }
-        return json.dumps(content, ensure_ascii=False, indent=1).encode()
+        return json.dumps(content | {CHECKSUM: _checksum(content)}, ensure_ascii=False, indent=1).encode()
 
     @classmethod
     def from_json(cls, data: bytes, uri: str) -> Transaction:
@@ -147,6 +150,8 @@ class Transaction:
                     f"{uri} was written by a newer dinoray (format {content['format']}, this one knows {FORMAT}): "
                     "update dinoray."
                 )
+            if content.pop(CHECKSUM, None) not in (None, _checksum(content)):
+                raise ValueError("it has another checksum")
             return cls(
                 content["number"],
                 content["token"],
@@ -161,10 +166,7 @@ class Transaction:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, RequestError):
                 raise
-            raise JobError(
-                f"{uri} is damaged ({error}): the change that it describes cannot be completed; restore the file, or "
-                "the store from a copy."
-            ) from None
+            raise DamagedLog(damaged(uri, str(error))) from None
 
 
 def table_entry(change: TableChange, *, exists: bool) -> TableEntry:
@@ -187,6 +189,10 @@ def checked_path(path: str) -> str:
     if not path or "://" in path or "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts):
         raise JobError(f"A transaction names {path!r}, which lies outside the store: the store is not to be trusted.")
     return path
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return f"crc32:{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 def _file(file: DataFile, checksum: str | None) -> dict[str, Any]:

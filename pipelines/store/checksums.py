@@ -1,4 +1,4 @@
-"""CRC32 of files that are no Parquet: whoever reads a file compares it with what was written."""
+"""CRC32 of files that are not Parquet: every reader of a file compares it with what was written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def checksum_of(data: bytes) -> str:
 def read_checked(uri: str, path: str, expected: str | None, read: Callable[[str], _T]) -> _T:
     """What `read` makes of a local file, whose checksum is computed meanwhile, so that a disk reads it once.
 
-    uri: what the file is called in a sentence. expected: None for a file of before there were checksums.
+    uri: what the file is called in a sentence. expected: None for a file from before there were checksums.
 
     Raises DamagedFile for a file with another checksum, whatever `read` says of it; else what `read` raises.
     """

@@ -47,7 +47,7 @@ class ExtractionChange:
     def __init__(self, store: Store, current: Snapshot, written: WrittenFiles, run_id: str) -> None:
         self._written = written
         self._run_id = run_id
-        opened = {name: current.table(name, getattr(store, name).schema) or getattr(store, name) for name in TABLES}
+        opened = {name: current.table(name, store.schemas[name]) or getattr(store, name) for name in TABLES}
         self._exchanges = {name: _Exchange(table, dict(current.files(name))) for name, table in opened.items()}
 
     def table(self, name: str) -> Table:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pipelines.storage.errors import reaching
 from pipelines.storage.files import filesystem, join
 from pipelines.storage.filesystems import is_local, local_path, modified_at
+from pipelines.store.damage import DamagedLog
 from pipelines.store.snapshots import Snapshot
 from pipelines.store.transaction_log import FOLDER, SHORTEST_KEPT_SECONDS
 
@@ -26,11 +27,12 @@ def garbage(current: Snapshot, retention_hours: float) -> list[str]:
     """Paths, in the store, of files in its tables' folders and beside what its pointers name that are named by nobody.
 
     current: the newest snapshot, as a `build` gets it. Spared is what
-    - a table of the snapshot names, or what its pointers stand on;
+    - a table of the snapshot names, or what its pointers point at;
     - a transaction of the last `retention_hours` brought, took away or pointed at, since readers may be at it;
     - was written in that time, since its writer may be about to name it (what belongs to a log: within an hour, too);
     - lies behind a link, or in a folder that is no table's and no pointer's.
-    Nothing is listed where the log of transactions does not reach back that far: in a store of before, until then.
+    Nothing is listed where the log of transactions does not reach back that far: in a store from before transactions,
+    until it does.
 
     Times are by the clocks of the storage and of this machine. Where one is wrong, a run may fail that wrote a file too
     long ago, or a reader of an old snapshot: nothing that is committed is lost.
@@ -41,9 +43,12 @@ def garbage(current: Snapshot, retention_hours: float) -> list[str]:
     folders = set[str]()
     listing = log.listing(times=True)
     for number in reversed(listing.numbers):
-        transaction = log.read(number)
+        try:
+            transaction = log.read(number)
+        except DamagedLog:
+            transaction = None
         if transaction is None:
-            break  # cut at this moment, and so are those before it
+            break  # damaged, or cut at this moment, and so are those before it
         for pointer in transaction.pointers.values():
             named |= set(pointer.every_file)
             folders |= {path.rpartition("/")[0] for path in pointer.every_file if "/" in path}
@@ -56,8 +61,11 @@ def garbage(current: Snapshot, retention_hours: float) -> list[str]:
         return []
     found = dict(_files(current))
     tables = {path.partition(f"/{_LOG}/")[0] for path in found if f"/{_LOG}/" in path}
-    for table in tables:
-        named |= {f"{table}/{path}" for path in current.files(table)}
+    for table in list(tables):
+        try:
+            named |= {f"{table}/{path}" for path in current.files(table)}
+        except DamagedLog:
+            tables.remove(table)  # nobody can say which files it names
     # what a log's writer is at this moment about to give its name has none yet
     began_of_logs = min(began, log.clock() - SHORTEST_KEPT_SECONDS)
     ours = [path for path in found if _may_go(path, tables, folders)]

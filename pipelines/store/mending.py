@@ -1,4 +1,4 @@
-"""What kills left in stores of before, when a change was a commit a table and not one transaction.
+"""What kills left in stores from before transactions, when each table was changed by a commit of its own.
 
 A run that was killed between its commits left files of patches that no image names, images whose files of patches the
 log lost, or failures of images that are done. Transactions leave nothing of the kind, and a snapshot is never between

@@ -19,6 +19,7 @@ from pipelines.errors import JobError
 from pipelines.storage.errors import failed_storage, said
 from pipelines.storage.files import filesystem, join
 from pipelines.storage.filesystems import Options, is_local
+from pipelines.store.damage import damaged, gone
 
 
 class DamagedFile(JobError, OSError):
@@ -28,10 +29,7 @@ class DamagedFile(JobError, OSError):
     """
 
     def __init__(self, uri: str, found: str) -> None:
-        super().__init__(
-            f"{uri} is damaged ({found}): restore it from a copy. `dinoray verify` of the store finds all files that "
-            "are damaged."
-        )
+        super().__init__(damaged(uri, found))
         self.uri = uri
         self.found = found
 
@@ -65,6 +63,13 @@ class DataFile:
 
 class MissingFile(JobError, FileNotFoundError):
     """A file that a log names and that is not there."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(gone(uri))
+        self.uri = uri
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.uri,)
 
 
 def group_may_hold(row_group: Any, sorted_ids: Sequence[str]) -> bool:
@@ -154,7 +159,28 @@ def checked_parquet(source: Any, *, pre_buffer: bool = False) -> pq.ParquetFile:
     Arrow's dataset reader, which pq.read_table uses too, lets go of Python's files in threads of its own, now and then
     after the interpreter has gone, which aborts a process that has done all its work.
     """
-    return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=pre_buffer)
+    return _CheckedFile(source, page_checksum_verification=True, pre_buffer=pre_buffer)
+
+
+class _CheckedFile(pq.ParquetFile):
+    """A file whose columns are those that are asked for: Arrow passes over one that a damaged footer calls otherwise.
+
+    Raises ArrowInvalid for others.
+    """
+
+    def read(self, columns: list[str] | None = None, **more: Any) -> pa.Table:
+        self._check(columns)
+        return super().read(columns, **more)
+
+    def read_row_group(self, i: int, columns: list[str] | None = None, **more: Any) -> pa.Table:
+        self._check(columns)
+        return super().read_row_group(i, columns, **more)
+
+    def _check(self, columns: list[str] | None) -> None:
+        there = set(self.schema_arrow.names)
+        lacking = [name for name in columns or () if name not in there and name.partition(".")[0] not in there]
+        if lacking:
+            raise pa.ArrowInvalid(f"it has no column {lacking[0]}")
 
 
 @contextlib.contextmanager

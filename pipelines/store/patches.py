@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.errors import JobError
-from pipelines.store.parquet import checked_parquet, group_may_hold
+from pipelines.store.damage import run_repair
+from pipelines.store.parquet import MissingFile, checked_parquet, damage_explained, group_may_hold
 from pipelines.store.schemas import scale_column
 from pipelines.store.vectors import decode
 
@@ -79,6 +80,7 @@ def read_patch_maps(
         try:
             with (
                 storage.reaching(uri),
+                damage_explained(uri),
                 fs.open(path, "rb", cache_type="none") as raw,
                 CountedFile(raw) as file,
                 # few large requests instead of one for each column
@@ -87,12 +89,9 @@ def read_patch_maps(
                 _read_shard(maps, parquet, wanted, column, half)
                 maps.bytes_read += file.bytes_read
         except FileNotFoundError:
-            raise JobError(f"{uri} is gone: run the same command again, or `dinoray verify {store}`.") from None
-        except (OSError, pa.ArrowException) as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise JobError(f"{uri} cannot be read ({said}): `dinoray verify {store}` says what is wrong.") from None
+            raise MissingFile(uri) from None
         if missing := sorted(wanted.keys() - maps.places.keys()):
-            raise JobError(f"{missing[0]} lacks patches in {uri}: `dinoray verify {store}` says what is wrong.")
+            raise JobError(f"{missing[0]} lacks patches in {uri}: {run_repair(store)}.")
     return maps
 
 

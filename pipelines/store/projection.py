@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.errors import JobError
 from pipelines.settings.sections import Config
+from pipelines.store.damage import DamagedResult
 from pipelines.store.parquet import open_parquet
 from pipelines.store.schemas import vector
 
@@ -63,7 +63,9 @@ def read_projections(store: str, config: Config) -> dict[str, PCA]:
         with open_parquet(projection_uri(store), config.storage.options) as parquet:
             table = parquet.read()
     except FileNotFoundError:
-        raise JobError(f"{projection_uri(store)} is missing: the store cannot be extended without its PCA.") from None
+        raise DamagedResult(
+            f"{projection_uri(store)} is missing: the store cannot be extended without its PCA."
+        ) from None
     found = {}
     for column in dict.fromkeys(table["descriptor_column"].to_pylist()):
         rows = sorted((r for r in table.to_pylist() if r["descriptor_column"] == column), key=lambda r: r["component"])
@@ -76,7 +78,7 @@ def read_projections(store: str, config: Config) -> dict[str, PCA]:
 
 
 def write_projections(store: str, config: Config, projections: dict[str, PCA]) -> None:
-    """Write the PCA unless another run was first; all runs then use what stands there."""
+    """Write the PCA unless another run was first; all runs then use what is there."""
     rows: list[dict[str, Any]] = []
     for column, pca in projections.items():
         about: dict[str, Any] = {"descriptor_column": column}

@@ -1,4 +1,4 @@
-"""Publishing a transaction: what it says is done to the tables, once, whoever does it and however often.
+"""Publishing a transaction: what it says is done to the tables, once, however many processes do it and however often.
 
 Every table gets one commit that carries the transaction's number. A publisher reads the newest number of a table and
 commits on top of the version that it read: where the number is there already nothing is left to do, and where another
@@ -27,7 +27,7 @@ from pipelines.storage.errors import explain_write_error, reaching, said
 from pipelines.storage.files import filesystem, is_there, join
 from pipelines.storage.filesystems import delta_options, is_local, local_path
 from pipelines.store.changes import TableEntry, Transaction
-from pipelines.store.table import CONTENT_VERSION_KEY, Table, open_delta
+from pipelines.store.table import CONTENT_VERSION_KEY, Table, open_delta, repeated
 from pipelines.store.transaction_log import FIRST_PAUSE_SECONDS, PUTS_TRIED, TransactionLog
 
 # The application of Delta's protocol whose numbers are those of transactions.
@@ -106,6 +106,21 @@ def _is_torn(path: str) -> bool:
 def delta_of(log: TransactionLog, table: str) -> DeltaTable | None:
     """A table of a store at its newest version, or None where there is none. Raises JobError for a damaged log."""
     return open_delta(join(log.uri, table), log.options)
+
+
+def delta_for_writing(log: TransactionLog, table: str) -> DeltaTable | None:
+    """As `delta_of`; a table that the last change through this log opened is brought up to date, which costs less."""
+    delta = log.tables.get(table)
+    if delta is not None:
+        try:
+            repeated(delta.update_incremental, join(log.uri, table))
+            return delta
+        except DeltaError:  # somebody removed it, or its log: whoever opens it says so
+            del log.tables[table]
+    delta = delta_of(log, table)
+    if delta is not None:
+        log.tables[table] = delta
+    return delta
 
 
 def complete_properties(log: TransactionLog, tables: Iterable[str]) -> None:
@@ -193,7 +208,7 @@ def _properties(key: str) -> dict[str, str]:
 
 
 def _commit(log: TransactionLog, delta: DeltaTable, transaction: Transaction, entry: TableEntry) -> None:
-    """The same commit whoever makes it, on top of the version that is open and no other."""
+    """The same commit for every publisher, on top of the version that is open and no other."""
     changes_rows = not entry.rearranges
     actions: list[Any] = []
     for file in entry.add:

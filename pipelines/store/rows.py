@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
-from pipelines.errors import JobError
-from pipelines.store.parquet import group_may_hold, open_parquet
+from pipelines.store.parquet import MissingFile, group_may_hold, open_parquet
 from pipelines.store.table import Table
 
 MOST_SAMPLED_FILES = 64
@@ -40,7 +39,7 @@ def rows_of(table: Table, keys: Iterable[str], columns: Sequence[str], files: It
                     rows = rows.filter(pc.is_in(rows[table.key], value_set=value_set))
                     found.append(rows.select(columns).cast(schema))
         except FileNotFoundError:
-            raise JobError(f"{uri} is gone: run the same command again, or `dinoray verify` of the store.") from None
+            raise MissingFile(uri) from None
     return pa.concat_tables(found)
 
 

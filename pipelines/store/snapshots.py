@@ -13,8 +13,9 @@ from deltalake.exceptions import DeltaError
 from pipelines.errors import JobError
 from pipelines.storage.errors import said
 from pipelines.store.changes import Pointer, Transaction
+from pipelines.store.damage import DamagedLog
 from pipelines.store.parquet import DataFile
-from pipelines.store.publishing import as_table, delta_of, number_of
+from pipelines.store.publishing import as_table, delta_for_writing, delta_of, number_of
 from pipelines.store.table import Table, repeated
 from pipelines.store.transaction_log import TransactionLog
 
@@ -24,11 +25,14 @@ class Snapshot:
     """The store after the transaction `number`, which every table has; 0 is the store before any.
 
     Tables are opened when they are asked for, whenever that is: each at its newest version that no later transaction
-    made. Nothing is written. opened: what was opened so far.
+    made. Nothing is written.
+
+    for_writing: by the one who decides the next change, and uses no older snapshot any more. opened: so far.
     """
 
     log: TransactionLog
     transaction: Transaction | None
+    for_writing: bool = False
     opened: dict[str, DeltaTable | None] = field(default_factory=dict)
     _files: dict[str, dict[str, DataFile]] = field(default_factory=dict)
 
@@ -64,10 +68,13 @@ class Snapshot:
 
     def _delta(self, path: str) -> DeltaTable | None:
         if path not in self.opened:
-            delta = delta_of(self.log, path)
-            self.opened[path] = delta if delta is None else self._went_back(path, delta)
-            if delta is not None and delta.version() and number_of(delta) < self._number_expected(path):
-                raise JobError(
+            delta = (delta_for_writing if self.for_writing else delta_of)(self.log, path)
+            self.opened[path] = delta
+            number = 0 if delta is None else number_of(delta)
+            if delta is not None and number > self.number:
+                number = self._go_back(path, delta, number)
+            if delta is not None and delta.version() and number < self._number_expected(path):
+                raise DamagedLog(
                     f"{self.log.uri}/{path} does not have transaction {self.number}, which {self.log.folder} says it "
                     "has: the store was copied while it was written to, or a part of it was put back. Copy or restore "
                     "it whole."
@@ -75,18 +82,19 @@ class Snapshot:
         return self.opened[path]
 
     def _number_expected(self, path: str) -> int:
-        """What the snapshot's own transaction says of a table; one at version 0 was removed and begun anew since."""
+        """What the snapshot's own transaction says of a table; one at version 0 was removed and begun again since."""
         entries = self.transaction.tables if self.transaction else ()
         return self.number if any(entry.table == path and (entry.add or entry.remove) for entry in entries) else 0
 
-    def _went_back(self, path: str, delta: DeltaTable) -> DeltaTable:
-        """The version before those of later transactions, which is mostly the newest or the one before."""
-        if number_of(delta) > self.number and number_of(delta) > (newest := self.log.listing().newest):
-            raise JobError(
-                f"{self.log.uri}/{path} has transaction {number_of(delta)}, and {self.log.folder} ends at {newest}: "
+    def _go_back(self, path: str, delta: DeltaTable, number: int) -> int:
+        """Have a table at the version before those of later transactions, which is mostly the one before; the number of
+        the last transaction that touched it then."""
+        if number > (newest := self.log.listing().newest):
+            raise DamagedLog(
+                f"{self.log.uri}/{path} has transaction {number}, and {self.log.folder} ends at {newest}: "
                 "files of it were removed, or the store was copied while it was written to. Copy or restore it whole."
             )
-        while number_of(delta) > self.number:
+        while number > self.number:
             before = delta.version() - 1
             try:
                 repeated(partial(delta.load_as_version, before), self.log.uri)
@@ -95,7 +103,8 @@ class Snapshot:
                     f"The log of {self.log.uri}/{path} does not reach back to transaction {self.number} "
                     f"({said(error)}): run the same command again."
                 ) from None
-        return delta
+            number = number_of(delta)
+        return number
 
 
 def snapshot(log: TransactionLog) -> Snapshot:

@@ -38,12 +38,12 @@ def fingerprint(spec: dict[str, Any]) -> str:
 
 
 def spec_differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """`section.key: the store has X, asked was Y` for every setting in which two specs differ.
+    """`section.key: the store has X, requested Y` for every setting in which two specs differ.
 
     A setting that the stored spec lacks is younger than the store, which was made as its default says.
     """
     defaults = _flat(Config().model_dump(mode="json", include=set(SECTIONS)))
-    phrase = "{key}: the store has {before}, asked was {asked}"
+    phrase = "{key}: the store has {before}, requested {asked}"
     return differences(_flat(stored), {**defaults, **_flat(asked)}, phrase, defaults=defaults)
 
 

@@ -42,26 +42,52 @@ class Store:
         self.config = config
         self.spec: dict[str, Any] = description["spec"]
         self.fingerprint: str = description["fingerprint"]
-        self.images = self._table("images", IMAGES)
+        self._opened: dict[str, Table] = {}
+        self._stale: set[str] = set()
 
-    @cached_property
+    # opened on demand: jobs that read embeddings never need patches, and one that checks a store or repairs it goes on
+    # without a table whose log is lost
+
+    @property
+    def images(self) -> Table:
+        return self._table("images")
+
+    @property
     def patches(self) -> Table:
-        # opened on demand: jobs that read embeddings never need it
-        return self._table("patches", patches_schema(self.config))
+        return self._table("patches")
+
+    @property
+    def failures(self) -> Table:
+        return self._table("failures")
 
     @cached_property
-    def failures(self) -> Table:
-        return self._table("failures", FAILURES)
+    def schemas(self) -> dict[str, pa.Schema]:
+        """Of the tables of the extraction, by name."""
+        return {"patches": patches_schema(self.config), "images": IMAGES, "failures": FAILURES}
 
-    def _table(self, name: str, schema: pa.Schema) -> Table:
+    def take(self, name: str, table: Table) -> None:
+        """Have a table at another version, such as that of a snapshot, until the next refresh."""
+        self._opened[name] = table
+        self._stale.discard(name)
+
+    def refresh(self) -> None:
+        """See what others committed: tables are brought up to date when they are next asked for."""
+        self._stale = set(self._opened)
+
+    def _table(self, name: str) -> Table:
         """Raises JobError for one that is not there."""
-        table = open_table(storage.join(self.uri, name), schema, self.config.storage.options)
-        if table is None:
-            raise JobError(
-                f"The store {self.uri} has no table {name}: its log is gone, or the first run was killed before it "
-                f"made it. Restore it from a copy, or run `dinoray extract INPUT {self.uri}`."
-            )
-        return table
+        if name in self._stale:
+            self._opened[name].refresh()
+            self._stale.discard(name)
+        if name not in self._opened:
+            table = open_table(storage.join(self.uri, name), self.schemas[name], self.config.storage.options)
+            if table is None:
+                raise JobError(
+                    f"The store {self.uri} has no table {name}: its log is gone, or the first run was killed before it "
+                    f"made it. Restore it from a copy, or run `dinoray extract INPUT {self.uri}`."
+                )
+            self._opened[name] = table
+        return self._opened[name]
 
     @cached_property
     def log(self) -> TransactionLog:
@@ -140,7 +166,7 @@ class Store:
         store = cls.open(uri, config)
         try:
             open_for_writing(store.log)
-            store.images.refresh()
+            store.refresh()
         except OSError as error:
             raise explain_write_error(error, uri) or storage.explain_failed_storage(error, uri) or error from None
         return store
@@ -205,12 +231,8 @@ class Store:
         if embedding and not features.embedding:
             yield "has no embeddings (features.embedding=false)", "embeddings", "features.embedding=true"
 
-    def refresh(self) -> None:
-        for table in (self.images, self.patches, self.failures):
-            table.refresh()
-
     def repair(self, run_id: str) -> dict[str, int]:
-        """Publish what a dead writer left, and put right what kills left in stores of before; see `mend`."""
+        """Publish what a dead writer left, and mend what kills left before there were transactions; see `mend`."""
         complete_properties(self.log, ["images", "patches", "failures"])
         self.refresh()
         return mend(self, run_id)
@@ -286,6 +308,10 @@ def read_description(uri: str, config: Config) -> dict[str, Any] | None:
         return None
     if not {"spec", "fingerprint", "schema_version"} <= stored.keys():
         raise JobError(f"{uri}/store.json is not a store's description: it was damaged or written by something else.")
+    if fingerprint(stored["spec"]) != stored["fingerprint"]:
+        raise JobError(
+            f"{uri}/store.json is damaged (its spec has another fingerprint than it says): restore it from a copy."
+        )
     if stored["schema_version"] > SCHEMA_VERSION:
         raise RequestError(
             f"The store {uri} was written by a newer dinoray (schema {stored['schema_version']}, this one knows "
@@ -306,7 +332,8 @@ def config_of(stored: dict[str, Any], config: Config) -> Config:
 def refuse_memory(uri: str, what: str) -> None:
     if uri.startswith("memory://"):
         raise RequestError(
-            f"{what} {uri} exists only inside one process, and Ray's workers are others: give a folder or a bucket."
+            f"{what} {uri} exists only inside one process, and Ray's workers are other processes: give a folder or a "
+            "bucket."
         )
 
 

@@ -17,9 +17,10 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from pipelines.errors import JobError
-from pipelines.storage.errors import said
+from pipelines.storage.errors import explain_read_error, said
 from pipelines.storage.files import filesystem, is_there, join, normalise
 from pipelines.storage.filesystems import Options, delta_options, is_local
+from pipelines.store.damage import DamagedLog, run_repair, store_of
 from pipelines.store.parquet import DataFile, MissingFile, described, open_parquet, write_parquet
 
 READS_AT_ONCE = 16
@@ -41,9 +42,9 @@ def open_delta(uri: str, options: Options | None = None) -> DeltaTable | None:
     except TableNotFoundError:
         return None
     except DeltaError as error:
-        raise JobError(
-            f"The log of {uri} is damaged or out of reach ({said(error)}): restore it from a copy."
-        ) from None
+        if explained := explain_read_error(error, uri):
+            raise explained from None
+        raise DamagedLog(f"The log of {uri} is damaged ({said(error)}): {run_repair(store_of(uri))}.") from None
 
 
 def open_table(uri: str, schema: pa.Schema, options: Options | None = None) -> Table | None:
@@ -164,7 +165,7 @@ class Table:
             with open_parquet(uri, self.options) as parquet:
                 return parquet.read(columns)
         except FileNotFoundError:
-            raise MissingFile(f"{uri} is gone: run the same command again, or `dinoray verify` of the store.") from None
+            raise MissingFile(uri) from None
 
     def has_file(self, name: str) -> bool:
         return is_there(self.place(name), self.options)

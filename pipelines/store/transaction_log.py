@@ -1,7 +1,7 @@
 """The log of a store: one small file a transaction, its number its name, written with put-if-absent.
 
     transactions/00000000000000000012.json        transaction 12 has happened
-    transactions/00000000000000000012.published   and every table has it, durably: nobody need look again
+    transactions/00000000000000000012.published   every table has it, durably: nothing is left to do
 
 The newest file counts. Only it may be unpublished, since a number is written after the one before is published.
 """
@@ -9,10 +9,13 @@ The newest file counts. Only it may be unpublished, since a number is written af
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+
+from deltalake import DeltaTable
 
 from pipelines.errors import JobError
 from pipelines.storage.conditional import honours_put_if_absent, put_if_absent, write_unless_there
@@ -21,10 +24,11 @@ from pipelines.storage.errors import explain_write_error, reaching
 from pipelines.storage.files import filesystem, join, normalise
 from pipelines.storage.filesystems import Options, is_local, modified_at
 from pipelines.store.changes import Transaction
+from pipelines.store.damage import DamagedLog, run_repair
 
 FOLDER = "transactions"
 PUTS_TRIED = 4
-# Doubled from try to try.
+# It doubles from try to try.
 FIRST_PAUSE_SECONDS = 0.2
 # Files of the log are small: they stay for an hour, whatever compact.retention_hours says.
 SHORTEST_KEPT_SECONDS = 3600.0
@@ -57,7 +61,9 @@ class TransactionLog:
     """The log of the store at `uri`, for one thread at a time.
 
     messages: what a person should be told, each said once. clock: seconds since 1970; it dates transactions and says
-    what is old enough to be removed, and no result depends on it.
+    what is old enough to be removed, and no result depends on it. durable_folders: whose names are known to be on the
+    disk. tables: as the last change through this log found them, to be brought up to date for the next one.
+    _conditional: whether the storage honours put-if-absent; None before the first put.
     """
 
     uri: str
@@ -65,8 +71,9 @@ class TransactionLog:
     retention_hours: float = RETENTION_HOURS
     clock: Callable[[], float] = time.time
     messages: list[str] = field(default_factory=list)
-    durable_folders: set[str] = field(default_factory=set)  # whose names are known to be on the disk
-    _conditional: bool | None = None  # whether the storage honours put-if-absent; None before the first put
+    durable_folders: set[str] = field(default_factory=set)
+    tables: dict[str, DeltaTable] = field(default_factory=dict)
+    _conditional: bool | None = None
 
     def __post_init__(self) -> None:
         self.uri = normalise(self.uri)
@@ -74,24 +81,30 @@ class TransactionLog:
 
     def listing(self, *, times: bool = False) -> Listing:
         """What is there, nothing being written. times: with `modified`, which takes a look at every file."""
-        fs, path = filesystem(self.folder, self.options)
-        try:
-            with reaching(self.folder):
-                entries = fs.ls(path, detail=times)
-        except (FileNotFoundError, NotADirectoryError):
-            return Listing([], set())
         numbers, marked, modified = [], set(), {}
-        for entry in entries:
-            name = entry["name"] if times else entry
-            if not (found := _NAME.fullmatch(name.rsplit("/", 1)[-1])):
+        for name, written in self._files(times=times):
+            if not (found := _NAME.fullmatch(name)):
                 continue
             if found[2] == "published":
                 marked.add(int(found[1]))
                 continue
             numbers.append(int(found[1]))
-            if times and (written := modified_at(entry)):
+            if written is not None:
                 modified[int(found[1])] = written
         return Listing(sorted(numbers), marked, modified)
+
+    def _files(self, *, times: bool) -> Iterator[tuple[str, float | None]]:
+        """Names in the folder, and when each file was written, where that was asked for."""
+        fs, path = filesystem(self.folder, self.options)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if is_local(self.folder) and not times:
+                # fsspec takes a hundred times as long, and every commit lists the log several times
+                yield from ((name, None) for name in os.listdir(path))
+                return
+            with reaching(self.folder):
+                entries = fs.ls(path, detail=True)
+            for entry in entries:
+                yield entry["name"].rsplit("/", 1)[-1], modified_at(entry) if times else None
 
     def read(self, number: int) -> Transaction | None:
         """A transaction, or None where the log was cut beyond it. Raises JobError for a damaged file."""
@@ -133,9 +146,9 @@ class TransactionLog:
             if same and (found or not number):
                 return found
             if same:
-                raise JobError(
-                    f"{self.uri_of(number)} is gone, without which nobody can say what {self.uri} holds: run any "
-                    "command that writes to the store, which completes the last change."
+                raise DamagedLog(
+                    f"{self.uri_of(number)} is gone, and without it there is no way to know what {self.uri} holds: "
+                    f"{run_repair(self.uri)}."
                 )
             listing = again
         return None
@@ -155,7 +168,7 @@ class TransactionLog:
             self._conditional = honours_put_if_absent(self.folder, self.options)
             if not self._conditional:
                 self.messages.append(
-                    f"The storage of {self.uri} cannot put a file only where there is none: give one command that "
+                    f"The storage of {self.uri} cannot put a file only where there is none: run only one command that "
                     "writes to this store at a time."
                 )
         for attempt in range(PUTS_TRIED):

@@ -2,7 +2,7 @@
 
 A change is decided against a snapshot, written to the log under the next number, and then published to the tables. The
 log decides: a number is taken once, and what is written under it has happened, whatever becomes of its writer. Why no
-interleaving loses a change or makes it twice stands in docs/transactions.md.
+interleaving loses a change or makes it twice is in docs/transactions.md.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from deltalake.exceptions import DeltaError
 
 from pipelines.errors import JobError
 from pipelines.storage.durable import sync_files, sync_folders
-from pipelines.storage.errors import explain_failed_storage, explain_write_error, reaching, said
+from pipelines.storage.errors import explain_failed_storage, explain_write_error, reaching
 from pipelines.storage.files import filesystem, join
 from pipelines.storage.filesystems import is_local
 from pipelines.store.changes import Change, TableChange, TableEntry, Transaction, checked_path, table_entry
+from pipelines.store.damage import gone
 from pipelines.store.publishing import publish
 from pipelines.store.snapshots import Snapshot
 from pipelines.store.transaction_log import TransactionLog
@@ -68,10 +69,9 @@ def transact(log: TransactionLog, build: Build, *, run_id: str, command: str) ->
             except FileNotFoundError as error:
                 if log.listing().newest > current.number:
                     continue  # another transaction replaced a file that is read here, and it was swept at once
-                raise JobError(
-                    f"A file of {log.uri} is gone ({said(error)}): run the same command again, and `dinoray verify "
-                    f"{log.uri}` if it fails again."
-                ) from None
+                if isinstance(error, JobError):
+                    raise
+                raise JobError(gone(str(error.filename or f"A file of {log.uri}"), log.uri)) from None
             if change is None:
                 return None
             transaction = _plan(current, change, run_id, command)
@@ -94,7 +94,7 @@ def open_for_writing(log: TransactionLog) -> Snapshot:
     transaction, published = log.newest()
     if transaction and not published:
         publish(log, transaction)
-    return Snapshot(log, transaction)
+    return Snapshot(log, transaction, for_writing=True)
 
 
 def _is_in_force(current: Snapshot, transaction: Transaction) -> bool:
@@ -105,8 +105,8 @@ def _is_in_force(current: Snapshot, transaction: Transaction) -> bool:
         following = log.read(number + 1)
         if following is None:
             raise JobError(
-                f"This run slept for longer than the log of {log.uri} is kept, and nobody can say whether its last "
-                "change was made: run the same command again, which finds what is done."
+                f"This run slept for longer than the log of {log.uri} is kept, and there is no way to know whether its "
+                "last change was made: run the same command again, which finds what is done."
             )
         if following.previous != transaction.token:
             log.take_back(number)

@@ -70,7 +70,7 @@ def checked(config: Config, expected: str) -> str:
         weights = f"of {config.model.name} that come with dinoray" if packaged else config.model.weights
         same = "install the same dinoray on every machine" if packaged else "give the same file to every machine"
         raise JobError(
-            f"The weights {weights} on this worker are other ones ({found[:15]}...) than those of the store "
+            f"The weights {weights} on this worker ({found[:15]}...) differ from those of the store "
             f"({expected[:15]}...): {same}, and run the same command again."
         )
     return path

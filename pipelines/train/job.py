@@ -123,7 +123,7 @@ def layout_checks(training: TrainSetup) -> None:
         if size % patch:
             nearest = max(patch, round(size / patch) * patch)
             raise RequestError(
-                f"train.{key} is {size} pixels, which is no whole number of the {patch} pixel patches of "
+                f"train.{key} is {size} pixels, which is not a whole number of the {patch}-pixel patches of "
                 f"{training.config.model.name}: use {nearest}."
             )
 
@@ -314,7 +314,7 @@ def _follow(fit: _Fit, monitor: Any, training: TrainSetup, result: Result, began
     if interrupted is not None and (outcome is None or outcome["stopped"]):
         raise KeyboardInterrupt
     if outcome is None:
-        raise explain_ray_error(fit.error or RuntimeError("it ended without a word"), "the training")
+        raise explain_ray_error(fit.error or RuntimeError("it ended without a message"), "the training")
 
 
 def _take(record: dict[str, Any], result: Result, line: ProgressLine, per_step: int, rates: list[float]) -> None:

@@ -59,7 +59,7 @@ class CollapseWatch:
     """Looks at a training's curve and says once, in a sentence, what looks like a collapse.
 
     A collapsed network says the same of every image: the teacher's assignments are all one prototype, or all alike,
-    and then the loss stands at ln(out_dim) (facebookresearch/dino, issue 43; dinov2, issue 407).
+    and then the loss is stuck at ln(out_dim) (facebookresearch/dino, issue 43; dinov2, issue 407).
     """
 
     def __init__(self, out_dim: int, steps: int) -> None:
@@ -80,8 +80,9 @@ class CollapseWatch:
             found.append(
                 (
                     "even",
-                    f"The loss stands at {loss:.3f}, ln(out_dim) being {self._most:.3f}: the teacher has no opinion of "
-                    "any image, a collapse. Lower train.teacher_temperature (0.04), or take train.centring=sinkhorn.",
+                    f"The loss is stuck at {loss:.3f}, ln(out_dim) being {self._most:.3f}: the teacher has no "
+                    "opinion of any image, a collapse. Lower train.teacher_temperature (0.04), or take "
+                    "train.centring=sinkhorn.",
                 )
             )
         elif entropy < PINNED_SHARE_OF_LN_OUT_DIM * self._most:

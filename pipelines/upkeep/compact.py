@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.errors import counted
-from pipelines.results.all_kinds import all_results
+from pipelines.results.all_kinds import look_at_results
 from pipelines.running.interrupts import interruptible, uninterrupted
 from pipelines.running.progress import StatusLine
 from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.store.changes import Change, TableChange
+from pipelines.store.damage import DamagedLog
 from pipelines.store.garbage import garbage
 from pipelines.store.linked_tables import SMALL_FILE_SHARE_OF_TARGET, LinkedTables
-from pipelines.store.parquet import DataFile, new_file_name
+from pipelines.store.parquet import DamagedFile, DataFile, MissingFile, new_file_name
 from pipelines.store.publishing import complete_properties
 from pipelines.store.rewriting import merge_files, rewrite
 from pipelines.store.snapshots import Snapshot, snapshot
@@ -67,13 +69,14 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
     result = Result(new_run_id(), opened.uri)
     target, retention_hours = int(config.compact.target_mb * 1e6), config.compact.retention_hours
     if dry_run:
-        tables = list(_tables(opened))
+        tables = list(_tables(opened, result))
         result.files_before = sum(len(pair.data.files()) for pair in tables)
         current = snapshot(opened.log)
         for pair in tables:
-            groups = _groups(opened, current, pair, target)
-            result.merged += sum(len(group) for group in groups)
-            result.written += len(groups)
+            with _passing_over_damage(result):
+                groups = _groups(opened, current, pair, target)
+                result.merged += sum(len(group) for group in groups)
+                result.written += len(groups)
         result.vacuumed = len(_leftovers(opened, current, tables, retention_hours))
         result.files_after = result.files_before - result.merged + result.written
         return result.ended("dry_run", started)
@@ -85,14 +88,15 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
         StatusLine() as line,
     ):
         current = snapshot(opened.log)
-        tables = list(_tables(opened))
+        tables = list(_tables(opened, result))
         result.files_before = sum(len(pair.data.files()) for pair in tables)
         for pair in tables:
-            complete_properties(opened.log, [_path(opened, pair.data)])
-            pair.data.refresh()
-            for group in _groups(opened, current, pair, target):
-                line.show(f"merging {counted(len(group), 'file')} of {_path(opened, pair.data)}")
-                _merge(opened, pair, group, target, result)
+            with _passing_over_damage(result):
+                complete_properties(opened.log, [_path(opened, pair.data)])
+                pair.data.refresh()
+                for group in _groups(opened, current, pair, target):
+                    line.show(f"merging {counted(len(group), 'file')} of {_path(opened, pair.data)}")
+                    _merge(opened, pair, group, target, result)
         result.seconds["merge"] = time.monotonic() - started
         line.show("removing unused files")
         with uninterrupted():
@@ -105,13 +109,27 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
     return result
 
 
-def _tables(store: Store) -> Iterator[LinkedTables]:
-    """Every table of a store as data, once; leading tables are merged on their own after the data that they name."""
+def _tables(store: Store, result: Result) -> Iterator[LinkedTables]:
+    """Every table of a store as data, once; leading tables are merged on their own after the data that they name. One
+    that cannot be opened is said."""
     yield LinkedTables(store.patches, store.images)
     yield LinkedTables(store.images)
     yield LinkedTables(store.failures)
-    for result in all_results(store):
-        yield from result.linked_tables()
+    for path, found in look_at_results(store):
+        if isinstance(found, DamagedLog):
+            result.messages.append(f"{path} stays as it is: {found}")
+        else:
+            yield from found.linked_tables()
+
+
+@contextmanager
+def _passing_over_damage(result: Result) -> Iterator[None]:
+    """Say what cannot be read, and go on with the other tables."""
+    try:
+        yield
+    except (DamagedFile, MissingFile) as error:
+        if str(error) not in result.messages:
+            result.messages.append(str(error))
 
 
 def _path(store: Store, table: Table) -> str:
@@ -120,8 +138,8 @@ def _path(store: Store, table: Table) -> str:
 
 
 def _groups(store: Store, current: Snapshot, pair: LinkedTables, target: int) -> list[list[DataFile]]:
-    """Files to merge. One that the leading table does not name, as kills left it in stores of before, stays apart: rows
-    that nobody asks for are not to come among those that count."""
+    """Files to merge. One that the leading table does not name, as kills left it before there were transactions, stays
+    apart: rows that nobody asks for must not be mixed with those that count."""
     groups = pair.groups(target)
     if pair.leading is None or not groups:
         return groups
@@ -251,9 +269,12 @@ def _leftovers(store: Store, current: Snapshot, tables: list[LinkedTables], rete
         folders |= {path.rpartition("/")[0] for path in pointer.every_file}
     for pair in tables:
         data = _path(store, pair.data)
-        folders |= {data, f"{data}/_delta_log"}
         if pair.leading:
-            named = _named(current, _path(store, pair.leading), pair.leading.schema)
+            try:
+                named = _named(current, _path(store, pair.leading), pair.leading.schema)
+            except (DamagedFile, MissingFile):
+                continue  # nobody can say which files it names
             spared |= {f"{data}/{path}" for path in named}
+        folders |= {data, f"{data}/_delta_log"}
     found = garbage(current, retention_hours)
     return [path for path in found if path.rpartition("/")[0] in folders and path not in spared]

@@ -7,10 +7,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.results.all_kinds import KINDS
+from pipelines.results.all_kinds import KINDS, look_at_results
 from pipelines.running.reports import JobResult, new_run_id, read_reports, recorded
 from pipelines.running.trends import find_trends, moved_lately
 from pipelines.settings.sections import Config
+from pipelines.store.damage import DamagedLog, DamagedResult
+from pipelines.store.parquet import DamagedFile, MissingFile
 from pipelines.store.store import Store
 
 
@@ -52,11 +54,17 @@ def run(config: Config, *, store: str) -> Result:
     result = Result(new_run_id(), opened.uri, opened.spec, opened.fingerprint)
     with recorded(None, result, started):
         _count_extraction(opened, result)
-        for kind, of_kind in KINDS.items():
-            result.results[kind] = {}
-            for one in of_kind.find(opened):
-                counts = result.results[kind][one.name] = one.counts()
-                result.described[one.path] = one.describe(counts)
+        result.results |= {kind: {} for kind in KINDS}
+        for path, one in look_at_results(opened):
+            try:
+                if isinstance(one, DamagedLog):
+                    raise one
+                counts = one.counts()
+            except (DamagedLog, DamagedFile, DamagedResult, MissingFile) as error:
+                result.messages.append(f"{path} is left out: {error}")
+                continue
+            result.results[one.kind][one.name] = counts
+            result.described[path] = one.describe(counts)
         reports = read_reports(opened.uri, opened.config)
         result.runs = [_about(report) for report in reports]
         trends = find_trends(reports)

@@ -287,7 +287,7 @@ def test_mean_saliency_of_clusters() -> None:
     np.testing.assert_allclose(mean_saliency(labels, saliency, 4), [0.3, -np.inf, 0.6, -np.inf])
 
 
-def test_samples_start_anew_in_each_image(noise_map: NoiseMap) -> None:
+def test_samples_start_again_in_each_image(noise_map: NoiseMap) -> None:
     maps = [noise_map(2, 3, 4, seed=1), noise_map(1, 5, 4, seed=2)]
     kept = [np.array([[0, 1, 1], [1, 1, 1]], bool), np.array([[0, 0, 0, 1, 1]], bool)]
     expected = [maps[0][0, 0], maps[0][1, 1], maps[1][0, 0], maps[1][0, 4]]

@@ -115,6 +115,17 @@ def test_pretrained_comes_from_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert torch.equal(loaded.vit.blocks[5].mlp.fc1.weight, original.vit.blocks[5].mlp.fc1.weight)
 
 
+def test_a_hub_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: str) -> str:
+        raise TimeoutError
+
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(hub, "_why_unreachable", lambda: None)
+    monkeypatch.setattr(hub, "hf_hub_download", silent)
+    with pytest.raises(ModelError, match=r"cannot be downloaded from .* \(TimeoutError\)"):
+        create_model("deit_tiny_patch16_224", "pretrained")
+
+
 def test_models_without_published_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match=r"has no published weights: give .* or model\.weights=random"):
         create_model("vit_base_patch16_plus_240", "pretrained")

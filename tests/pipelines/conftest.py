@@ -38,6 +38,15 @@ def ray() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def extract_here() -> Iterator[None]:
+    """extract without Ray, for what does not depend on it."""
+    from extraction_here import extraction_here
+
+    with extraction_here():
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server on loopback, with one bucket."""

@@ -94,7 +94,7 @@ def test_an_input_that_no_worker_can_reach(uri: str, store: Path) -> None:
     says(sentence(extract(uri, store)), uri)
 
 
-@pytest.mark.usefixtures("ray")
+@pytest.mark.usefixtures("extract_here")
 def test_a_tar_cut_short_ends_with_1_and_its_whole_images_are_extracted(source: Path, store: Path) -> None:
     path = source.parent / "photos.tar"
     with tarfile.open(path, "w") as archive:
@@ -127,8 +127,8 @@ def test_a_tar_cut_short_ends_with_1_and_its_whole_images_are_extracted(source: 
 def test_a_store_with_another_spec(source: Path, store: Path) -> None:
     finished_store(source, store, settings())
     text = sentence(extract(source, store, "features.stride=8", "store.dtype=int8"))
-    says(text, store, "features.stride: the store has null, asked was 8")
-    says(text, 'store.dtype: the store has "float16", asked was "int8"')
+    says(text, store, "features.stride: the store has null, requested 8")
+    says(text, 'store.dtype: the store has "float16", requested "int8"')
     says(text, "give the stored settings again", "or another STORE")
     assert "features.layer" not in text
 
@@ -384,12 +384,14 @@ def test_a_gpu_where_there_is_none(source: Path, store: Path) -> None:
     if ray.cluster_resources().get("GPU"):
         pytest.skip("this machine has a GPU")
     says(sentence(extract(source, store, "model.device=cuda")), "cuda", "no GPU", "model.device=auto or cpu")
+    assert not store.exists()
 
 
 @pytest.mark.usefixtures("ray")
 def test_more_workers_than_cpus(source: Path, store: Path) -> None:
     text = sentence(extract(source, store, "run.workers=64", "run.cpus_per_worker=1"))
     says(text, "64 workers", "4 CPUs", "lower run.workers")
+    assert not store.exists(), "it would be bound to a mistake"
 
 
 @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1"])
@@ -399,9 +401,20 @@ def test_a_cluster_that_is_not_there(address: str, source: Path, store: Path) ->
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     (line,) = done.stderr.splitlines()
     says(line, address, "could not be reached")
-    assert done.returncode == 1
+    assert done.returncode == 1 and not store.exists()
 
 
 def test_rays_client_is_refused(source: Path, store: Path) -> None:
     text = sentence(extract(source, store, "run.address=ray://head:10001"))
     says(text, "ray://head:10001", "run.address=auto", "ray job submit")
+    assert not store.exists()
+
+
+@pytest.mark.usefixtures("ray")
+def test_more_dimensions_than_the_images_have_patches(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    photo(1).resize((32, 32)).save(tmp_path / "small" / "a.png")
+    result = extract(tmp_path / "small", store, "store.pca=20", "image.shorter_side=32")
+    assert result.exit_code == 1
+    says(result.stderr, "store.pca=20 needs at least as many patches", "the sample of 1 image gave 4")
+    assert not store.exists()

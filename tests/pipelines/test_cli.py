@@ -187,7 +187,7 @@ def test_extract_with_nothing_left_ends_with_0_and_says_where_the_tables_are(don
 
 def test_extract_as_json_prints_one_object(done: tuple[Path, Path]) -> None:
     source, store = done
-    (source / "notes.txt").write_text("passed over")
+    (source / "notes.txt").write_text("skipped")
     result = dinoray("extract", source, store, "--json", *as_options())
     content = only_object(result)
     assert (content["status"], content["listed"], content["already_done"], content["exit_code"]) == ("done", 3, 3, 0)
@@ -268,7 +268,7 @@ def test_configuration_files_and_overrides_reach_the_job(done: tuple[Path, Path]
     file = tmp_path / "settings.yaml"
     file.write_text("image:\n  shorter_side: 32\n")
     from_file = dinoray("extract", source, store, *as_options()[:4], "-c", file)
-    assert from_file.exit_code == 2 and "asked was 32" in from_file.stderr
+    assert from_file.exit_code == 2 and "requested 32" in from_file.stderr
     overridden = dinoray("extract", source, store, *as_options(), "-c", file)
     assert overridden.exit_code == 0
 
@@ -297,7 +297,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(dinoray("settings").exception, TypeError)
 
 
-@pytest.mark.usefixtures("ray")
+@pytest.mark.usefixtures("extract_here")
 def test_more_failures_than_allowed_end_with_3(photos: Callable[..., Path], tmp_path: Path) -> None:
     source, store = photos(1), tmp_path / "store"
     (source / "broken.jpg").write_bytes(b"this is not an image")

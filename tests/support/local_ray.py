@@ -76,6 +76,7 @@ def use_local_ray(monkeypatch: pytest.MonkeyPatch, job: ModuleType, **resources:
     """Let a job's `ray_session` and `import ray` do everything in this process."""
     ray, exceptions, metrics = (ModuleType(name) for name in ("ray", "ray.exceptions", "ray.util.metrics"))
     vars(ray).update(remote=Task, get=get, put=Reference, wait=wait, exceptions=exceptions)
+    vars(ray).update(is_initialized=lambda: True, cancel=lambda reference: None)
     vars(exceptions).update(RayError=RayError)
     vars(metrics).update(Counter=Counter)
     for module in (ray, exceptions, metrics):

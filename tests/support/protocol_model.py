@@ -108,7 +108,7 @@ def explore(
 ) -> Explored:
     """Every state that processes with these goals can reach, each of them checked.
 
-    start: files of the store of before, name -> items. Raises Violation.
+    start: files of a store from before transactions, name -> items. Raises Violation.
     """
     rules = rules or Rules()
     files = frozenset(File(name, frozenset(items)) for name, items in (start or {}).items())

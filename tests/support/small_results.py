@@ -93,7 +93,7 @@ def write_parts(tables: PartTables, run_id: str, ids: list[str], runs: dict[str,
         write_parquet(storage.join(tables.uri, "images"), name, table),
         write_parquet(storage.join(tables.uri, "patches"), name, pa.Table.from_pylist(cells, PARTS_PATCHES)),
         keys=keys_of(table).to_pylist(),
-        rows=table.select([*VERSIONED, "run_id"]),
+        rows=table.select([*VERSIONED, "run_id", "foreground_fraction", "note"]),
     )
 
 

@@ -178,10 +178,10 @@ def test_a_second_run_has_nothing_to_do_until_images_change(store: Store, here: 
     add(store, 3, range(40, 44))
     changed = run(store)
     assert changed.status == "done"
-    assert "The clusters words were trained anew, since the images have changed." in changed.messages
+    assert "The clusters words were trained again, since the images have changed." in changed.messages
     check_tables(store)
     other = run(store, "words", "cluster.seed=3")
-    told = "The clusters words were trained anew, since other settings were given (cluster.seed was 0)."
+    told = "The clusters words were trained again, since other settings were given (cluster.seed was 0)."
     assert told in other.messages
 
 
@@ -255,7 +255,7 @@ def test_update_keeps_the_settings_of_the_training(store: Store, here: None) -> 
     add(store, 3, range(40, 42))
     assert cluster.run(settings(), store=store.uri, name="words", update=True).added == 2
     check_tables(store, metric="euclidean")
-    with pytest.raises(RequestError, match=r"cluster\.k: trained with 12, asked 13"):
+    with pytest.raises(RequestError, match=r"cluster\.k: trained with 12, requested 13"):
         run(store, "words", "cluster.k=13", update=True)
 
 
@@ -287,7 +287,7 @@ def test_what_an_older_dinoray_left_between_its_two_commits_is_completed(
     assert verified(store) != []
     result = run(store, update=True)
     assert (result.status, result.added) == ("done", 0)
-    assert any("counted anew" in message for message in result.messages)
+    assert any("counted again" in message for message in result.messages)
     check_tables(store)
     assert run(store, update=True).status == "unchanged"
 
@@ -489,8 +489,8 @@ def test_the_command_says_what_was_done(store: Store, here: None) -> None:
     refused = cli("--update", "--k", "6")
     assert refused.exit_code == 2
     assert refused.stderr == (
-        "dinoray: The clusters words were trained with other settings (cluster.k: trained with 5, asked 6), and an "
-        "update keeps its centroids: leave these settings out, give another NAME, or train anew without --update.\n"
+        "dinoray: The clusters words were trained with other settings (cluster.k: trained with 5, requested 6), and an "
+        "update keeps its centroids: leave these settings out, give another NAME, or train again without --update.\n"
     )
     chosen = json.loads(cli("--elbow", "--k", "9", "--json").stdout)
     assert 1 < chosen["k"] <= 9
@@ -553,6 +553,8 @@ def iterations(checkpoint: Path) -> int:
 def test_another_kind_of_clustering_is_not_replaced(store: Store, here: None) -> None:
     """Images clustered under the name of clusters of patches do not replace them."""
     run(store)
-    with pytest.raises(RequestError, match=r"clusters words are of patches, asked was embeddings: give another"):
+    with pytest.raises(
+        RequestError, match=r"clusters words are of patches, and embeddings were requested: give another"
+    ):
         run(store, "words", "cluster.of=embeddings")
     assert run(store).status == "unchanged"

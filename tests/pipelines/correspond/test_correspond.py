@@ -428,7 +428,7 @@ def test_what_a_kill_between_the_commits_left_is_mended(tmp_path: Path) -> None:
     commit_by_hand(tables.matches, [orphan.matches], [], "r9")
     found = verify.run(settings(), store=store.uri).problems
     assert len(found) == len([rows for rows in orphan.kept.values() if rows])
-    assert all(problem.endswith("have matches, but are no pair") for problem in found)
+    assert all(problem.endswith("have matches, but are not a pair") for problem in found)
     result = run(store.uri, "m", "all")
     assert (result.pairs, result.already_done, result.matched) == (6, 2, 4)
     assert result.repaired == {"orphans_removed": 1}
@@ -436,7 +436,7 @@ def test_what_a_kill_between_the_commits_left_is_mended(tmp_path: Path) -> None:
     assert verify.run(settings(), store=store.uri).problems == []
 
 
-def test_lost_matches_come_back_or_are_done_anew(tmp_path: Path) -> None:
+def test_lost_matches_come_back_or_are_done_again(tmp_path: Path) -> None:
     store = hand_made_store(tmp_path, "abc")
     tables, report = by_hand(store, "m", ["ab", "ac"])
     tables.commit([report], "r9")
@@ -469,7 +469,7 @@ def test_two_runs_do_every_pair_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("ray")
-def test_pairs_of_changed_images_are_matched_anew_and_of_lost_ones_removed(tmp_path: Path) -> None:
+def test_pairs_of_changed_images_are_matched_again_and_of_lost_ones_removed(tmp_path: Path) -> None:
     store = hand_made_store(tmp_path, "abcd")
     run(store.uri, "m", "all")
     add(store, "r2", "b", "v2")
@@ -675,7 +675,7 @@ def test_other_settings_need_another_name(tmp_path: Path) -> None:
     store = hand_made_store(tmp_path, "ab")
     by_hand(store, "m", ["ab"])
     said = sentence(store.uri, "m", "all", "correspond.num_pairs=3", "correspond.keep=all")
-    assert 'correspond.keep: stored "selected", asked "all"; correspond.num_pairs: stored 10, asked 3' in said
+    assert 'correspond.keep: stored "selected", requested "all"; correspond.num_pairs: stored 10, requested 3' in said
 
 
 @pytest.mark.parametrize(

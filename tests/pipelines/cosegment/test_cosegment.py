@@ -141,14 +141,14 @@ def test_a_second_run_has_nothing_to_do_and_other_settings_are_refused(store: St
     again = run(store)
     assert (again.status, again.segmented, again.already_done, again.pending) == ("done", 0, 10, 0)
     assert DeltaTable(f"{store.uri}/parts/animals/images").version() == before
-    with pytest.raises(RequestError, match=r"num_parts: stored 2, asked 3.*another NAME"):
+    with pytest.raises(RequestError, match=r"num_parts: stored 2, requested 3.*another NAME"):
         run(store, "animals", "cosegment.num_parts=3")
-    with pytest.raises(RequestError, match=r'sets: stored "label", asked "directory"'):
+    with pytest.raises(RequestError, match=r'sets: stored "label", requested "directory"'):
         run(store, sets="directory")
     assert run(store, "other", "cosegment.num_parts=3").segmented == 10
 
 
-def test_a_set_whose_members_changed_is_done_anew_and_no_other(store: Store, scenes: dict[str, Scene]) -> None:
+def test_a_set_whose_members_changed_is_done_again_and_no_other(store: Store, scenes: dict[str, Scene]) -> None:
     run(store)
     before = rows(store)
     changed = {"cat/00.jpg": scene(900)}
@@ -208,7 +208,7 @@ def test_sets_of_a_file(store: Store, tmp_path: Path, ending: str, scenes: dict[
         pq.write_table(pa.table(columns), file)
     result = run(store, sets=str(file))
     assert (result.source, result.sets, result.images, result.segmented) == ("file", 2, 4, 4)
-    assert result.messages == [f"1 row that {file} lists again was passed over."]
+    assert result.messages == [f"1 row that {file} lists again was skipped."]
     found = rows(store)
     assert found.keys() == {
         *(("1", one) for one in ("cat/00.jpg", "cat/01.jpg", "dog/00.jpg")),
@@ -322,7 +322,7 @@ def test_a_large_set_is_fitted_on_a_sample_and_shared_out(tmp_path: Path, monkey
 
 @pytest.mark.usefixtures("small_batches")
 def test_a_killed_run_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the clusters of before, which a part of a set was segmented with."""
+    """With the earlier clusters, which a part of a set was segmented with."""
     store = new_store(tmp_path / "store")
     add_scenes(store, 1, animals(11))
     commit = PartTables.commit
@@ -365,23 +365,27 @@ def test_patches_whose_images_never_arrived_are_removed(store: Store) -> None:
 
 
 def test_two_runs_at_once_leave_every_image_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each counts only what it did: here all images are outliers, which have no foreground and a note."""
     commit, entered = PartTables.commit, []
+    outliers = ("cosegment.remove_outliers=true", "cosegment.outliers_threshold=1")
 
     def other_run_first(self: PartTables, *args: Any) -> Any:
         if not entered:
             entered.append(True)
-            assert run(store).segmented == 10
+            other = run(store, "animals", *outliers)
+            assert (other.segmented, other.without_foreground, other.noted) == (10, 10, 10)
         return commit(self, *args)
 
     monkeypatch.setattr(PartTables, "commit", other_run_first)
-    result = run(store)
+    result = run(store, "animals", *outliers)
     assert (result.segmented, result.done_elsewhere) == (0, 10)
+    assert (result.without_foreground, result.noted) == (0, 0)
     assert len(rows(store)) == 10
 
 
 @pytest.mark.parametrize("step", ["drop", "commit"])
 def test_images_change_while_a_run_is_at_work(store: Store, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    """And another run does their sets before this one goes on, which was to do them with the images of before."""
+    """And another run does their sets before this one goes on, which was to do them with the earlier images."""
     run(store)
     add_scenes(store, 3, {"cat/00.jpg": scene(900)}, version="v2")
     original, entered = getattr(PartTables, step), []
@@ -399,6 +403,31 @@ def test_images_change_while_a_run_is_at_work(store: Store, monkeypatch: pytest.
     assert len({row["set_version"] for (set_id, _), row in rows(store).items() if set_id == "cat"}) == 1
     again = run(store)
     assert (again.pending, again.outdated, len(rows(store))) == (0, 0, 11)
+
+
+@pytest.mark.parametrize("becomes", ["of an image that is gone", "unreadable"])
+def test_a_file_of_sets_changes_while_a_run_is_at_work(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, becomes: str
+) -> None:
+    """Sets that are gone are not kept; whatever else is wrong with the file is said."""
+    file, commit, entered = tmp_path / "sets.csv", PartTables.commit, []
+    file.write_text("image_id,set_id\ncat/00.jpg,one\ncat/01.jpg,one\n")
+
+    def file_changes_first(self: PartTables, *args: Any) -> Any:
+        if not entered:
+            entered.append(True)
+            drop_images(store, ["cat/00.jpg"], "20260101T000000Z-aaaaaa")
+            if becomes == "unreadable":
+                file.write_text("image_id\ncat/00.jpg\n")
+        return commit(self, *args)
+
+    monkeypatch.setattr(PartTables, "commit", file_changes_first)
+    if becomes == "unreadable":
+        with pytest.raises(RequestError, match="set_id"):
+            run(store, sets=str(file))
+    else:
+        result = run(store, sets=str(file))
+        assert (result.segmented, result.changed_meanwhile) == (0, 2)
 
 
 def test_what_was_made_of_changed_images_is_not_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

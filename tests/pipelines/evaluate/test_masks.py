@@ -119,7 +119,7 @@ def test_a_perfect_segmentation(store: Store, tmp_path: Path, found: dict[tuple[
 
 @pytest.mark.parametrize("palette", [False, True])
 def test_part_labels(store: Store, tmp_path: Path, found: dict[tuple[str, str], np.ndarray], palette: bool) -> None:
-    """Each set by itself, since parts are numbered anew in each; 255 does not count."""
+    """Each set by itself, since parts are numbered from 0 in each; 255 does not count."""
     truth = {}
     for number, (key, _) in enumerate(found.items()):
         true = labels(number + 70) + 1

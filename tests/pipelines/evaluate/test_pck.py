@@ -273,13 +273,13 @@ def test_annotations_that_are_not_there(store: Path, spair: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"trg_bndbox": None}, "is no annotation of a pair"),
+        ({"trg_bndbox": None}, "is not an annotation of a pair"),
         ({"trg_kps": [[1, 2]]}, "the same key points"),
         ({"src_kps": [], "trg_kps": []}, "at least one"),
-        ({"src_kps": [["x", 1]] * 4}, "is no annotation of a pair"),
+        ({"src_kps": [["x", 1]] * 4}, "is not an annotation of a pair"),
         ({"src_kps": [[float("nan"), 1]] * 4}, "not a finite number"),
         ({"category": ...}, "it lacks category"),
-        (None, "is no annotation of a pair"),
+        (None, "is not an annotation of a pair"),
     ],
 )
 def test_a_damaged_annotation_of_a_pair(store: Path, spair: Path, change: Any, expected: str) -> None:
@@ -320,7 +320,7 @@ def test_images_of_another_size_than_was_annotated(store: Path, spair: Path) -> 
     said = sentence(evaluate(store, spair))
     assert "cat/b.png was annotated at 320 x 240 pixels" in said and "with 160 x 160: extract" in said
     file.write_text(json.dumps(content | {"src_imsize": [3]}))
-    assert "is no annotation of a pair" in sentence(evaluate(store, spair))
+    assert "is not an annotation of a pair" in sentence(evaluate(store, spair))
 
 
 def test_points_outside_of_their_images_count_and_are_said(store: Path, spair: Path) -> None:
@@ -331,7 +331,7 @@ def test_points_outside_of_their_images_count_and_are_said(store: Path, spair: P
     result = pck.run(settings(), store=str(store), annotations=str(spair))
     assert result.points == 4
     assert result.messages == [
-        "2 of 8 annotated points lie outside of their images: the nearest patch stands for such a source point."
+        "2 of 8 annotated points lie outside their images: for such a source point the nearest patch is used."
     ]
 
 
@@ -352,7 +352,7 @@ def test_a_patches_file_that_is_damaged(store: Path, spair: Path) -> None:
     result = evaluate(store, spair)
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
-    assert file.name in line and "cannot be read" in line and "dinoray verify" in line
+    assert file.name in line and "is damaged" in line and "dinoray repair" in line
 
 
 def test_annotations_that_cannot_be_read(store: Path, spair: Path) -> None:

@@ -1,4 +1,4 @@
-"""extract on a local Ray, from files to tables and through the life of a store; judged by other readers."""
+"""extract, on a local Ray where that matters: files to tables, the life of a store; judged by other readers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
+from hand_made import finished_store
 from PIL import Image, ImageDraw
 from small_runs import as_options, photo, settings
 from stores import descriptors, sound
@@ -29,18 +30,17 @@ from pipelines.extract import streaming
 from pipelines.extract.job import Result
 from pipelines.upkeep import stats
 
-pytestmark = pytest.mark.usefixtures("ray")
-
 
 def run(source: Path, store: Path, *overrides: str, **arguments: object) -> Result:
     return extract.run(settings(*overrides), input=str(source), store=str(store), **arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("ray")
 def test_the_life_of_a_store(photos: Callable[..., Path], tmp_path: Path) -> None:
     source, store = photos(12), tmp_path / "store"
     broken = source / "dog" / "broken.jpg"
     broken.write_bytes(b"this is not an image")
-    (source / "notes.txt").write_text("passed over")
+    (source / "notes.txt").write_text("skipped")
 
     first = run(source, store, "run.images_per_shard=5")
     assert (first.listed, first.skipped, first.extracted, first.failed, first.exit_code) == (13, 1, 12, 1, 0)
@@ -57,7 +57,7 @@ def test_the_life_of_a_store(photos: Callable[..., Path], tmp_path: Path) -> Non
 
     changed = source / "cat" / "0001.jpg"
     photo(99, 120, 72).save(changed)
-    third = run(source, store)
+    third = run(source, store, "run.stages=separate")
     assert (third.pending, third.changed, third.extracted, third.already_done) == (1, 1, 1, 11)
     sound(store)
     after = descriptors(store)
@@ -83,6 +83,7 @@ def test_the_life_of_a_store(photos: Callable[..., Path], tmp_path: Path) -> Non
     assert report["result"]["bytes_read"] > 0 and report["result"]["bytes_written"] > 0
 
 
+@pytest.mark.usefixtures("ray")
 def test_tables_hold_what_the_extractor_computes(photos: Callable[..., Path], tmp_path: Path) -> None:
     """Through files, Ray and Parquet nothing changes; extra columns come from the same pass."""
     source, store = photos(5), tmp_path / "store"
@@ -112,6 +113,7 @@ def test_tables_hold_what_the_extractor_computes(photos: Callable[..., Path], tm
     ("dtype", "tolerance", "most_bytes"),
     [pytest.param("float16", 1e-3, 2.5, marks=pytest.mark.slow), ("int8", 8e-3, 1.02)],
 )
+@pytest.mark.usefixtures("extract_here")
 def test_smaller_dtypes_stay_close_and_small(
     photos: Callable[..., Path], tmp_path: Path, dtype: str, tolerance: float, most_bytes: float
 ) -> None:
@@ -129,6 +131,7 @@ def test_smaller_dtypes_stay_close_and_small(
     assert sound(tmp_path / "small").images == 3
 
 
+@pytest.mark.usefixtures("extract_here")
 def test_pca_and_thinning(photos: Callable[..., Path], tmp_path: Path) -> None:
     source, store = photos(6), tmp_path / "store"
     run(source, store, "store.pca=8", "store.dtype=float32", "store.every=2")
@@ -151,6 +154,7 @@ def test_pca_and_thinning(photos: Callable[..., Path], tmp_path: Path) -> None:
     assert sound(store).images == 7
 
 
+@pytest.mark.usefixtures("extract_here")
 def test_only_salient_patches_or_none(photos: Callable[..., Path], tmp_path: Path) -> None:
     source = photos(3)
     run(source, tmp_path / "salient", "store.patches=salient", "store.salient_threshold=0.5")
@@ -162,6 +166,7 @@ def test_only_salient_patches_or_none(photos: Callable[..., Path], tmp_path: Pat
     assert DeltaTable(tmp_path / "none" / "images").to_pyarrow_table()["shard"].null_count == 3
 
 
+@pytest.mark.usefixtures("extract_here")
 def test_coordinates_point_into_the_original_photo(tmp_path: Path) -> None:
     """A square drawn at a known place changes most the patch whose centre lies in it."""
     source, places = tmp_path / "in", {"plain": None, "a": (200, 40), "b": (40, 120), "c": (300, 150)}
@@ -185,6 +190,7 @@ def test_coordinates_point_into_the_original_photo(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.usefixtures("extract_here")
 def test_anyone_can_read_the_tables(photos: Callable[..., Path], tmp_path: Path) -> None:
     """Without importing dinoray: a subprocess with DuckDB, Polars, pandas and pyarrow alone."""
     source, store = photos(6), tmp_path / "store"
@@ -209,6 +215,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("pipelines", 
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
 
 
+@pytest.mark.usefixtures("extract_here")
 def test_a_lookup_of_one_image_reads_one_row_group(photos: Callable[..., Path], tmp_path: Path) -> None:
     source, store = photos(150), tmp_path / "store"
     run(source, store, "run.images_per_shard=150", "image.shorter_side=32")
@@ -230,6 +237,7 @@ def test_a_lookup_of_one_image_reads_one_row_group(photos: Callable[..., Path], 
     assert pl.read_parquet(file).height == footer.num_rows
 
 
+@pytest.mark.usefixtures("ray")
 def test_awkward_files_end_as_a_row_each(data: Path, tmp_path: Path) -> None:
     result = run(data / "awkward", tmp_path / "store", "run.workers=2")
     assert result.exit_code == 0
@@ -249,7 +257,7 @@ def test_awkward_files_end_as_a_row_each(data: Path, tmp_path: Path) -> None:
 
 def test_a_second_run_over_1000_images_is_quick_and_starts_nothing(photos: Callable[..., Path], tmp_path: Path) -> None:
     source, store = photos(1000), tmp_path / "store"
-    run(source, store, "image.shorter_side=16")
+    finished_store(source, store, settings("image.shorter_side=16"))
     program = f"""
 import sys
 from pipelines.cli import app
@@ -261,6 +269,7 @@ assert not [name for name in sys.modules if name in ("ray", "torch", "timm")]
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.usefixtures("extract_here")
 def test_limit_and_dry_run(photos: Callable[..., Path], tmp_path: Path) -> None:
     source, store = photos(6), tmp_path / "store"
     planned = run(source, store, dry_run=True)
@@ -299,6 +308,7 @@ def deadly_worker(stage: str) -> tuple[str, object]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray")
 @pytest.mark.parametrize("stage", ["fused", "model", "decode"])
 def test_an_image_that_kills_its_worker_is_recorded_and_its_neighbours_are_not_lost(
     photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
@@ -316,6 +326,7 @@ def test_an_image_that_kills_its_worker_is_recorded_and_its_neighbours_are_not_l
     sound(store)
 
 
+@pytest.mark.usefixtures("ray")
 def test_a_failing_write_is_tried_again(
     photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +352,7 @@ def test_a_failing_write_is_tried_again(
     assert sound(store).unreferenced_files == 0, "what the failed write began is removed"
 
 
+@pytest.mark.usefixtures("ray")
 def test_a_run_that_fails_ends_its_work_before_ray_ends(
     photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

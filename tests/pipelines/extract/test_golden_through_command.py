@@ -15,8 +15,6 @@ from dino_ops import binned_similarity
 from pipelines.extract import job as extract
 from pipelines.settings.loading import load_config
 
-pytestmark = pytest.mark.usefixtures("ray")
-
 # cases that differ in layer and facet alone come out of one run, as further columns
 RUNS: dict[str, tuple[list[str], dict[int, str]]] = {
     "stride 16": (
@@ -43,12 +41,14 @@ def arrays(data: Path) -> Any:
 
 
 LONG = ("native", "stride 8")  # tests/dino_ops holds the extractor to all of them
+ON_RAY = "stride 16"
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in RUNS])
 def test_stored_values_equal_the_published_ones(
-    name: str, golden: dict[str, Any], arrays: Any, data: Path, tmp_path: Path
+    name: str, golden: dict[str, Any], arrays: Any, data: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    request.getfixturevalue("ray" if name == ON_RAY else "extract_here")
     overrides, columns = RUNS[name]
     manifest = tmp_path / "golden.jsonl"
     rows = [{"uri": str(data / file), "id": str(index)} for index, file in enumerate(golden["images"])]

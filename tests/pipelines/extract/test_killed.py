@@ -26,19 +26,25 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return source, store
 
 
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "the store begins": lambda store: (store / "store.json").exists(),
+    "between the commits of two tables": lambda store: commits(store, "patches") > commits(store, "images"),
+    "some commits are made": lambda store: commits(store, "images") >= 4,
+}
+
+
+# tests/pipelines/store/test_commands_disturbed.py kills it at every step of a commit, in seconds
+@pytest.mark.parametrize(
+    "moments", [["the store begins", "some commits are made"], pytest.param(list(MOMENTS), marks=pytest.mark.slow)]
+)
 def test_a_driver_killed_at_several_moments_loses_and_repeats_nothing(
-    undisturbed: tuple[Path, Path], tmp_path: Path
+    undisturbed: tuple[Path, Path], tmp_path: Path, moments: list[str]
 ) -> None:
     source, expected = undisturbed
     store = tmp_path / "store"
-    moments: list[Callable[[], bool]] = [
-        lambda: (store / "store.json").exists(),
-        lambda: commits(store, "patches") > commits(store, "images"),  # between the two commits of a shard
-        lambda: commits(store, "images") >= 4,
-    ]
-    for happened in moments:
+    for moment in moments:
         with started(Place(str(source), str(store))) as process:
-            wait_for(happened, process)
+            wait_for(lambda happened=MOMENTS[moment]: happened(store), process)
             process.send_signal(signal.SIGKILL)
             process.wait()
     finish(Place(str(source), str(store)))

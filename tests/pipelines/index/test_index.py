@@ -180,7 +180,7 @@ def test_an_index_with_nothing_new_is_left_alone(make: Callable[..., Store]) -> 
     assert shown.exit_code == 0 and "up to date: nothing to do" in shown.stdout
 
 
-def test_a_graph_with_many_removed_images_is_built_anew(make: Callable[..., Store]) -> None:
+def test_a_graph_with_many_removed_images_is_built_again(make: Callable[..., Store]) -> None:
     store = make()
     config = asked("kind=hnsw")
     index.run(config, store=store.uri, name="main")
@@ -193,7 +193,7 @@ def test_a_graph_with_many_removed_images_is_built_anew(make: Callable[..., Stor
     assert len(found(store, "010", top=50)) == 13
 
 
-def test_a_graph_that_is_built_anew_stays_a_graph(make: Callable[..., Store]) -> None:
+def test_a_graph_that_is_built_again_stays_a_graph(make: Callable[..., Store]) -> None:
     store = make()
     index.run(asked("kind=hnsw"), store=store.uri, name="main")
     drop_images(store, names(6), "r3")
@@ -235,7 +235,7 @@ def test_a_flipped_bit_of_an_index_is_a_sentence(kind: str, make: Callable[..., 
     assert name in problem and "its checksum is crc32:" in problem
 
 
-def test_an_index_of_before_has_no_checksums_and_is_read(make: Callable[..., Store]) -> None:
+def test_an_index_from_before_has_no_checksums_and_is_read(make: Callable[..., Store]) -> None:
     store = make()
     index.run(asked(), store=store.uri, name="main")
 
@@ -248,7 +248,7 @@ def test_an_index_of_before_has_no_checksums_and_is_read(make: Callable[..., Sto
     assert dinoray("search", store.uri, "main", "001").exit_code == 0
 
 
-def test_another_kind_builds_the_index_anew(make: Callable[..., Store]) -> None:
+def test_another_kind_builds_the_index_again(make: Callable[..., Store]) -> None:
     store = make()
     first = index.run(asked(), store=store.uri, name="main")
     assert first.kind == "flat" and "20 vectors of 8 values are few enough" in first.why
@@ -408,7 +408,7 @@ def test_an_index_of_another_spec_is_refused(make: Callable[..., Store]) -> None
 def test_other_settings_under_the_same_name_are_refused(make: Callable[..., Store]) -> None:
     store = make()
     index.run(asked("of=pooled"), store=store.uri, name="main")
-    with pytest.raises(RequestError, match=r"has index\.pooling mean, asked was gem: give"):
+    with pytest.raises(RequestError, match=r"has index\.pooling mean, requested gem: give"):
         index.run(asked("of=pooled", "pooling=gem"), store=store.uri, name="main")
 
 

@@ -103,7 +103,7 @@ def test_updates_and_removals_and_merges_keep_the_answers(kind: str, tmp_path: P
     assert (updated.segments, updated.dead) == ((4, 5) if kind == "hnsw" else (3, 4))
     assert sound(store) and recall(store, held) >= 0.95
 
-    # a fifth of it taken out: purged, and a graph built anew
+    # a fifth of it taken out: purged, and a graph built again
     gone = sorted(held)[: len(held) // 4]
     drop_images(store, gone, "r")
     held = {image_id: vector for image_id, vector in held.items() if image_id not in gone}

@@ -273,7 +273,7 @@ def test_an_image_is_dropped_from_a_file_that_two_files_name(tmp_path: Path) -> 
     parts.holds(store)
 
 
-def test_only_files_with_what_is_dropped_are_written_anew(tmp_path: Path) -> None:
+def test_only_files_with_what_is_dropped_are_written_again(tmp_path: Path) -> None:
     """A file of images that names several files of patches, of which one holds what goes."""
     store = new_store(str(tmp_path / "store"), "abcd").uri
     tables = PartTables.open_or_make(store, "m", {})

@@ -63,7 +63,7 @@ def test_every_command_takes_it(command: list[str]) -> None:
 
 def test_a_run_starts_says_and_finishes(done: tuple[Path, Path]) -> None:
     source, store = done
-    (source / "notes.txt").write_text("passed over")
+    (source / "notes.txt").write_text("skipped")
     result = dinoray("extract", source, store, "--log-json", "--json", *as_options())
     content = json.loads(result.stdout)
     assert result.stdout.count("\n") == 1

@@ -72,6 +72,31 @@ def test_what_a_task_raised_is_a_sentence(error: Exception, expected: type[Excep
     assert str(told.value) == sentence
 
 
+@pytest.mark.parametrize("ends", ["the caller stops", "a task fails", "all are done", "Ray has gone"])
+def test_tasks_that_nobody_waits_for_are_cancelled(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled: list[int] = []
+    monkeypatch.setattr("ray.cancel", lambda reference: cancelled.append(reference.value), raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: ends != "Ray has gone")
+
+    def work(number: int) -> int:
+        if number == 2 and ends == "a task fails":
+            raise ValueError("no such thing")
+        return number
+
+    task = as_task(work, LAYOUT)
+    upcoming = iter([task.remote(number) for number in range(3)])
+    finished = finished_tasks(lambda: next(upcoming, None), workers=2, work="the counting")
+    if ends == "a task fails":
+        with pytest.raises(JobError):
+            list(finished)
+    elif ends == "all are done":
+        list(finished)
+    else:
+        assert next(finished)[1] == 2
+        finished.close()
+    assert cancelled == ([0, 1] if ends in ("the caller stops", "a task fails") else [])
+
+
 def test_a_task_takes_what_the_layout_gives_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(Task, "options", lambda self, **options: asked.update(options) or self)

@@ -59,7 +59,7 @@ def test_a_flipped_bit_is_a_sentence_or_changes_nothing(name: str, store: Store)
             assert not verify.run(store.config, store=store.uri, deep=True).problems
         except DamagedFile as error:
             found += 1
-            assert str(path) in str(error) and "dinoray verify" in str(error)
+            assert str(path) in str(error) and "dinoray repair" in str(error)
             (problem,) = verify.run(store.config, store=store.uri, deep=True).problems[:1]
             assert file in problem
     assert found > unchanged
@@ -100,7 +100,7 @@ def test_a_damaged_file_is_one_sentence(damage: str, store: Store) -> None:
 
     with pytest.raises(JobError) as caught:
         store.patches.read_file(file)
-    assert str(path) in str(caught.value) and "dinoray verify" in str(caught.value)
+    assert str(path) in str(caught.value) and "dinoray repair" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 

@@ -1,4 +1,4 @@
-"""The one door, with real tables: a change, lost answers, stores of before, damage."""
+"""The one door, with real tables: a change, lost answers, stores from before transactions, damage."""
 
 from __future__ import annotations
 
@@ -304,17 +304,17 @@ def test_no_commit_removes_older_ones_behind_a_checkpoint(log: TransactionLog) -
     assert len(held.files("images")) == 1
 
 
-# Stores of before, damage, storage
+# Stores from before transactions, damage, storage
 
 
-def store_of_before(log: TransactionLog) -> None:
+def store_from_before(log: TransactionLog) -> None:
     for table in TABLES:
         made = made_table(f"{log.uri}/{table}", SCHEMA)
         commit_by_hand(made, [write(log, table, {"a": 0}), write(log, table, {"b": 0})], [], "old")
 
 
-def test_a_store_of_before_is_read_and_brought_up_by_its_first_writer(log: TransactionLog) -> None:
-    store_of_before(log)
+def test_a_store_from_before_is_read_and_brought_up_by_its_first_writer(log: TransactionLog) -> None:
+    store_from_before(log)
     assert seen_by_a_reader(log) == {"a": 0, "b": 0} and snapshot(log).number == 0
     assert transact(log, lambda _: Change(), run_id="r", command="extract") == 1
     assert put_images(log, {"a": 1, "c": 0}) == 2
@@ -322,8 +322,8 @@ def test_a_store_of_before_is_read_and_brought_up_by_its_first_writer(log: Trans
     assert set(made_table(f"{log.uri}/images", SCHEMA).read(["version"])["version"].to_pylist()) == {0, 1}
 
 
-def test_a_reader_of_a_store_of_before_while_its_first_transaction_is_on_its_way(log: TransactionLog) -> None:
-    store_of_before(log)
+def test_a_reader_of_a_store_from_before_while_its_first_transaction_is_on_its_way(log: TransactionLog) -> None:
+    store_from_before(log)
     seen: list[Images] = []
     original = DeltaTable.create_write_transaction
 
@@ -340,7 +340,7 @@ def test_a_reader_of_a_store_of_before_while_its_first_transaction_is_on_its_way
 
 
 def test_compacting_leaves_the_version_of_the_content(log: TransactionLog) -> None:
-    """Which indices and jobs of before go by; where older commits are gone behind a checkpoint too."""
+    """Which indices and jobs of older versions go by; where older commits are gone behind a checkpoint too."""
     put_images(log, {"a": 0})
     put_images(log, {"b": 0})
     before = made_table(f"{log.uri}/images", SCHEMA).content_version
@@ -386,6 +386,10 @@ def test_damaged_and_newer_logs_are_one_sentence(log: TransactionLog) -> None:
     put_images(log, {"a": 0})
     path = Path(log.uri_of(1))
     sound = json.loads(path.read_bytes())
+    path.write_text(json.dumps(sound | {"run_id": "another"}))
+    with pytest.raises(JobError, match=r"is damaged \(it has another checksum"):
+        snapshot(log)
+    del sound["checksum"]
     for content, error in (
         (b"", "is damaged"),
         (b"[]", "is damaged"),

@@ -313,7 +313,8 @@ def test_int8_vectors_without_their_scale_are_named(tmp_path: Path) -> None:
 def test_pca_decides_the_length_of_vectors(tmp_path: Path) -> None:
     made = Store.create(str(tmp_path / "store"), settings(f"store.pca={DIMENSIONS - 2}"))
     add_images(made, "r1", [source("a")])
-    assert "descriptor" in only_problem(made)
+    lengths, without_pca = problems(made)
+    assert "descriptor" in lengths and "projection.parquet is missing" in without_pca
 
 
 def test_thinned_stores_are_sound_and_checked(tmp_path: Path) -> None:
