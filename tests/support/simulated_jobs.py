@@ -175,4 +175,3 @@ def make_store(place: Place) -> None:
     for name in ("cluster", "cosegment", "correspond", "index update"):
         JOBS[name](place)
     extract_from("third")(place)
-

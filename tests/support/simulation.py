@@ -171,9 +171,7 @@ class Judge:
         if not trial.ended:
             allowed = [(job, other), (other, job)]
             if job == "run":
-                allowed += [
-                    (*PARTS_OF_RUN[:at], other, *PARTS_OF_RUN[at:]) for at in range(1, len(PARTS_OF_RUN))
-                ]
+                allowed += [(*PARTS_OF_RUN[:at], other, *PARTS_OF_RUN[at:]) for at in range(1, len(PARTS_OF_RUN))]
             if unfinished:
                 trial.again = True
                 for name in unfinished:
@@ -267,9 +265,7 @@ def _broke(what: str, error: Exception) -> str:
 
 
 def _lacks(found: Contents, expected: Contents) -> bool:
-    return any(
-        path not in found or not set(found[path].keys).issuperset(rows.keys) for path, rows in expected.items()
-    )
+    return any(path not in found or not set(found[path].keys).issuperset(rows.keys) for path, rows in expected.items())
 
 
 class Child:
@@ -446,7 +442,12 @@ def main() -> None:
             looks=asked.looks,
             server=server,
         )
-    print(json.dumps({"counts": figures.counts, "steps": figures.steps, "wrong": figures.wrong, "untold": figures.untold}, indent=1))
+    print(
+        json.dumps(
+            {"counts": figures.counts, "steps": figures.steps, "wrong": figures.wrong, "untold": figures.untold},
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

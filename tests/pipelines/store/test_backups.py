@@ -38,7 +38,9 @@ def contents(folder: str | Path, place: Place) -> Contents:
     return contents_of(str(folder), place.config())
 
 
-def disturbed(template: Place, folder: Path, job: str, parts: dict[int, Callable[[Backup], object]]) -> tuple[Backup, int]:
+def disturbed(
+    template: Place, folder: Path, job: str, parts: dict[int, Callable[[Backup], object]]
+) -> tuple[Backup, int]:
     """A backup of which parts were made before some steps of a job, and how many steps the job has."""
     shutil.rmtree(folder, ignore_errors=True)
     place = Place(str(shutil.copytree(template.store, folder / "store")), template.inputs)
