@@ -73,12 +73,26 @@ ASSIGNMENTS = pa.schema(
 SPEC: dict[str, Any] = {
     "model": {"name": "vit_tiny_patch16_224", "weights": "random:0", "precision": "auto"},
     "image": {
-        **{"shorter_side": 16, "size": None, "native": False, "resample": "lanczos", "crop": "none"},
-        **{"max_pixels": 178956970, "mean": None, "std": None},
+        "shorter_side": 16,
+        "size": None,
+        "native": False,
+        "resample": "lanczos",
+        "crop": "none",
+        "max_pixels": 178956970,
+        "mean": None,
+        "std": None,
     },
     "features": {
-        **{"layer": 11, "facet": "key", "extra": [], "stride": None, "final_norm": False, "position": "dino"},
-        **{"saliency_heads": "all", "channel_order": "head_major", "saliency": True, "embedding": True},
+        "layer": 11,
+        "facet": "key",
+        "extra": [],
+        "stride": None,
+        "final_norm": False,
+        "position": "dino",
+        "saliency_heads": "all",
+        "channel_order": "head_major",
+        "saliency": True,
+        "embedding": True,
         "rope": "before",
     },
     "store": {"dtype": "float16", "pca": None, "patches": "all", "every": 1, "salient_threshold": 0.065},
@@ -128,16 +142,31 @@ def _extracted(path: Path, source: Path, run_id: str, shard: str) -> tuple[dict[
     vectors = tiles.reshape(height * width, -1).astype(np.float32) / 255
     image_id = path.relative_to(source).as_posix()
     image = {
-        **{"image_id": image_id, "uri": str(path), "label": path.parent.name, "shard": shard, "run_id": run_id},
-        **{"source_size": path.stat().st_size, "source_version": str(path.stat().st_mtime_ns)},
-        **{"width": pixels.shape[1], "height": pixels.shape[0], "grid_width": width, "grid_height": height},
-        **{"model_width": pixels.shape[1], "model_height": pixels.shape[0], "embedding": vectors.mean(0)},
+        "image_id": image_id,
+        "uri": str(path),
+        "label": path.parent.name,
+        "shard": shard,
+        "run_id": run_id,
+        "source_size": path.stat().st_size,
+        "source_version": str(path.stat().st_mtime_ns),
+        "width": pixels.shape[1],
+        "height": pixels.shape[0],
+        "grid_width": width,
+        "grid_height": height,
+        "model_width": pixels.shape[1],
+        "model_height": pixels.shape[0],
+        "embedding": vectors.mean(0),
         "extracted_at": 0,
     }
     rows = [
         {
-            **{"image_id": image_id, "row": at // width, "col": at % width, "y": at // width, "x": at % width},
-            **{"saliency": vector.mean(), "descriptor": vector.astype(np.float16).astype(np.float32)},
+            "image_id": image_id,
+            "row": at // width,
+            "col": at % width,
+            "y": at // width,
+            "x": at % width,
+            "saliency": vector.mean(),
+            "descriptor": vector.astype(np.float16).astype(np.float32),
         }
         for at, vector in enumerate(vectors)
     ]
