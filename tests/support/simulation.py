@@ -4,8 +4,8 @@
 
 Every effect on storage is a numbered step (trials.at_step). A job is killed with SIGKILL before each of its steps, and
 the same command runs again, at once or after another job; and it is paused before each of its steps while another one
-runs whole. Whatever happened, the store must be sound (`verify --deep`) and say what it says when the jobs run one after
-the other, in one order or the other.
+runs whole. Whatever happened, the store must be sound (`verify --deep`) and say what it says when the jobs run one
+after the other, in one order or the other.
 
 This process forks the ones that use storage, and uses none itself: delta-rs cannot be forked once it was used. What
 is found is printed as one JSON object.
