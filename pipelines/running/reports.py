@@ -17,6 +17,7 @@ from deltalake.exceptions import DeltaError
 from pipelines import storage
 from pipelines.errors import DinorayError, JobError
 from pipelines.running import json_log
+from pipelines.running.interrupts import interruptible, uninterrupted
 from pipelines.running.json_data import json_data
 from pipelines.settings.sections import Config
 from pipelines.storage.errors import explain_write_error
@@ -115,21 +116,26 @@ def recorded(
     started: time.monotonic() when the run began. told: what else is worth knowing at the end, such as a store's log has
     to say. The block may set a status of its own.
 
-    An interruption ends the block and becomes the result, with exit code 130. Errors pass through, write errors in
-    words (JobError).
+    An interruption ends the block and becomes the result, with exit code 130; one that comes before the block passes
+    through, and one that comes after it waits for the report. Errors pass through, write errors in words (JobError).
     """
+    began = False
     try:
         if report is not None:
             report.begin(**first)
             with json_log.about(command=report.content["command"], run_id=report.content["run_id"]):
+                began = True
                 yield
         else:
+            began = True
             yield
         if result.status == "running":
             result.status = "done"
     except KeyboardInterrupt:
         result.status, result.exit_code = "interrupted", 130
         result.messages.append("Interrupted: what is committed stays, and the same command continues.")
+        if not began:
+            raise
     except DinorayError as error:
         result.messages.append(str(error))
         raise
@@ -146,7 +152,8 @@ def recorded(
         if result.status == "running":
             result.status = "failed"
         if report is not None:
-            _finish(report, result)
+            with contextlib.suppress(KeyboardInterrupt), interruptible(), uninterrupted():
+                _finish(report, result)
 
 
 def in_words(error: Exception, uri: str) -> Exception:

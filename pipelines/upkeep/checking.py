@@ -22,7 +22,7 @@ from pipelines.store.changes import Transaction
 from pipelines.store.damage import DamagedLog, DamagedResult
 from pipelines.store.findings import ByHand, Finding, RemoveFile, RemoveLeftover, RewriteTransaction
 from pipelines.store.parquet import DamagedFile, MissingFile
-from pipelines.store.schemas import FAILURES, IMAGES, patches_schema
+from pipelines.store.schemas import IMAGES
 from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.store import Store
 from pipelines.store.table import Table
@@ -131,9 +131,8 @@ def _of_the_newest(number: int, marked: set[int]) -> RewriteTransaction | ByHand
 
 def _open_extraction(store: Store, current: Snapshot, checked: Checked) -> dict[str, Table]:
     """The tables of the extraction by name, as one transaction left them; a damaged one is left out."""
-    schemas = {"images": IMAGES, "patches": patches_schema(store.config), "failures": FAILURES}
     found: dict[str, Table] = {}
-    for name, schema in schemas.items():
+    for name, schema in store.schemas.items():
         advice = RESTORE
         if name == "failures":
             advice = f"remove {store.uri}/failures, and the next extract tries again whatever failed"
@@ -146,7 +145,8 @@ def _open_extraction(store: Store, current: Snapshot, checked: Checked) -> dict[
             checked.findings.append(Finding("log", name, why, ByHand(advice)))
         else:
             found[name] = table
-            setattr(store, name, table)  # so that rows of several tables can be compared
+            # so that rows of several tables can be compared
+            store.take(name, table)
     return found
 
 

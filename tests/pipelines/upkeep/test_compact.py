@@ -201,7 +201,15 @@ def test_a_signal_at_any_step_ends_it_with_what_was_merged(tmp_path: Path) -> No
         folder = Path(shutil.copytree(tmp_path / "begun", tmp_path / "store"))
         kind = signal.SIGTERM if step % 2 else signal.SIGINT
         with at_step(step, partial(signal.raise_signal, kind)) as taken:
+            if step == 0:  # before the report says that it has begun
+                with pytest.raises(KeyboardInterrupt):
+                    compact.run(settings(KEEP_NOTHING), store=str(folder))
+                shutil.rmtree(folder)
+                continue
             result = compact.run(settings(KEEP_NOTHING), store=str(folder))
+        if len(taken) == step + 1 and result.exit_code == 0:  # when all is done, and the report says so
+            shutil.rmtree(folder)
+            continue
         if len(taken) <= step:
             assert result.exit_code == 0 and step > 10
             break
