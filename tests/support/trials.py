@@ -6,6 +6,7 @@ used nothing, forks a child for each trial: `python trials.py` reads requests an
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import inspect
@@ -53,6 +54,8 @@ def at_step(number: int, act: Callable[[], object], *, reads: bool = False) -> I
     taken: list[str] = []
     inside: list[bool] = []
 
+    from s3fs import S3FileSystem
+
     def before(name: str) -> None:
         if inside:
             return
@@ -72,15 +75,18 @@ def at_step(number: int, act: Callable[[], object], *, reads: bool = False) -> I
 
         @functools.wraps(original)
         async def asynchronous_step(*arguments: Any, **named: Any) -> Any:
-            before(name)
+            # in a thread, since what `act` does waits for this loop
+            await asyncio.to_thread(before, name)
             return await original(*arguments, **named)
 
         return asynchronous_step if inspect.iscoroutinefunction(original) else step
 
     with ExitStack() as stack:
+        stack.callback(S3FileSystem.clear_instance_cache)
         for owner, name in storage_steps(reads=reads):
             original = getattr(owner, name)
             stack.enter_context(mock.patch.object(owner, name, disturbed(original, name)))
+        S3FileSystem.clear_instance_cache()  # its instances took hold of their methods when they were made
         yield taken
 
 
