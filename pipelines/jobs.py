@@ -18,6 +18,10 @@ RESULTS_OF_ALL_JOBS = "results"
 EXTRACTION = ("images", "patches")
 # What the report of a pipeline calls itself; its jobs have reports of their own.
 PIPELINE_COMMAND = "run"
+# Before the name of a clustering, where a value names one: cluster:NAME.
+CLUSTERING_PREFIX = "cluster:"
+# In the store.
+DEFAULT_REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Job:
     section with the same name, whose value may name a file that the result depends on, or `cluster:NAME`. section: the
     section of the settings that decides, besides the arguments, what it makes.
 
-    makes: the folder in which it leaves results by NAME. output: the argument that names the file it writes.
+    makes: the folder in which it leaves results by NAME. output: the argument that names the file it writes;
+    default_output: its name in the store where it is not given.
 
     counts: keys of its result that add up to the work it did. unit: what they count, and the unit of its rate. changes:
     keys of its result which, where all of them are 0, say that there was nothing to do; of jobs that always run.
@@ -72,6 +77,7 @@ class Job:
     section: str = ""
     makes: str = ""
     output: str = ""
+    default_output: str = ""
     counts: tuple[str, ...] = ()
     unit: str = ""
     changes: tuple[str, ...] = ()
@@ -339,7 +345,7 @@ _ALL = (
         "pipelines.report",
         (
             _STORE,
-            _option("output", "Default: report.html in the store.", "FILE", short="-o"),
+            _option("output", f"Default: {DEFAULT_REPORT} in the store.", "FILE", short="-o"),
             _option("sample", "How many images to show.", kind=int, least=1),
             _option("images", "An image_id, or a file that lists some; repeatable.", "ID|FILE", many=True),
             _option("query", "Which images: SELECT image_id FROM images WHERE ... (DuckDB).", "SQL"),
@@ -349,6 +355,7 @@ _ALL = (
         files=("images",),
         section="report",
         output="output",
+        default_output=DEFAULT_REPORT,
         uses_ray=False,
     ),
     Job(

@@ -40,6 +40,7 @@ from pipelines.correspond.worker import MatchSetup, PairRow, load_images, match_
 from pipelines.errors import RequestError
 from pipelines.extract import job as extract
 from pipelines.extract.shards import ShardWriter
+from pipelines.results.made_with import MadeWith
 from pipelines.results.matches import MatchReport, MatchTables
 from pipelines.store.changes import Transaction
 from pipelines.store.extraction import Committer, ShardReport, drop_images
@@ -92,7 +93,8 @@ def add(
 def by_hand(store: Store, name: str, pairs: list[str], *overrides: str) -> tuple[MatchTables, MatchReport]:
     """Files of pairs such as "ab", written as a worker does and not committed."""
     tables = MatchTables.open_or_make(store.uri, name, {})
-    correspond.settings_of_matches(store.uri, name, settings().correspond, {}).check(record=True)
+    made_with = MadeWith.of("correspond", store.uri, name, settings().correspond, correspond.how_to_match, {})
+    made_with.check(record=True)
     config = store.config.model_copy(update={"correspond": settings(*overrides).correspond})
     setup = MatchSetup(store.uri, tables.uri, "r9", config, "cpu")
     images = store.images.read(["image_id", "shard", "grid_height", "grid_width", "run_id"]).to_pylist()

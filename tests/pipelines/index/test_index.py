@@ -211,10 +211,10 @@ def test_a_damaged_file_is_a_sentence(piece: str, make: Callable[..., Store]) ->
     file = Path(store.uri) / "index" / "main" / manifest.segments[0].files[piece]
     file.write_bytes(file.read_bytes()[:-30])
     result = dinoray("search", store.uri, "main", "001")
-    assert result.exit_code == 1 and "A file of the index main cannot be read" in result.stderr
+    assert result.exit_code == 1 and "/index/main/" in result.stderr
     file.unlink()
     result = dinoray("search", store.uri, "main", "001")
-    assert result.exit_code == 1 and "is gone: the index main was updated at this moment or is damaged" in result.stderr
+    assert result.exit_code == 1 and "is gone: run the same command again, and `dinoray repair" in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
@@ -226,7 +226,7 @@ def test_a_flipped_bit_of_an_index_is_a_sentence(kind: str, make: Callable[..., 
     name = manifest.segments[0].files["vectors"]
     file = Path(store.uri) / "index" / "main" / name
     for _ in flipped_bits(file, range(file.stat().st_size), 40):
-        with pytest.raises(JobError, match="cannot be read"):
+        with pytest.raises(JobError, match="is damaged"):
             index_files.read_parts(store, "main", manifest, index_files.read_dead(store, "main", manifest))
     flip_bit(file, file.stat().st_size // 2)
     (problem,) = verify.run(store.config, store=store.uri).problems
