@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from backups import Backup
 from simulated_jobs import JOBS, Place, jobs_in_process, make_inputs, make_store
+from storage_steps import at_step
 from store_contents import Contents, contents_of, differences
 from stores import sound
-from trials import at_step
 
 from pipelines.errors import JobError
 from pipelines.upkeep import verify
