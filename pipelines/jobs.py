@@ -128,8 +128,8 @@ def _flag(name: str, help: str) -> Argument:
     return Argument(name, help, kind=bool, default=False)
 
 
-_MADE_BY_COSEGMENT = _name("Of a co-segmentation that `dinoray cosegment` made.")
-_TEST_STORE = _option("test", "Images to be tested, of the same spec; default: STORE's own.", "STORE")
+_MADE_BY_COSEGMENT = _name("Name of a co-segmentation that `dinoray cosegment` made.")
+_TEST_STORE = _option("test", "Store of the images to test, of the same spec; default: STORE itself.", "STORE")
 
 _ALL = (
     Job(
@@ -139,9 +139,9 @@ _ALL = (
         (
             _INPUT,
             _STORE,
-            _flag("prune", "Remove rows of images gone from INPUT."),
+            _flag("prune", "Remove rows of images that are no longer in INPUT."),
             _flag("retry_failed", "Try recorded failures again."),
-            _option("limit", "At most this many of the images left.", kind=int, least=1),
+            _option("limit", "Extract at most this many of the remaining images.", kind=int, least=1),
         ),
         reads=(INPUT,),
         counts=("extracted", "failed"),
@@ -155,7 +155,7 @@ _ALL = (
         (
             _INPUT,
             _STORE,
-            _option("sample", "Images that are extracted to find out.", kind=int, default=128, least=1),
+            _option("sample", "How many images to extract for the estimate.", kind=int, default=128, least=1),
             _option("device", "Also estimate for h200 h100 a100 l40s rtx4090 a10g l4 v100 t4."),
             _option("cpus", "CPUs that decode for --device.", kind=int, default=16, least=1),
             _option("price", "Price of an hour of the device, any currency.", kind=float, least=0),
@@ -172,7 +172,7 @@ _ALL = (
         "pipelines.cluster",
         (
             _STORE,
-            _name("Of the result: clusters/NAME in the store."),
+            _name("Name of the result: clusters/NAME in the store."),
             _option("k", "Clusters; wins over cluster.k.", kind=int, least=1, setting="cluster.k"),
             _flag("elbow", "Choose k, at most cluster.k; see cluster.elbow (here 0.975 when it is not set)."),
             _option("of", "What is clustered; wins over cluster.of.", "patches|embeddings", setting="cluster.of"),
@@ -190,7 +190,7 @@ _ALL = (
         "pipelines.cosegment",
         (
             _STORE,
-            _name("Of the result: parts/NAME in the store."),
+            _name("Name of the result: parts/NAME in the store."),
             _option(
                 "sets", "Which images belong together; wins over cosegment.sets.", "label|directory|cluster:NAME|FILE"
             ),
@@ -223,7 +223,7 @@ _ALL = (
         "index",
         "Embeddings or patches to an index for search. Run it again to bring it up to date.",
         "pipelines.index",
-        (_STORE, _name("Of the index: index/NAME in the store.")),
+        (_STORE, _name("Name of the index: index/NAME in the store.")),
         reads=EXTRACTION,
         section="index",
         makes="index",
@@ -237,7 +237,7 @@ _ALL = (
         "pipelines.index.search",
         (
             _STORE,
-            _name("Of an index that `dinoray index` made."),
+            _name("Name of an index that `dinoray index` made."),
             Argument("image", "Path or URI of any image, or an image_id.", metavar="IMAGE", position=True),
             _option("box", "Pixels of IMAGE: where else does this part occur?", "X0,Y0,X1,Y1"),
             _option("top", "How many to find.", kind=int, default=10, least=1),
@@ -254,7 +254,7 @@ _ALL = (
         "pipelines.correspond",
         (
             _STORE,
-            _name("Of the result: matches/NAME in the store."),
+            _name("Name of the result: matches/NAME in the store."),
             _option("pairs", "Which images to match; wins over correspond.pairs.", "knn:K|all|FILE"),
         ),
         reads=EXTRACTION,
@@ -360,7 +360,7 @@ _ALL = (
     ),
     Job(
         "verify",
-        "Check that a store holds what it says: every image all its patches, files and log agreeing. Exit 1 if not.",
+        "Check that a store is sound: every image has all its patches, files and logs agree. Exit 1 if not.",
         "pipelines.upkeep.verify",
         (_STORE, _flag("deep", "Read every page of every table, and compare it with its checksum.")),
         uses_ray=False,

@@ -48,8 +48,10 @@ def update_clusters(job: ClusterJob, tables: ClusterTables, model: Model) -> Non
             written = actors.assign(job, workers, model)
     assigned = {one.file.path: tables.covered_by(one.file.path) for one in written}
     ended: list[_Update] = []
+    late = 0
 
     def decide(current: Snapshot) -> Update | None:
+        nonlocal late
         ended.clear()
         if tables.training_in(current) != model.progress.run_id:
             raise AnotherTraining
@@ -60,7 +62,7 @@ def update_clusters(job: ClusterJob, tables: ClusterTables, model: Model) -> Non
         update = _Update(job, tables, model, current)
         update.take_out(covered, gone)
         result.added = sum(update.add(one, assigned[one.file.path], fresh_now) for one in written)
-        result.removed = len(gone)
+        result.removed, late = len(gone), len(fresh_now) - result.added
         ended.append(update)
         return update.asked() if update.changes else None
 
@@ -72,6 +74,11 @@ def update_clusters(job: ClusterJob, tables: ClusterTables, model: Model) -> Non
         result.messages.append(
             f"The clusters {result.name} were counted again, since an earlier run was killed before it said how large "
             "they are."
+        )
+    if late:
+        result.messages.append(
+            f"{counted(late, 'image')} that came, or {'was' if late == 1 else 'were'} extracted again, meanwhile "
+            f"{'is' if late == 1 else 'are'} not assigned: run the same command again."
         )
     if not ended[0].changes:
         result.status = "unchanged"

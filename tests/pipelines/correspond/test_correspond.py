@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 from documents import python_of_section
+from extraction_here import extraction_here
 from hand_made import DIMENSIONS, GRID, add_images, features, source
 from PIL import Image
 from s3_server import BUCKET, S3Server
@@ -62,7 +63,8 @@ def extracted(tmp_path_factory: pytest.TempPathFactory, ray: None) -> tuple[Path
         target.parent.mkdir(parents=True, exist_ok=True)
         photo(index, *((96, 72) if index % 3 else (72, 96))).save(target)
     config = settings(*OVERRIDES, "run.images_per_shard=5")
-    extract.run(config, input=str(folder / "in"), store=str(folder / "store"))
+    with extraction_here():
+        extract.run(config, input=str(folder / "in"), store=str(folder / "store"))
     return folder / "in", folder / "store"
 
 
