@@ -212,7 +212,7 @@ def verify(
     settings: Settings | None = None,
     config: Files = (),
 ) -> VerifyResult:
-    """Check that a store holds what it says: every image all its patches, files and log agreeing. Exit 1 if not."""
+    """Check that a store is sound: every image has all its patches, files and logs agree. Exit 1 if not."""
 
 def repair(
     store: str | Path,

@@ -14,6 +14,7 @@ from pipelines.cluster.vectors import clustered_images_of
 from pipelines.errors import counted
 from pipelines.results.cluster_models import Model
 from pipelines.results.clusters import ClusterTables, Update
+from pipelines.results.same_extraction import find_changes
 from pipelines.running.interrupts import uninterrupted
 from pipelines.store.parquet import DataFile
 from pipelines.store.schemas import IMAGES
@@ -47,8 +48,10 @@ def update_clusters(job: ClusterJob, tables: ClusterTables, model: Model) -> Non
             written = actors.assign(job, workers, model)
     assigned = {one.file.path: tables.covered_by(one.file.path) for one in written}
     ended: list[_Update] = []
+    late = 0
 
     def decide(current: Snapshot) -> Update | None:
+        nonlocal late
         ended.clear()
         if tables.training_in(current) != model.progress.run_id:
             raise AnotherTraining
@@ -59,7 +62,7 @@ def update_clusters(job: ClusterJob, tables: ClusterTables, model: Model) -> Non
         update = _Update(job, tables, model, current)
         update.take_out(covered, gone)
         result.added = sum(update.add(one, assigned[one.file.path], fresh_now) for one in written)
-        result.removed = len(gone)
+        result.removed, late = len(gone), len(fresh_now) - result.added
         ended.append(update)
         return update.asked() if update.changes else None
 
@@ -71,6 +74,11 @@ def update_clusters(job: ClusterJob, tables: ClusterTables, model: Model) -> Non
         result.messages.append(
             f"The clusters {result.name} were counted again, since an earlier run was killed before it said how large "
             "they are."
+        )
+    if late:
+        result.messages.append(
+            f"{counted(late, 'image')} that came, or {'was' if late == 1 else 'were'} extracted again, meanwhile "
+            f"{'is' if late == 1 else 'are'} not assigned: run the same command again."
         )
     if not ended[0].changes:
         result.status = "unchanged"
@@ -127,15 +135,6 @@ class _Update:
 
     def asked(self) -> Update:
         return Update(self._add, self._remove, self._model, self.statistics, self._has_saliency)
-
-
-def find_changes(images: pa.Table, covered: pa.Table) -> tuple[pa.Table, pa.ChunkedArray]:
-    """(images rows that are not assigned, ids that are assigned but gone or extracted again)."""
-    at = pc.index_in(images["image_id"], value_set=covered["image_id"].combine_chunks())
-    same = pc.fill_null(pc.equal(covered["run_id"].take(at), images["run_id"]), False)
-    kept = images["image_id"].filter(same).combine_chunks()
-    gone = covered["image_id"].filter(pc.invert(pc.is_in(covered["image_id"], value_set=kept)))
-    return images.filter(pc.invert(same)), gone
 
 
 def _say_drift(result: Result, model: Model) -> None:

@@ -164,12 +164,20 @@ class Store:
         Raises RequestError when there is no store at `uri`, JobError where it cannot be written.
         """
         store = cls.open(uri, config)
-        try:
-            open_for_writing(store.log)
-            store.refresh()
-        except OSError as error:
-            raise explain_write_error(error, uri) or storage.explain_failed_storage(error, uri) or error from None
+        store.complete()
         return store
+
+    def complete(self) -> None:
+        """Publish what a dead writer left half published; nothing is written to a store that is well.
+
+        Raises JobError where it cannot be written, RequestError where a newer dinoray wrote the last transaction.
+        """
+        try:
+            open_for_writing(self.log)
+            self.refresh()
+        except OSError as error:
+            explained = explain_write_error(error, self.uri) or storage.explain_failed_storage(error, self.uri)
+            raise explained or error from None
 
     @classmethod
     def _with_tables(cls, uri: str, config: Config, stored: dict[str, Any], *, make_all: bool = False) -> Store:

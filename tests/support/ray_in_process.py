@@ -81,7 +81,7 @@ def _modules() -> dict[str, ModuleType]:
     names = ("ray", "ray.exceptions", "ray.util", "ray.util.metrics", "ray.util.annotations")
     made = {name: ModuleType(name) for name in names}
     functions: dict[str, Callable[..., Any]] = {"get": get, "wait": wait, "remote": remote, "put": Reference}
-    vars(made["ray"]).update(functions, kill=lambda actor: None, nodes=list, __path__=[])
+    vars(made["ray"]).update(functions, kill=lambda actor: None, nodes=list, is_initialized=lambda: False, __path__=[])
     vars(made["ray.exceptions"]).update(RayError=RayError)
     vars(made["ray.util"]).update(__path__=[])
     vars(made["ray.util.metrics"]).update(dict.fromkeys(("Counter", "Gauge"), mock.MagicMock()))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -43,7 +44,7 @@ from pipelines.upkeep import verify
 LONGEST = 300  # steps of one job
 RUNS_AGAIN = "run the same command again"
 # Compacting costs as much as a trial.
-SWEPT_EVERY = 5
+SWEPT_EVERY = 8
 # A job writes fewer; what it leaves is removed by `compact`.
 MOST_LEFTOVERS = 40
 
@@ -113,7 +114,7 @@ class Stores:
             fs, root = self._fs(), place.store.removeprefix("s3://")
             found = self._bytes if place is self.template else {}
             if not found:
-                found |= fs.cat(root, recursive=True)
+                found |= fs.cat(fs.find(root))
             fs.pipe({f"{uri.removeprefix('s3://')}{path.removeprefix(root)}": data for path, data in found.items()})
         return Place(uri, place.inputs, place.options)
 
@@ -141,7 +142,8 @@ class Judge:
     def after_kill(self, place: Place, trial: Trial) -> Trial:
         """`job` was killed in the store at `place`: have the other one run, and the same again."""
         job, other = trial.job, trial.other
-        self._must_be_sound(place, trial, "right after the kill")
+        if not other:
+            self._must_be_sound(place, trial, "right after the kill")
         for name in [other, job] if other else [job]:
             self._run(place, name, trial)
         between = [other] if other else []
@@ -359,14 +361,17 @@ class Preparing:
 def simulate(
     folder: Path,
     jobs: Sequence[str] = tuple(JOBS),
-    others: Sequence[str] = OTHERS,
+    others: Sequence[str] | None = None,
     *,
     kills: bool = True,
     pauses: bool = True,
     looks: bool = False,
     server: S3Server | None = None,
 ) -> Figures:
-    """All trials of some jobs, each beside all of some others. folder: a place of its own, best in memory."""
+    """All trials of some jobs, each beside all of some others; default: beside itself and OTHERS.
+
+    folder: a place of its own, best in memory.
+    """
     torch.set_num_threads(1)
     make_inputs(folder / "inputs")
     stores, figures = Stores(folder, server), Figures()
@@ -374,9 +379,11 @@ def simulate(
         for name in preparing.ask("prepare"):
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
+        gc.freeze()  # what is there now is shared by all children
         with _child(lambda: Judge(stores, looks)) as judge:
             for job in jobs:
-                began, beside = time.monotonic(), dict.fromkeys([*others, job])
+                began = time.monotonic()
+                beside = dict.fromkeys([*OTHERS, job]) if others is None else others
                 if kills:
                     _kill_everywhere(job, [*beside], preparing, judge, figures)
                 if pauses:
@@ -423,7 +430,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--jobs", default=",".join(JOBS))
-    parser.add_argument("--others", default=",".join(OTHERS))
+    parser.add_argument("--others", help="default: all; empty: none")
     parser.add_argument("--only", choices=("kills", "pauses"))
     parser.add_argument("--looks", action="store_true", help="pause jobs before they look at a log, too")
     parser.add_argument("--s3", action="store_true", help="on a real S3 server of its own")
@@ -433,7 +440,7 @@ def main() -> None:
         figures = simulate(
             asked.folder,
             asked.jobs.split(","),
-            asked.others.split(","),
+            None if asked.others is None else [name for name in asked.others.split(",") if name],
             kills=asked.only != "pauses",
             pauses=asked.only != "kills",
             looks=asked.looks,

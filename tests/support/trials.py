@@ -6,6 +6,7 @@ used nothing, forks a child for each trial: `python trials.py` reads requests an
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import inspect
@@ -53,6 +54,8 @@ def at_step(number: int, act: Callable[[], object], *, reads: bool = False) -> I
     taken: list[str] = []
     inside: list[bool] = []
 
+    from s3fs import S3FileSystem
+
     def before(name: str) -> None:
         if inside:
             return
@@ -72,15 +75,18 @@ def at_step(number: int, act: Callable[[], object], *, reads: bool = False) -> I
 
         @functools.wraps(original)
         async def asynchronous_step(*arguments: Any, **named: Any) -> Any:
-            before(name)
+            # in a thread, since what `act` does waits for this loop
+            await asyncio.to_thread(before, name)
             return await original(*arguments, **named)
 
         return asynchronous_step if inspect.iscoroutinefunction(original) else step
 
     with ExitStack() as stack:
+        stack.callback(S3FileSystem.clear_instance_cache)
         for owner, name in storage_steps(reads=reads):
             original = getattr(owner, name)
             stack.enter_context(mock.patch.object(owner, name, disturbed(original, name)))
+        S3FileSystem.clear_instance_cache()  # its instances took hold of their methods when they were made
         yield taken
 
 
@@ -97,6 +103,10 @@ class Trials:
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )
+
+    def prepare_jobs(self) -> None:
+        """Have the server import what jobs take, so that no child has to."""
+        self._ask({"import": "simulated_jobs"})
 
     def start(self, change: str, **arguments: Any) -> int:
         """Begin a change of CHANGES in a process of its own; its id. die_at: the step before which it dies."""
@@ -162,13 +172,24 @@ def _sweep(arguments: dict[str, Any]) -> None:
 
 
 def _command(arguments: dict[str, Any]) -> None:
-    from store_changes import COMMANDS
+    from store_commands import COMMANDS
 
     COMMANDS[arguments["command"]](arguments["store"])
 
 
+def _job(arguments: dict[str, Any]) -> None:
+    """A job of simulated_jobs, as its command runs it."""
+    from simulated_jobs import JOBS, Place, extract_from, jobs_in_process
+
+    name, place = arguments["job"], Place(arguments["store"], arguments["inputs"])
+    with jobs_in_process():
+        result = (JOBS[name] if name in JOBS else extract_from(name.removeprefix("extract ")))(place)
+    assert result.exit_code == 0
+
+
 CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "command": _command,
+    "job": _job,
     "put": _put,
     "insist": _insist,
     "compact": _compact,
@@ -188,11 +209,14 @@ def _child(change: str, arguments: dict[str, Any]) -> None:
 
 def _serve() -> None:
     # before any fork, since what it imports must not be imported in many children
-    importlib.import_module("store_changes")
+    importlib.import_module("store_commands")
     storage_steps()
     for line in sys.stdin:
         request = json.loads(line)
-        if "wait" in request:
+        if "import" in request:
+            importlib.import_module(request["import"])
+            answer = 0
+        elif "wait" in request:
             answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
         else:
             answer = os.fork()

@@ -26,7 +26,7 @@ READING: dict[str, Callable[[Place], Any]] = {
 }
 WRITING = {name: job for name, job in JOBS.items() if name != "run" and not name.startswith("first")}
 COMMANDS = READING | WRITING
-ONE_AT_A_TIME = "give one command that writes to this store at a time"
+ONE_AT_A_TIME = "run only one command that writes to this store at a time"
 
 
 @pytest.fixture(autouse=True, scope="module")
