@@ -29,6 +29,7 @@ from pipelines.pipeline.job import Result as RunResult
 from pipelines.report.job import Result as ReportResult
 from pipelines.train.job import Result as TrainResult
 from pipelines.upkeep.compact import Result as CompactResult
+from pipelines.upkeep.repair import Result as RepairResult
 from pipelines.upkeep.stats import Result as StatsResult
 from pipelines.upkeep.verify import Result as VerifyResult
 
@@ -211,7 +212,16 @@ def verify(
     settings: Settings | None = None,
     config: Files = (),
 ) -> VerifyResult:
-    """Check that a store holds what it says: every image all its patches, files and log agreeing. Exit 1 if not."""
+    """Check that a store is sound: every image has all its patches, files and logs agree. Exit 1 if not."""
+
+def repair(
+    store: str | Path,
+    *,
+    dry_run: bool = False,
+    settings: Settings | None = None,
+    config: Files = (),
+) -> RepairResult:
+    """Mend what verify finds, or remove rows so that their commands make them again, or say what else can be done."""
 
 def compact(
     store: str | Path,

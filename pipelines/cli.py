@@ -6,10 +6,11 @@ when they are called, so that --help is instant.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from importlib import metadata
@@ -25,13 +26,32 @@ from pipelines.cli_output import say, say_json, warn
 from pipelines.errors import RequestError, exit_code_of
 from pipelines.jobs import JOBS, Argument, Job
 from pipelines.running import json_log
-from pipelines.storage.secrets import hidden_in
+from pipelines.storage.secrets import hidden, hidden_in
 
 LOG_JSON = "--log-json"
 
 
+@contextlib.contextmanager
+def _mistakes_without_secrets() -> Iterator[None]:
+    """Within: what is said of arguments that cannot be parsed, which quotes them, shows no secret."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message") and isinstance(said := getattr(error, "message", None), str):
+            vars(error)["message"] = hidden(said)
+        raise
+
+
 class Commands(TyperGroup):
     """All commands. With --log-json standard error is lines of JSON, whatever happens."""
+
+    def make_context(self, *given: Any, **named: Any) -> Any:
+        with _mistakes_without_secrets():
+            return super().make_context(*given, **named)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _mistakes_without_secrets():
+            return super().invoke(ctx)
 
     def main(
         self,

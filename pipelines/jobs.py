@@ -18,6 +18,10 @@ RESULTS_OF_ALL_JOBS = "results"
 EXTRACTION = ("images", "patches")
 # What the report of a pipeline calls itself; its jobs have reports of their own.
 PIPELINE_COMMAND = "run"
+# Before the name of a clustering, where a value names one: cluster:NAME.
+CLUSTERING_PREFIX = "cluster:"
+# In the store.
+DEFAULT_REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Job:
     section with the same name, whose value may name a file that the result depends on, or `cluster:NAME`. section: the
     section of the settings that decides, besides the arguments, what it makes.
 
-    makes: the folder in which it leaves results by NAME. output: the argument that names the file it writes.
+    makes: the folder in which it leaves results by NAME. output: the argument that names the file it writes;
+    default_output: its name in the store where it is not given.
 
     counts: keys of its result that add up to the work it did. unit: what they count, and the unit of its rate. changes:
     keys of its result which, where all of them are 0, say that there was nothing to do; of jobs that always run.
@@ -72,6 +77,7 @@ class Job:
     section: str = ""
     makes: str = ""
     output: str = ""
+    default_output: str = ""
     counts: tuple[str, ...] = ()
     unit: str = ""
     changes: tuple[str, ...] = ()
@@ -122,8 +128,8 @@ def _flag(name: str, help: str) -> Argument:
     return Argument(name, help, kind=bool, default=False)
 
 
-_MADE_BY_COSEGMENT = _name("Of a co-segmentation that `dinoray cosegment` made.")
-_TEST_STORE = _option("test", "Images to be tested, of the same spec; default: STORE's own.", "STORE")
+_MADE_BY_COSEGMENT = _name("Name of a co-segmentation that `dinoray cosegment` made.")
+_TEST_STORE = _option("test", "Store of the images to test, of the same spec; default: STORE itself.", "STORE")
 
 _ALL = (
     Job(
@@ -133,9 +139,9 @@ _ALL = (
         (
             _INPUT,
             _STORE,
-            _flag("prune", "Remove rows of images gone from INPUT."),
+            _flag("prune", "Remove rows of images that are no longer in INPUT."),
             _flag("retry_failed", "Try recorded failures again."),
-            _option("limit", "At most this many of the images left.", kind=int, least=1),
+            _option("limit", "Extract at most this many of the remaining images.", kind=int, least=1),
         ),
         reads=(INPUT,),
         counts=("extracted", "failed"),
@@ -149,7 +155,7 @@ _ALL = (
         (
             _INPUT,
             _STORE,
-            _option("sample", "Images that are extracted to find out.", kind=int, default=128, least=1),
+            _option("sample", "How many images to extract for the estimate.", kind=int, default=128, least=1),
             _option("device", "Also estimate for h200 h100 a100 l40s rtx4090 a10g l4 v100 t4."),
             _option("cpus", "CPUs that decode for --device.", kind=int, default=16, least=1),
             _option("price", "Price of an hour of the device, any currency.", kind=float, least=0),
@@ -166,7 +172,7 @@ _ALL = (
         "pipelines.cluster",
         (
             _STORE,
-            _name("Of the result: clusters/NAME in the store."),
+            _name("Name of the result: clusters/NAME in the store."),
             _option("k", "Clusters; wins over cluster.k.", kind=int, least=1, setting="cluster.k"),
             _flag("elbow", "Choose k, at most cluster.k; see cluster.elbow (here 0.975 when it is not set)."),
             _option("of", "What is clustered; wins over cluster.of.", "patches|embeddings", setting="cluster.of"),
@@ -184,7 +190,7 @@ _ALL = (
         "pipelines.cosegment",
         (
             _STORE,
-            _name("Of the result: parts/NAME in the store."),
+            _name("Name of the result: parts/NAME in the store."),
             _option(
                 "sets", "Which images belong together; wins over cosegment.sets.", "label|directory|cluster:NAME|FILE"
             ),
@@ -217,7 +223,7 @@ _ALL = (
         "index",
         "Embeddings or patches to an index for search. Run it again to bring it up to date.",
         "pipelines.index",
-        (_STORE, _name("Of the index: index/NAME in the store.")),
+        (_STORE, _name("Name of the index: index/NAME in the store.")),
         reads=EXTRACTION,
         section="index",
         makes="index",
@@ -231,7 +237,7 @@ _ALL = (
         "pipelines.index.search",
         (
             _STORE,
-            _name("Of an index that `dinoray index` made."),
+            _name("Name of an index that `dinoray index` made."),
             Argument("image", "Path or URI of any image, or an image_id.", metavar="IMAGE", position=True),
             _option("box", "Pixels of IMAGE: where else does this part occur?", "X0,Y0,X1,Y1"),
             _option("top", "How many to find.", kind=int, default=10, least=1),
@@ -248,7 +254,7 @@ _ALL = (
         "pipelines.correspond",
         (
             _STORE,
-            _name("Of the result: matches/NAME in the store."),
+            _name("Name of the result: matches/NAME in the store."),
             _option("pairs", "Which images to match; wins over correspond.pairs.", "knn:K|all|FILE"),
         ),
         reads=EXTRACTION,
@@ -339,7 +345,7 @@ _ALL = (
         "pipelines.report",
         (
             _STORE,
-            _option("output", "Default: report.html in the store.", "FILE", short="-o"),
+            _option("output", f"Default: {DEFAULT_REPORT} in the store.", "FILE", short="-o"),
             _option("sample", "How many images to show.", kind=int, least=1),
             _option("images", "An image_id, or a file that lists some; repeatable.", "ID|FILE", many=True),
             _option("query", "Which images: SELECT image_id FROM images WHERE ... (DuckDB).", "SQL"),
@@ -349,11 +355,12 @@ _ALL = (
         files=("images",),
         section="report",
         output="output",
+        default_output=DEFAULT_REPORT,
         uses_ray=False,
     ),
     Job(
         "verify",
-        "Check that a store holds what it says: every image all its patches, files and log agreeing. Exit 1 if not.",
+        "Check that a store is sound: every image has all its patches, files and logs agree. Exit 1 if not.",
         "pipelines.upkeep.verify",
         (_STORE, _flag("deep", "Read every page of every table, and compare it with its checksum.")),
         uses_ray=False,

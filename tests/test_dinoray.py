@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from repository import ROOT
 
 import dinoray
 from pipelines.errors import DinorayError, InputError, JobError, RequestError, StorageError
 from pipelines.jobs import JOBS, Job
 from pipelines.settings.loading import nested
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_importing_it_loads_no_library_that_takes_time() -> None:

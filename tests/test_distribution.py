@@ -11,8 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-ROOT = Path(__file__).parents[1]
 NEEDED = {
     "dinoray/__init__.py",
     "dinoray/py.typed",

@@ -18,7 +18,7 @@ from pipelines import storage
 from pipelines.cluster import actors
 from pipelines.cluster.result import ClusterJob
 from pipelines.cluster.result import Result as Result
-from pipelines.cluster.update import AnotherTraining, find_changes, update_clusters
+from pipelines.cluster.update import AnotherTraining, update_clusters
 from pipelines.cluster.vectors import (
     check_store,
     clustered_images,
@@ -29,6 +29,7 @@ from pipelines.errors import JobError, RequestError
 from pipelines.results.cluster_models import Model, Progress, checkpoint_uri, model_uri, read_model, write_model
 from pipelines.results.cluster_statistics import Statistics
 from pipelines.results.clusters import ClusterTables, checkpoint, clusters_uri
+from pipelines.results.same_extraction import find_changes
 from pipelines.running.interrupts import uninterrupted
 from pipelines.running.reports import RunReport, new_run_id, recorded
 from pipelines.settings.differences import differences

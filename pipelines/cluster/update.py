@@ -14,6 +14,7 @@ from pipelines.cluster.vectors import clustered_images_of
 from pipelines.errors import counted
 from pipelines.results.cluster_models import Model
 from pipelines.results.clusters import ClusterTables, Update
+from pipelines.results.same_extraction import find_changes
 from pipelines.running.interrupts import uninterrupted
 from pipelines.store.parquet import DataFile
 from pipelines.store.schemas import IMAGES
@@ -134,15 +135,6 @@ class _Update:
 
     def asked(self) -> Update:
         return Update(self._add, self._remove, self._model, self.statistics, self._has_saliency)
-
-
-def find_changes(images: pa.Table, covered: pa.Table) -> tuple[pa.Table, pa.ChunkedArray]:
-    """(images rows that are not assigned, ids that are assigned but gone or extracted again)."""
-    at = pc.index_in(images["image_id"], value_set=covered["image_id"].combine_chunks())
-    same = pc.fill_null(pc.equal(covered["run_id"].take(at), images["run_id"]), False)
-    kept = images["image_id"].filter(same).combine_chunks()
-    gone = covered["image_id"].filter(pc.invert(pc.is_in(covered["image_id"], value_set=kept)))
-    return images.filter(pc.invert(same)), gone
 
 
 def _say_drift(result: Result, model: Model) -> None:

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.correspond.made_with import settings_of_matches
 from pipelines.correspond.pairs import Pairs, choose_pairs, embeddings_of, scores, unordered_keys
 from pipelines.errors import counted
+from pipelines.results.made_with import MadeWith
 from pipelines.results.matches import PAIR_VERSION_COLUMNS, MatchTables, matches_uri
+from pipelines.results.same_extraction import same_extraction
 from pipelines.running.commits import WaitingReports
 from pipelines.running.interrupts import interruptible
 from pipelines.running.metrics import JobMetrics
 from pipelines.running.progress import ProgressLine
 from pipelines.running.ray_session import ray_session
-from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
-from pipelines.settings.sections import Config
+from pipelines.running.reports import IncrementalResult, RunReport, new_run_id, recorded
+from pipelines.settings.sections import Config, CorrespondSettings
 from pipelines.store.schemas import descriptor_columns
 from pipelines.store.store import Store
 
@@ -35,33 +36,27 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Result(JobResult):
+class Result(IncrementalResult):
     """What a run of correspond did, or would do.
 
     source: knn, all or file. images: in the store. pairs: those asked for. matched, matches: pairs and rows, by this
     run. without_matches: matched pairs with kept = 0. outdated: pairs removed because an image was extracted again or
-    is gone. done_elsewhere: pairs that another run committed at the same time. changed_meanwhile: pairs not kept, since
-    an image was extracted again, or removed, while they were matched. pairs_per_second: from the start of Ray to the
-    last pair; steady_pairs_per_second: once workers are warm. bytes_read: of patches.
+    is gone. changed_meanwhile: pairs not kept, since an image was extracted again, or removed, while they were matched.
+    pairs_per_second: from the start of Ray to the last pair; steady_pairs_per_second: once workers are warm.
+    bytes_read: of patches.
     """
 
     name: str
     source: str = ""
     images: int = 0
     pairs: int = 0
-    already_done: int = 0
-    pending: int = 0
     matched: int = 0
     matches: int = 0
     without_matches: int = 0
     outdated: int = 0
-    done_elsewhere: int = 0
     changed_meanwhile: int = 0
     pairs_per_second: float = 0.0
     steady_pairs_per_second: float = 0.0
-    bytes_read: int = 0
-    bytes_written: int = 0
-    repaired: dict[str, int] = field(default_factory=dict)
 
 
 def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_run: bool = False) -> Result:
@@ -90,7 +85,7 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
         descriptor=("correspond.descriptor", asked.descriptor),
         images=True,
     )
-    made_with = settings_of_matches(opened.uri, name, asked, options)
+    made_with = MadeWith.of("correspond", opened.uri, name, asked, how_to_match, options)
     made_with.check()
     images = _images(opened, with_embeddings=asked.pairs.startswith("knn:") or opened.config.features.embedding)
     chosen = choose_pairs(asked.pairs, images, options)
@@ -120,6 +115,11 @@ def run(config: Config, *, store: str, name: str, pairs: str | None = None, dry_
     return result
 
 
+def how_to_match(settings: CorrespondSettings) -> dict[str, Any]:
+    """The settings that matches/NAME has for life: not what is matched, nor in what order."""
+    return settings.model_dump(mode="json", exclude={"pairs", "tile_images"})
+
+
 def _images(store: Store, *, with_embeddings: bool) -> pa.Table:
     """What matching needs to know of each image, in key order."""
     columns = ["image_id", "label", "grid_height", "grid_width", "shard", "run_id"]
@@ -145,8 +145,7 @@ def _plan(tables: MatchTables | None, chosen: Pairs, images: pa.Table, result: R
 
 def _current(ids: pa.ChunkedArray, runs: pa.ChunkedArray, images: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Positions of ids in images (0 for unknown ones), and whether each still has the same extraction."""
-    at = pc.index_in(ids, value_set=images["image_id"])
-    same = pc.fill_null(pc.equal(images["run_id"].take(at), runs), False)
+    at, same = same_extraction(ids, runs, images)
     return np.asarray(pc.fill_null(at, 0), np.int64), np.asarray(same, bool)
 
 
@@ -168,7 +167,6 @@ def _match_pending(
     with ray_session(config.run) as resources, interruptible(), ProgressLine(len(pending), "pairs") as progress:
         layout = plan_matching(resources, config)
         setup = MatchSetup(store.uri, tables.uri, result.run_id, spec, layout.device)
-        began = time.monotonic()
         commits = Commits(tables, config, result)
         try:
             # closed while Ray is there
@@ -180,7 +178,7 @@ def _match_pending(
             # an interruption keeps what is finished
             commits.commit()
             result.steady_pairs_per_second = round(progress.steady_images_per_second, 2)
-            result.pairs_per_second = round(progress.done / max(time.monotonic() - began, 1e-9), 2)
+            result.pairs_per_second = round(progress.mean_images_per_second, 2)
 
 
 class Commits:

@@ -27,11 +27,10 @@ from PIL import Image
 from dino_ops.errors import ImageError
 from dino_ops.images import DEFAULT_MAX_PIXELS, decode_image
 from pipelines import storage
-from pipelines.errors import JobError
 from pipelines.results.masks import read_png
 from pipelines.results.parts import PartTables
+from pipelines.running.outputs import write_output
 from pipelines.sources.names import extension, is_image_name
-from pipelines.storage.errors import explain_write_error
 from pipelines.store.originals import stored_images
 from pipelines.store.parquet import open_parquet
 
@@ -154,11 +153,7 @@ def _outline(mask: np.ndarray) -> np.ndarray:
 
 def _write_all(contents: Iterable[tuple[str, bytes]], options: dict[str, Any]) -> int:
     def write(item: tuple[str, bytes]) -> None:
-        uri, data = item
-        try:
-            storage.write_bytes(uri, data, options)
-        except OSError as error:
-            raise explain_write_error(error, uri) or JobError(f"{uri} cannot be written: {error}.") from None
+        write_output(*item, options)
 
     with ThreadPoolExecutor(WRITES_AT_ONCE) as pool:
         return sum(1 for _ in pool.map(write, contents))

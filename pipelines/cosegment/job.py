@@ -19,22 +19,23 @@ import pyarrow.compute as pc
 
 from dino_ops.cosegmentation import inliers
 from pipelines import storage
-from pipelines.cosegment.made_with import settings_of_parts
 from pipelines.cosegment.masks import MOST_PARTS_IN_A_MASK, SetImage
 from pipelines.cosegment.set_versions import SetVersions
-from pipelines.cosegment.sets import ImageSets, choose_sets, set_version
+from pipelines.cosegment.sets import ImageSets, choose_sets, set_version, source_of
 from pipelines.cosegment.tasks import PendingSet, plan_segmentation, stream_reports
 from pipelines.cosegment.worker import SegmentSetup
 from pipelines.errors import JobError, RequestError, counted
 from pipelines.features.same_features import spec_with_weights
+from pipelines.results.made_with import MadeWith
 from pipelines.results.parts import VERSIONED, PartTables, SegmentReport, parts_uri
+from pipelines.results.same_extraction import same_extraction
 from pipelines.running.commits import WaitingReports
 from pipelines.running.interrupts import interruptible
 from pipelines.running.layout import Layout
 from pipelines.running.metrics import JobMetrics
 from pipelines.running.progress import ProgressLine
 from pipelines.running.ray_session import ray_session
-from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
+from pipelines.running.reports import IncrementalResult, RunReport, new_run_id, recorded
 from pipelines.running.tasks import as_task, finished_tasks
 from pipelines.settings.sections import Config, CosegmentSettings
 from pipelines.store.originals import locate
@@ -46,36 +47,29 @@ MOST_FAILED_SHOWN = 3
 
 
 @dataclass
-class Result(JobResult):
+class Result(IncrementalResult):
     """What a run of cosegment did, or would do. An image counts once for each set that it is in.
 
     source: label, directory, cluster:NAME or file. sets: those asked for. images: in the sets. segmented: images, by
     this run; of them, without_foreground have nothing in mask_png, and noted have a note in their row. outdated: rows
-    removed because the members of their set, or an extraction, changed. done_elsewhere: images that another run
-    committed at the same time. changed_meanwhile: images not kept, since members of their set changed while it was
-    segmented. failed_sets: set_id -> why. exported: files that --masks and --overlays wrote. images_per_second: from
-    the start of Ray to the last image. bytes_read: of patches.
+    removed because the members of their set, or an extraction, changed. changed_meanwhile: images not kept, since
+    members of their set changed while it was segmented. failed_sets: set_id -> why. exported: files that --masks and
+    --overlays wrote. images_per_second: from the start of Ray to the last image. bytes_read: of patches.
     """
 
     name: str
     source: str = ""
     sets: int = 0
     images: int = 0
-    already_done: int = 0
-    pending: int = 0
     pending_sets: int = 0
     segmented: int = 0
     without_foreground: int = 0
     noted: int = 0
     outdated: int = 0
-    done_elsewhere: int = 0
     changed_meanwhile: int = 0
     failed_sets: dict[str, str] = field(default_factory=dict)
     exported: int = 0
     images_per_second: float = 0.0
-    bytes_read: int = 0
-    bytes_written: int = 0
-    repaired: dict[str, int] = field(default_factory=dict)
 
 
 def run(
@@ -113,7 +107,7 @@ def run(
     if asked.crop_augmentations:
         spec = spec_with_weights(opened, config, "cosegment.crop_augmentations")
     spec = spec.model_copy(update={"cosegment": asked, "run": config.run})
-    made_with = settings_of_parts(opened.uri, name, asked, options)
+    made_with = MadeWith.of("cosegment", opened.uri, name, asked, how_to_segment, options)
     made_with.check()
     images = _images(opened, with_embeddings=asked.remove_outliers)
     chosen = choose_sets(asked.sets, opened.uri, images, options)
@@ -150,6 +144,11 @@ def run(
         if result.failed_sets:
             raise JobError(_about_failed(result))
     return result
+
+
+def how_to_segment(settings: CosegmentSettings) -> dict[str, Any]:
+    """The settings that parts/NAME has for life. Of `sets` the kind counts, and not which file."""
+    return settings.model_dump(mode="json") | {"sets": source_of(settings.sets)}
 
 
 def _check_store(store: Store, config: Config) -> None:
@@ -208,9 +207,8 @@ def _rows_there(
     rows = tables.images.read([*VERSIONED, "run_id"]).sort_by("set_id").combine_chunks()
     asked_for = pa.array([versions.get(set_id) for set_id in rows["set_id"].to_pylist()], pa.string())
     current = _equal(rows["set_version"], pa.chunked_array([asked_for]))
-    at = pc.index_in(rows["image_id"], value_set=images["image_id"].combine_chunks())
-    same_image = _equal(images["run_id"].take(at), rows["run_id"])
-    broken = pc.unique(rows["set_id"].filter(pa.array(~same_image)))
+    at, same_image = same_extraction(rows["image_id"], rows["run_id"], images)
+    broken = pc.unique(rows["set_id"].filter(pc.invert(same_image)))
     kept = current
     if not whole:
         kept = kept | (np.asarray(pc.is_null(asked_for)) & ~np.asarray(pc.is_in(rows["set_id"], value_set=broken)))
@@ -244,12 +242,11 @@ def _segment_pending(
     """Segment and commit every pending set."""
     if not pending:
         return
-    began = time.monotonic()
     weights = store.spec["model"]["weights"]
     setup = SegmentSetup(store.uri, tables.uri, result.run_id, spec, weights, layout.device, 0.0)
-    described = SetImages(images, pending, spec)
-    commits = Commits(tables, spec, result)
     with ProgressLine(result.pending) as progress:
+        described = SetImages(images, pending, spec)
+        commits = Commits(tables, spec, result)
         try:
             # closed while Ray is there
             with contextlib.closing(stream_reports(setup, pending, described.at, layout, resources)) as reports:
@@ -259,7 +256,7 @@ def _segment_pending(
         finally:
             # an interruption keeps what is finished
             commits.commit()
-            result.images_per_second = round(progress.done / max(time.monotonic() - began, 1e-9), 2)
+            result.images_per_second = round(progress.mean_images_per_second, 2)
 
 
 def _export(

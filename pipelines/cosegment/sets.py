@@ -16,12 +16,13 @@ import pyarrow.compute as pc
 
 from pipelines import storage
 from pipelines.errors import RequestError, counted
+from pipelines.jobs import CLUSTERING_PREFIX
 from pipelines.results.clusters import ClusterTables
+from pipelines.results.same_extraction import same_extraction
 from pipelines.sources.id_files import IdFile, is_id_file, names_shown, read_id_file
 
 FORMS = "label, directory, cluster:NAME, or a .csv, .jsonl or .parquet file with columns image_id and set_id"
 FILE = IdFile("sets", "cosegment.sets", FORMS, {"image_id": "an image_id", "set_id": "a set_id"})
-CLUSTERING_PREFIX = "cluster:"
 SET_ID_OF_NO_FOLDER = "."
 
 
@@ -119,8 +120,7 @@ def sets_by_cluster(name: str, store: str, images: pa.Table, options: storage.Op
             "NAME --of embeddings`."
         )
     rows = tables.assignments.read(["image_id", "cluster_id", "run_id"])
-    at = pc.index_in(images["image_id"], value_set=rows["image_id"].combine_chunks())
-    same = pc.fill_null(pc.equal(rows["run_id"].take(at), images["run_id"]), False)
+    at, same = same_extraction(images["image_id"], images["run_id"], rows)
     clusters = pc.if_else(same, rows["cluster_id"].take(at), pa.scalar(None, pa.int32())).cast(pa.string())
     if clusters.null_count == len(clusters):
         raise NoSuchSets(

@@ -26,7 +26,7 @@ from pipelines.running.interrupts import interruptible
 from pipelines.running.metrics import JobMetrics
 from pipelines.running.progress import ProgressLine
 from pipelines.running.ray_session import ray_session
-from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
+from pipelines.running.reports import IncrementalResult, RunReport, new_run_id, recorded
 from pipelines.settings.sections import Config
 from pipelines.storage.errors import explain_write_error
 from pipelines.store.extraction import Committer, Plan, ShardReport, drop_images
@@ -43,32 +43,25 @@ IMAGES_TRIED_AFTER_WORKER_DEATH = 8
 
 
 @dataclass
-class Result(JobResult):
+class Result(IncrementalResult):
     """What a run of extract did, or would do.
 
     listed: images of INPUT. skipped: files that are not images by name. failed_before: images recorded in failures,
-    which --retry-failed tries again. changed: pending images that replace older rows. done_elsewhere: images that
-    another run committed at the same time. images_per_second: from the start of Ray to the last image;
-    steady_images_per_second: once workers are warm.
+    which --retry-failed tries again. changed: pending images that replace older rows. images_per_second: from the start
+    of Ray to the last image; steady_images_per_second: once workers are warm.
     """
 
     listed: int = 0
     skipped: int = 0
-    already_done: int = 0
     failed_before: int = 0
-    pending: int = 0
     extracted: int = 0
     failed: int = 0
     changed: int = 0
     pruned: int = 0
-    done_elsewhere: int = 0
     failures_by_reason: dict[str, int] = field(default_factory=dict)
     images_per_second: float = 0.0
     steady_images_per_second: float = 0.0
-    bytes_read: int = 0
-    bytes_written: int = 0
     device: str = ""
-    repaired: dict[str, int] = field(default_factory=dict)
 
 
 def run(
@@ -169,7 +162,6 @@ def extract_pending(
     with ray_session(config.run) as resources, interruptible(), ProgressLine(len(plan.pending)) as progress:
         work = PendingWork(store, plan, config, result, JobMetrics(command))
         layout = plan_extraction(resources, config, facts, len(plan.pending))
-        began = time.monotonic()
         try:
             for block_size in _block_sizes(config.run.attempts, layout.block_size):
                 undone = work.undone()
@@ -191,7 +183,7 @@ def extract_pending(
             # an interruption keeps what is finished
             work.commit()
             result.steady_images_per_second = round(progress.steady_images_per_second, 2)
-            result.images_per_second = round(progress.done / max(time.monotonic() - began, 1e-9), 2)
+            result.images_per_second = round(progress.mean_images_per_second, 2)
 
 
 class PendingWork:

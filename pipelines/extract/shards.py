@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
+from pipelines.features.stored_patches import stored_patches
 from pipelines.settings.sections import Config
 from pipelines.storage.secrets import without_credentials
 from pipelines.store.parquet import IMAGES_PER_ROW_GROUP, ROWS_PER_ROW_GROUP, DataFile, new_file_name, parquet_options
@@ -62,7 +63,7 @@ class ShardWriter:
         """Add one image: `source` is its listing row with `position`."""
         self.positions.append(source["position"])
         self._image_rows.append(self._image_row(source, features))
-        keep = self._kept(features)
+        keep = stored_patches(features, self.config.store)
         if len(keep):
             patches = self._patch_rows(source["image_id"], features, keep)
             self._with_patches.append(source["image_id"])
@@ -155,18 +156,6 @@ class ShardWriter:
                 vectors = self.projections[column].transform(vectors)
             columns += encode(np.ascontiguousarray(vectors, np.float32), self.config.store.dtype)
         return pa.Table.from_arrays(columns, schema=self.schema)
-
-    def _kept(self, features: ImageFeatures) -> np.ndarray:
-        """Indices (raster order) of the patches that the spec stores."""
-        cells = features.y.size
-        if self.config.store.patches == "none":
-            return np.zeros(0, np.int64)
-        keep = np.arange(0, cells, self.config.store.every)
-        if self.config.store.patches == "salient":
-            # the settings allow patches=salient only with saliency
-            assert features.saliency is not None
-            keep = keep[features.saliency.reshape(-1)[keep] > self.config.store.salient_threshold]
-        return keep
 
 
 def images_table(rows: list[dict[str, Any]]) -> pa.Table:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.results.indices import DEAD, Manifest, read_dead, read_images, without_dead
+from pipelines.results.same_extraction import find_changes
 from pipelines.store.store import Store
 from pipelines.store.table import Table
 
@@ -40,8 +41,8 @@ def everything(store: Store) -> Changes:
     return Changes(image_rows(store.images, files), DEAD.empty_table(), 0, store.images.content_version, files)
 
 
-def find_changes(store: Store, name: str, before: Manifest) -> Changes:
-    """The anti-joins, both ways, of what there is with what is indexed; another extraction counts as another image.
+def changes_since(store: Store, name: str, before: Manifest) -> Changes:
+    """What there is and is not indexed, and the other way round.
 
     Files of the images table never change, and an image has one row in it. So files that the index covers hold nothing
     new, and while all of them are still there nothing is gone either: then only the files that were added are read.
@@ -52,12 +53,10 @@ def find_changes(store: Store, name: str, before: Manifest) -> Changes:
         return Changes(added, DEAD.empty_table(), 0, version, files)
     images = image_rows(store.images, files)
     indexed = without_dead(read_images(store, name, before.segments), read_dead(store, name, before))
-    at = pc.index_in(images["image_id"], value_set=indexed["image_id"].combine_chunks())
-    same = pc.fill_null(pc.equal(indexed["run_id"].take(at), images["run_id"]), False)
-    kept = images["image_id"].filter(same).combine_chunks()
-    gone = indexed.filter(pc.invert(pc.is_in(indexed["image_id"], value_set=kept))).select(DEAD.names)
-    changed = pc.sum(pc.and_(pc.is_valid(at), pc.invert(same))).as_py() or 0
-    return Changes(images.filter(pc.invert(same)), gone, changed, version, files)
+    fresh, gone = find_changes(images, indexed)
+    changed = pc.sum(pc.is_in(fresh["image_id"], value_set=gone.combine_chunks())).as_py() or 0
+    dead = indexed.filter(pc.is_in(indexed["image_id"], value_set=gone.combine_chunks())).select(DEAD.names)
+    return Changes(fresh, dead, changed, version, files)
 
 
 def image_rows(table: Table, files: Iterable[str]) -> pa.Table:

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, replace
 
 from pipelines.errors import RequestError
-from pipelines.index.changes import Changes, everything, find_changes
+from pipelines.index.changes import Changes, changes_since, everything
 from pipelines.index.update import build, memory_budget, update, worn
 from pipelines.results.index_publishing import AnotherUpdate, publish, remove_unneeded
 from pipelines.results.index_vectors import check_store, held_settings
@@ -97,7 +97,7 @@ def _plan(store: Store, asked: IndexSettings, result: Result) -> _Plan:
     before = read_manifest(store, name, current)
     if before is not None:
         _refuse_other_content(store, name, before, asked)
-    changes = find_changes(store, name, before) if before else everything(store)
+    changes = changes_since(store, name, before) if before else everything(store)
     result.images_version, result.changed = changes.version, changes.changed
     result.added, result.removed = len(changes.fresh) - changes.changed, len(changes.gone) - changes.changed
     result.images = (before.images if before else 0) + result.added - result.removed

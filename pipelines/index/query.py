@@ -13,6 +13,7 @@ from dino_ops.nearest import Pooling, pool
 from pipelines import storage
 from pipelines.errors import RequestError
 from pipelines.features.same_features import spec_with_weights, stored_form
+from pipelines.features.stored_patches import stored_patches
 from pipelines.results.index_vectors import vector_batches
 from pipelines.results.indices import Manifest
 from pipelines.settings.sections import Config, IndexSettings
@@ -71,7 +72,7 @@ def extracted_query(store: Store, manifest: Manifest, image: str, config: Config
     vectors = vectors.reshape(-1, vectors.shape[-1])
     if manifest.of == "pooled":
         pooling: Pooling = "gem" if manifest.pooling == "gem" else "mean"
-        kept = vectors[_stored_patches(features, spec)]
+        kept = vectors[stored_patches(features, spec.store)]
         if not len(kept):
             raise RequestError(f"No patch of {image} is as salient as the store's patches are: give another image.")
         return Query(pool(kept, pooling)[None], None, features.width, features.height, uri)
@@ -124,12 +125,3 @@ def _extract(store: Store, spec: Config, data: bytes, image: str) -> ImageFeatur
         return extractor(data)
     except ImageError as error:
         raise RequestError(f"The image {image} cannot be used: {error}.") from None
-
-
-def _stored_patches(features: ImageFeatures, spec: Config) -> np.ndarray:
-    """Indices, in raster order, of the patches that the store would keep."""
-    keep = np.arange(0, features.y.size, spec.store.every)
-    if spec.store.patches == "salient":
-        assert features.saliency is not None  # such settings ask for saliency
-        keep = keep[features.saliency.reshape(-1)[keep] > spec.store.salient_threshold]
-    return keep

@@ -12,13 +12,13 @@ import pyarrow.compute as pc
 
 from dino_ops.nearest import NearestIndex, search_all
 from pipelines import storage
-from pipelines.errors import JobError, RequestError
+from pipelines.errors import RequestError
 from pipelines.index.picture import Shown, draw
 from pipelines.index.query import Query, extracted_query, in_box, stored_query
 from pipelines.results.indices import Manifest, index_names, read_dead, read_manifest, read_parts, without_dead
+from pipelines.running.outputs import write_output
 from pipelines.running.reports import JobResult, new_run_id, recorded
 from pipelines.settings.sections import Config
-from pipelines.storage.errors import explain_write_error
 from pipelines.store.originals import stored_images
 from pipelines.store.store import Store
 
@@ -217,8 +217,5 @@ def _save_picture(target: str, result: Result, query: Query, config: Config) -> 
         caption = f"{image_id[-36:]}\n{rows[0]['similarity']:.3f}"
         shown.append(Shown(caption, data.get(rows[0].get("uri", "")), points))
     uri = storage.normalise(target)
-    try:
-        storage.write_bytes(uri, draw(shown), options)
-    except OSError as error:
-        raise explain_write_error(error, uri) or JobError(f"{uri} cannot be written: {error}.") from None
+    write_output(uri, draw(shown), options)
     return uri

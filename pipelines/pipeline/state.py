@@ -15,14 +15,12 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.errors import DinorayError, JobError, RequestError
-from pipelines.jobs import INPUT, RESULTS_OF_ALL_JOBS
+from pipelines.jobs import CLUSTERING_PREFIX, INPUT, RESULTS_OF_ALL_JOBS
 from pipelines.results.all_kinds import KINDS, all_results, find_result
 from pipelines.settings.pipeline_file import JobRequest
 from pipelines.sources.id_files import is_id_file
+from pipelines.storage.secrets import hidden
 from pipelines.store.store import Store, read_description
-
-CLUSTERING_PREFIX = "cluster:"
-DEFAULT_REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def _reference(value: str, store: Store) -> dict[str, str]:
     if not is_id_file(value):
         return {}
     try:
-        return {value: storage.sha256(storage.normalise(value), store.config.storage.options)}
+        return {hidden(value): storage.sha256(storage.normalise(value), store.config.storage.options)}
     except OSError:
         # the job says what is wrong with it
         return {}
@@ -124,9 +122,9 @@ def _made(job: JobRequest, store: Store) -> dict[str, str]:
         result = _found(store, f"{job.job.makes}/{job.arguments['name']}")
         return {} if result is None else {result.path: _version(result)}
     if job.job.output:
-        output = job.arguments.get(job.job.output) or storage.join(store.uri, DEFAULT_REPORT)
+        output = job.arguments.get(job.job.output) or storage.join(store.uri, job.job.default_output)
         try:
-            return {output: storage.sha256(storage.normalise(output), store.config.storage.options)}
+            return {hidden(output): storage.sha256(storage.normalise(output), store.config.storage.options)}
         except OSError:
             return {}
     return {}

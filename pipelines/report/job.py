@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipelines import storage
-from pipelines.errors import JobError, RequestError
+from pipelines.errors import RequestError
+from pipelines.jobs import DEFAULT_REPORT
 from pipelines.report.choose import choose
 from pipelines.report.contents import Results, read_contents
 from pipelines.report.page import make_page
 from pipelines.report.sheets import make_sheets
+from pipelines.running.outputs import write_output
 from pipelines.running.reports import JobResult, new_run_id, recorded
 from pipelines.settings.sections import Config
-from pipelines.storage.errors import explain_write_error
 from pipelines.store.store import Store
 
 
@@ -56,9 +57,11 @@ def run(
     """
     started = time.monotonic()
     opened = Store.open(store, config)
-    target = storage.normalise(output) if output else storage.join(opened.uri, "report.html")
+    target = storage.normalise(output) if output else storage.join(opened.uri, DEFAULT_REPORT)
     if not target.lower().endswith((".html", ".htm")):
-        raise RequestError(f"The report is an HTML file, but --output is {output}: give a name such as report.html.")
+        raise RequestError(
+            f"The report is an HTML file, but --output is {output}: give a name such as {DEFAULT_REPORT}."
+        )
     results = Results.of(opened)
     named = [images] if isinstance(images, str) else list(images or ())
     parts, matches = results.parts.values(), results.matches.values()
@@ -71,16 +74,9 @@ def run(
         result.without_photo = contents.without_photo
         page = make_page(contents)
         result.sections, result.bytes = page.sections, len(page.html)
-        _write(target, page.html, config)
+        write_output(target, page.html, config.storage.options)
         if png is not None:
             for name, data in make_sheets(contents):
                 result.plots.append(storage.join(storage.normalise(png), name))
-                _write(result.plots[-1], data, config)
+                write_output(result.plots[-1], data, config.storage.options)
     return result
-
-
-def _write(uri: str, data: bytes, config: Config) -> None:
-    try:
-        storage.write_bytes(uri, data, config.storage.options)
-    except OSError as error:
-        raise explain_write_error(error, uri) or JobError(f"{uri} cannot be written: {error}.") from None

@@ -57,9 +57,11 @@ class StoredIndex(StoredResult):
 
 @dataclass(frozen=True)
 class ResultKind:
-    """names: of folders that may hold a result of the kind. open: one by its NAME, None where there is none. check:
-    whether one holds what it says, given image_id and run_id of every row of the store's images table."""
+    """tables: their names. names: of folders that may hold a result of the kind. open: one by its NAME, None where
+    there is none. check: whether one holds what it says, given image_id and run_id of every row of the store's images.
+    """
 
+    tables: tuple[str, ...]
     names: Callable[[Store], Iterable[str]]
     open: Callable[[Store, str], StoredResult | None]
     check: Callable[[Store, Any, pa.Table], Findings]
@@ -67,6 +69,7 @@ class ResultKind:
 
 def _of_tables(kind: type[ResultTables], disagreements: Callable[[Any], Iterator[Finding]]) -> ResultKind:
     return ResultKind(
+        tables=tuple(kind.schemas),
         names=lambda store: result_names(store.uri, kind.kind, store.config.storage.options),
         open=lambda store, name: kind.open_existing(store.uri, name, store.config.storage.options, store.log),
         check=lambda store, result, images: Findings(problems=list(disagreements(result))),
@@ -78,7 +81,7 @@ KINDS: dict[str, ResultKind] = {
     "clusters": _of_tables(ClusterTables, cluster_checks.disagreements),
     "parts": _of_tables(PartTables, part_checks.disagreements),
     "index": ResultKind(
-        index_names, StoredIndex, lambda store, result, images: check_index(store, result.name, images)
+        (), index_names, StoredIndex, lambda store, result, images: check_index(store, result.name, images)
     ),
 }
 

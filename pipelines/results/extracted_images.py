@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from pipelines.results.same_extraction import same_extraction
 from pipelines.store.schemas import IMAGES
 from pipelines.store.snapshots import Snapshot
 
@@ -41,7 +41,6 @@ class ExtractedImages:
             return found
         images = self.of(current)
         for image_id, run_id in columns:
-            at = pc.index_in(rows[image_id], value_set=images["image_id"].combine_chunks())
-            same = pc.fill_null(pc.equal(images["run_id"].take(at), rows[run_id]), False)
+            _, same = same_extraction(rows[image_id], rows[run_id], images)
             found &= np.asarray(same, bool)
         return found

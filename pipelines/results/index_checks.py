@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.errors import DinorayError, counted
+from pipelines.errors import DinorayError, RequestError, counted
 from pipelines.results.indices import (
     CELLS,
     DEAD,
@@ -31,7 +31,7 @@ from pipelines.results.indices import (
 from pipelines.results.stored import Findings
 from pipelines.storage.errors import explain_read_error
 from pipelines.store.damage import DamagedResult
-from pipelines.store.findings import Finding, RemoveResult
+from pipelines.store.findings import ByHand, Finding, RemoveResult
 from pipelines.store.parquet import DamagedFile, why_unreadable
 from pipelines.store.store import Store
 
@@ -55,7 +55,11 @@ def check_index(store: Store, name: str, images: pa.Table) -> Findings:
 
     Raises JobError for a file that cannot be reached or may not be read.
     """
-    path, found = index_path(name), _check(store, name, images)
+    path = index_path(name)
+    try:
+        found = _check(store, name, images)
+    except RequestError as error:  # it is of another spec, or of a newer dinoray
+        return Findings([Finding("result", path, str(error), ByHand("nothing here decides which of them is wanted"))])
     problems = [Finding("result", path, sentence, RemoveResult(path)) for sentence in found.problems]
     return Findings(problems, found.notes, found.files, found.unreferenced_files)
 

@@ -39,7 +39,7 @@ from pipelines.storage.errors import reaching, said
 from pipelines.store.changes import Pointer
 from pipelines.store.checksums import checksum_of
 from pipelines.store.damage import DamagedResult, damaged, gone
-from pipelines.store.parquet import DamagedFile, open_parquet, why_unreadable
+from pipelines.store.parquet import DamagedFile, MissingFile, open_parquet, why_unreadable
 from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.store import Store
 
@@ -278,8 +278,11 @@ def read_file(store: Store, name: str, file: str, expected: str | None = None) -
     uri, options = _uri(store, name, file), store.config.storage.options
     if file.endswith(".faiss"):
         return read_faiss(uri, options, expected)
-    with open_parquet(uri, options) as parquet:
-        return parquet.read()
+    try:
+        with open_parquet(uri, options) as parquet:
+            return parquet.read()
+    except FileNotFoundError:
+        raise MissingFile(uri) from None
 
 
 def without_dead(images: pa.Table, dead: pa.Table) -> pa.Table:
@@ -371,6 +374,8 @@ def _explained(store: Store, name: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
+        if isinstance(error, MissingFile):
+            raise
         raise DamagedResult(gone(str(error.filename or uri), store.uri)) from None
     except (RuntimeError, pa.ArrowException) as error:
         # FAISS raises RuntimeError

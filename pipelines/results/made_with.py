@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines import storage
 from pipelines.errors import RequestError
+from pipelines.jobs import JOBS
 from pipelines.results.names import result_uri
 from pipelines.settings.differences import differences
+from pipelines.settings.sections import Section
+
+_Settings = TypeVar("_Settings", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,20 @@ class MadeWith:
     asked: Mapping[str, Any]
     defaults: Mapping[str, Any]
     options: storage.Options
+
+    @classmethod
+    def of(
+        cls,
+        command: str,
+        store: str,
+        name: str,
+        asked: _Settings,
+        for_life: Callable[[_Settings], Mapping[str, Any]],
+        options: storage.Options,
+    ) -> MadeWith:
+        """Of the result that a job leaves by NAME. asked: its section. for_life: what of a section the result keeps."""
+        job = JOBS[command]
+        return cls(store, job.makes, name, job.section, for_life(asked), for_life(type(asked)()), options)
 
     def check(self, *, record: bool = False) -> None:
         """Compare with the settings that the result was made with; `record` writes them where there are none yet.

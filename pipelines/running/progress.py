@@ -81,6 +81,11 @@ class ProgressLine:
         return (after - before) / (now - then) if now > then else 0.0
 
     @property
+    def mean_images_per_second(self) -> float:
+        """From the line's beginning until now, without failures."""
+        return self.done / max(time.monotonic() - self._began, 1e-9)
+
+    @property
     def steady_images_per_second(self) -> float:
         """From the first report to the last: without the start of Ray and its workers."""
         if self._time_and_done_when_warm is None or self._recent[-1][0] <= self._time_and_done_when_warm[0]:

@@ -106,6 +106,23 @@ class JobResult:
         return self.__dict__ | {"seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
 
 
+@dataclass
+class IncrementalResult(JobResult):
+    """What every job says that does only what is new or changed. It counts images, or pairs.
+
+    already_done, pending: what was done when it was planned, and what was left. done_elsewhere: what another run
+    committed at the same time. repaired: what -> how many, of what earlier runs left.
+    """
+
+    _: KW_ONLY
+    already_done: int = 0
+    pending: int = 0
+    done_elsewhere: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    repaired: dict[str, int] = field(default_factory=dict)
+
+
 @contextlib.contextmanager
 def recorded(
     report: RunReport | None, result: JobResult, started: float, told: Sequence[str] = (), **first: Any

@@ -37,6 +37,7 @@ def explain_failed_storage(error: Exception, uri: str = "The storage") -> JobErr
 _DRIVER_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")
 _SAID_BY_DELTA = re.compile(r"Generic (S3|GCS|\w*Azure\w*|HTTP) error|Error performing ")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_OF_A_BACKTRACE = re.compile(r"\d+: \S+$|at \S+:\d+:\d+$")  # which delta-rs appends
 MAX_QUOTED_CHARACTERS = 300
 
 
@@ -62,7 +63,7 @@ def failed_storage(error: BaseException | None) -> bool:
 def said(error: BaseException) -> str:
     """What an error says, on one line and without its end stop, to be part of a sentence."""
     lines = [line.strip(" \t↳") for line in _COLOURS.sub("", str(error)).splitlines()]
-    text = ": ".join(line for line in lines if line)
+    text = ": ".join(line for line in lines if line and not _OF_A_BACKTRACE.match(line))
     return text[:MAX_QUOTED_CHARACTERS].rstrip(".: ") or type(error).__name__
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 HIDDEN = "..."
-# Replacing shorter ones would take whole words apart.
 SHORTEST_SECRET_CHARACTERS = 4
+# A shorter one is hidden where it stands alone: it may be a part of words, and of the names of buckets.
+SHORTEST_SECRET_WITHIN_WORDS_CHARACTERS = 8
 # An option with another name has a secret all the same where its value is as long as keys are.
 SHORTEST_KEY_CHARACTERS = 16
 
@@ -82,7 +83,10 @@ def _secrets_in(options: Mapping[str, Any]) -> Iterator[str]:
 def hidden(text: str) -> str:
     """A text in which HIDDEN stands for the credentials of URIs, and for the secrets of storage options."""
     for secret in sorted(_known, key=len, reverse=True):
-        text = text.replace(secret, HIDDEN)
+        if len(secret) >= SHORTEST_SECRET_WITHIN_WORDS_CHARACTERS:
+            text = text.replace(secret, HIDDEN)
+        elif secret in text:
+            text = re.sub(rf"(?<![\w./-]){re.escape(secret)}(?![\w/-])", HIDDEN, text)
     # one that was refused before anything could be remembered
     text = _STORAGE_OVERRIDE.sub(_hidden_override, text)
     return _SECRET_IN_QUERY.sub(rf"\1{HIDDEN}", _USER_AND_PASSWORD.sub(f"{HIDDEN}@", text))

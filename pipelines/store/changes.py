@@ -88,7 +88,8 @@ class Transaction:
 
     token: of this attempt alone, so that its writer knows it again. previous: the token of the transaction before,
     from which a writer learns whether others went on from its own. created_at: by its writer's clock, UTC; nothing is
-    decided by it. pointers: all that are in force, so that one file says what the results of a store are.
+    decided by it. pointers: all that are in force, so that one file says what the results of a store are. changed: by
+    table the last transaction that changed it, 0 for one that was only made.
     """
 
     number: int
@@ -100,6 +101,7 @@ class Transaction:
     tables: tuple[TableEntry, ...] = ()
     pointers: dict[str, Pointer] = field(default_factory=dict)
     sweep: tuple[str, ...] = ()
+    changed: dict[str, int] = field(default_factory=dict)
 
     @property
     def planned_at(self) -> int:
@@ -137,6 +139,7 @@ class Transaction:
             "tables": tables,
             "pointers": pointers,
             "sweep": list(self.sweep),
+            "changed": dict(sorted(self.changed.items())),
         }
         return json.dumps(content | {CHECKSUM: _checksum(content)}, ensure_ascii=False, indent=1).encode()
 
@@ -162,6 +165,7 @@ class Transaction:
                 tuple(_table_entry(one) for one in content["tables"]),
                 {name: _pointer(one) for name, one in content["pointers"].items()},
                 tuple(checked_path(path) for path in content["sweep"]),
+                {str(path): int(number) for path, number in content.get("changed", {}).items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, RequestError):

@@ -81,6 +81,13 @@ class RewriteTransaction:
 
 
 @dataclass(frozen=True)
+class WriteLogAgain:
+    """The log of a table is written again, from the transactions that made it."""
+
+    table: str
+
+
+@dataclass(frozen=True)
 class ByHand:
     """Nothing here can mend it. advice: what can be done, as a sentence."""
 
@@ -97,6 +104,7 @@ Mend = (
     | RemoveResult
     | RemoveLeftover
     | RewriteTransaction
+    | WriteLogAgain
     | ByHand
 )
 
@@ -135,16 +143,16 @@ _REMEDIES: dict[type[Mend], str] = {
     RemoveResult: "what is left of the result is removed, and it can be made again",
     RemoveLeftover: "the file is removed",
     RewriteTransaction: "it is written again, from the one before it",
+    WriteLogAgain: "it is written again, from the transactions that made the table",
 }
 
 
 def shown(findings: Sequence[Finding], most_of_a_group: int) -> Iterator[str]:
-    """Their sentences, in their order; of many in a group the first, and how many more there are."""
-    counts: dict[tuple[str, str, type[Mend]], int] = {}
+    """Their sentences, group by group; of many in a group the first, and how many more there are."""
+    groups: dict[tuple[str, str, type[Mend]], list[str]] = {}
     for finding in findings:
-        counts[finding.group] = counts.get(finding.group, 0) + 1
-        if counts[finding.group] <= most_of_a_group:
-            yield finding.sentence
-    for group, count in counts.items():
-        if count > most_of_a_group:
-            yield f"... and {count - most_of_a_group} more like the last of {group[1]}"
+        groups.setdefault(finding.group, []).append(finding.sentence)
+    for sentences in groups.values():
+        yield from sentences[:most_of_a_group]
+        if (more := len(sentences) - most_of_a_group) > 0:
+            yield f"... and {more} more like the last"

@@ -13,7 +13,7 @@ from deltalake.exceptions import DeltaError
 from pipelines.errors import JobError
 from pipelines.storage.errors import said
 from pipelines.store.changes import Pointer, Transaction
-from pipelines.store.damage import DamagedLog
+from pipelines.store.damage import DamagedLog, run_repair
 from pipelines.store.parquet import DataFile
 from pipelines.store.publishing import as_table, delta_for_writing, delta_of, number_of
 from pipelines.store.table import Table, repeated
@@ -69,22 +69,28 @@ class Snapshot:
     def _delta(self, path: str) -> DeltaTable | None:
         if path not in self.opened:
             delta = (delta_for_writing if self.for_writing else delta_of)(self.log, path)
-            self.opened[path] = delta
             number = 0 if delta is None else number_of(delta)
             if delta is not None and number > self.number:
                 number = self._go_back(path, delta, number)
-            if delta is not None and delta.version() and number < self._number_expected(path):
+            if delta is not None and number < (expected := self._number_expected(path, delta)):
                 raise DamagedLog(
-                    f"{self.log.uri}/{path} does not have transaction {self.number}, which {self.log.folder} says it "
-                    "has: the store was copied while it was written to, or a part of it was put back. Copy or restore "
-                    "it whole."
+                    f"{self.log.uri}/{path} does not have transaction {expected}, which {self.log.folder} says it "
+                    "has: a part of its log is lost or was put back, or the store was copied while it was written to; "
+                    f"{run_repair(self.log.uri)}."
                 )
+            self.opened[path] = delta
         return self.opened[path]
 
-    def _number_expected(self, path: str) -> int:
-        """What the snapshot's own transaction says of a table; one at version 0 was removed and begun again since."""
-        entries = self.transaction.tables if self.transaction else ()
-        return self.number if any(entry.table == path and (entry.add or entry.remove) for entry in entries) else 0
+    def _number_expected(self, path: str, delta: DeltaTable) -> int:
+        """The last transaction that changed a table, as far as that is known."""
+        if self.transaction is None:
+            return 0
+        if path in self.transaction.changed:
+            return self.transaction.changed[path]
+        # in logs of before it was noted; one at version 0 was removed and begun anew since
+        of_table = [entry for entry in self.transaction.tables if entry.table == path]
+        changed = any(entry.add or entry.remove for entry in of_table) and delta.version() > 0
+        return self.number if changed else 0
 
     def _go_back(self, path: str, delta: DeltaTable, number: int) -> int:
         """Have a table at the version before those of later transactions, which is mostly the one before; the number of

@@ -24,7 +24,7 @@ from pipelines.storage.errors import explain_write_error, reaching
 from pipelines.storage.files import filesystem, join, normalise
 from pipelines.storage.filesystems import Options, is_local, modified_at
 from pipelines.store.changes import Transaction
-from pipelines.store.damage import DamagedLog, run_repair
+from pipelines.store.damage import DamagedLog, gone, run_repair
 
 FOLDER = "transactions"
 PUTS_TRIED = 4
@@ -127,10 +127,18 @@ class TransactionLog:
         while listing.newest:
             found = self.read(listing.newest)
             again = self.listing()
+            self._refuse_lost_end(listing, again)
             if found and again.newest == found.number:
                 return found, found.number in again.marked
             listing = again
         return None, True
+
+    def _refuse_lost_end(self, listing: Listing, again: Listing) -> None:
+        """Raises DamagedLog where the newest transaction was published and its file is gone: its number would be used
+        again. A mark may show before its file does, so both of two listings have to say so."""
+        newest = max(again.marked, default=0)
+        if listing.newest == again.newest < newest:
+            raise DamagedLog(gone(self.uri_of(newest), self.uri))
 
     def published(self) -> Transaction | None:
         """The newest transaction that is known to be published, for readers; None for the store as it was before any.
@@ -142,6 +150,7 @@ class TransactionLog:
             number = listing.newest if listing.newest in listing.marked else listing.newest - 1
             found = self.read(number) if number else None
             again = self.listing()
+            self._refuse_lost_end(listing, again)
             same = (again.newest, again.newest in again.marked) == (listing.newest, listing.newest in listing.marked)
             if same and (found or not number):
                 return found

@@ -128,6 +128,9 @@ def _plan(current: Snapshot, change: Change, run_id: str, command: str) -> Trans
         else:
             pointers[name] = pointer
     created = dt.datetime.fromtimestamp(current.log.clock(), dt.UTC)
+    entries = _entries(current, change.tables)
+    changed = dict(before.changed) if before else {}
+    changed |= {entry.table: current.number + 1 if entry.add or entry.remove else 0 for entry in entries}
     return Transaction(
         number=current.number + 1,
         token=uuid.uuid4().hex,
@@ -135,9 +138,10 @@ def _plan(current: Snapshot, change: Change, run_id: str, command: str) -> Trans
         run_id=run_id,
         command=command,
         created_at=created.isoformat(timespec="milliseconds"),
-        tables=tuple(_entries(current, change.tables)),
+        tables=tuple(entries),
         pointers=pointers,
         sweep=tuple(checked_path(path) for path in change.sweep),
+        changed=changed,
     )
 
 

@@ -22,6 +22,7 @@ from dino_ops.multicrop import Crops, MultiCrop, centre_crop, resized_side
 from pipelines.errors import JobError
 from pipelines.running.ray_session import explain_ray_error
 from pipelines.sources import fetch
+from pipelines.storage.secrets import hidden, without_credentials
 
 IMAGES_A_PIECE = 16
 BATCHES_AHEAD = 3
@@ -101,10 +102,9 @@ def read_images(
             except ImageError as problem:
                 error = problem
         if picture is None:
-            message = str(error) or type(error).__name__
-            bad.append(
-                BadImage(wanted["image_id"][at].as_py(), wanted["uri"][at].as_py(), type(error).__name__, message)
-            )
+            image_id, uri = wanted["image_id"][at].as_py(), without_credentials(wanted["uri"][at].as_py())
+            message = hidden(str(error)) or type(error).__name__
+            bad.append(BadImage(image_id, uri, type(error).__name__, message))
         pictures.append(picture)
     return pictures, bad
 

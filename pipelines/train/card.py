@@ -8,6 +8,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.errors import counted
+from pipelines.storage.secrets import hidden
 from pipelines.train.output import card_uri, extract_command
 from pipelines.train.setup import TrainSetup
 
@@ -21,6 +22,7 @@ def write_card(training: TrainSetup, records: list[dict[str, Any]], result: Any)
 
 
 def make_card(training: TrainSetup, records: list[dict[str, Any]], result: Any) -> str:
+    """The card, without the credentials of the URIs that it names."""
     name, recipe = training.config.model.name, training.recipe
     start = "random weights" if training.weights == "random" else f"`{training.weights}`"
     settings = dataclasses.asdict(recipe)
@@ -72,7 +74,7 @@ def make_card(training: TrainSetup, records: list[dict[str, Any]], result: Any) 
             f"{accuracies[0]['knn_accuracy']:.1%} at the beginning, {accuracies[-1]['knn_accuracy']:.1%} at the end.",
             "",
         ]
-    return "\n".join(lines)
+    return hidden("\n".join(lines))
 
 
 def _curve(records: list[dict[str, Any]]) -> list[str]:

@@ -1,1 +1,1 @@
-"""Looking after a store: verify, compact, stats."""
+"""Looking after a store: verify, repair, compact, stats."""

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.jobs import JOBS
-from pipelines.results.all_kinds import check_result, look_at_results
+from pipelines.results.all_kinds import KINDS, check_result, look_at_results
 from pipelines.results.cluster_models import read_model
 from pipelines.results.clusters import checkpoint_uri, clusters_uri
 from pipelines.results.names import result_names, result_uri
@@ -20,13 +20,21 @@ from pipelines.results.stored import StoredResult
 from pipelines.store import projection
 from pipelines.store.changes import Transaction
 from pipelines.store.damage import DamagedLog, DamagedResult
-from pipelines.store.findings import ByHand, Finding, RemoveFile, RemoveLeftover, RewriteTransaction
+from pipelines.store.findings import (
+    ByHand,
+    Finding,
+    RemoveFile,
+    RemoveLeftover,
+    RewriteTransaction,
+    WriteLogAgain,
+)
 from pipelines.store.parquet import DamagedFile, MissingFile
 from pipelines.store.schemas import IMAGES
 from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.store import Store
 from pipelines.store.table import Table
 from pipelines.store.transaction_log import FOLDER
+from pipelines.upkeep.delta_logs import can_be_written_again
 from pipelines.upkeep.file_checks import check_against_transactions, check_files
 from pipelines.upkeep.row_checks import IMAGE_COLUMNS, check_rows
 
@@ -61,7 +69,7 @@ def check(store: Store, *, deep: bool) -> Checked:
     current = _check_transactions(store, checked)
     if current is None:
         return checked
-    results = _open_results(store, checked)
+    results = _open_results(store, current, checked)
     tables = _open_extraction(store, current, checked)
     for result in results:
         tables |= {f"{result.path}/{name}": table for name, table in result.tables.items()}
@@ -142,7 +150,7 @@ def _open_extraction(store: Store, current: Snapshot, checked: Checked) -> dict[
         except DamagedLog as error:
             table, why = None, str(error)
         if table is None:
-            checked.findings.append(Finding("log", name, why, ByHand(advice)))
+            checked.findings.append(_of_a_log(current, name, why, advice))
         else:
             found[name] = table
             # so that rows of several tables can be compared
@@ -150,15 +158,32 @@ def _open_extraction(store: Store, current: Snapshot, checked: Checked) -> dict[
     return found
 
 
-def _open_results(store: Store, checked: Checked) -> list[StoredResult]:
+def _of_a_log(current: Snapshot, table: str, why: str, advice: str) -> Finding:
+    again = can_be_written_again(current.log, table)
+    return Finding("log", table, why, WriteLogAgain(table) if again else ByHand(advice))
+
+
+def _open_results(store: Store, current: Snapshot, checked: Checked) -> list[StoredResult]:
     found = []
     for path, result in look_at_results(store):
         if isinstance(result, DamagedLog):
-            advice = f"remove {store.uri}/{path} and run `{command_for(store.uri, path)}`, which makes it again"
-            checked.findings.append(Finding("log", path, str(result), ByHand(advice)))
+            checked.findings.extend(_damaged_logs(store, current, path))
         else:
             found.append(result)
     return found
+
+
+def _damaged_logs(store: Store, current: Snapshot, path: str) -> Iterator[Finding]:
+    """Which logs of a result that cannot be opened are damaged. path: KIND/NAME."""
+    advice = f"remove {store.uri}/{path} and run `{command_for(store.uri, path)}`, which makes it again"
+    for name in KINDS[path.partition("/")[0]].tables:
+        table = f"{path}/{name}"
+        try:
+            why = "" if current.table(table) else f"The log of {store.uri}/{table} is gone."
+        except DamagedLog as error:
+            why = str(error)
+        if why:
+            yield _of_a_log(current, table, why, advice)
 
 
 def command_for(store: str, path: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -11,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import counted
-from pipelines.storage.errors import explain_read_error
+from pipelines.storage.errors import explain_read_error, reaching
+from pipelines.storage.files import filesystem, join
 from pipelines.store.changes import Transaction
 from pipelines.store.damage import DamagedLog
 from pipelines.store.findings import Finding, RemoveFile, RestoreFile
@@ -133,6 +136,8 @@ def check_against_transactions(current: Snapshot, tables: dict[str, Table]) -> I
     """Whether tables have the files that the transactions brought which are still in the store's log, and none that
     they took away. It is the only check that finds a log of a table in which the name of a file is another one.
 
+    Files that the table's log says were taken away are passed over: another program did it, or put them back.
+
     Raises JobError for a transaction that cannot be reached; damaged ones are passed over.
     """
     last_word: dict[tuple[str, str], DataFile | None] = {}
@@ -146,11 +151,26 @@ def check_against_transactions(current: Snapshot, tables: dict[str, Table]) -> I
         if path not in tables:
             continue
         table = tables[path]
-        if said is None and file in table.files():
+        if (said is None) != (file in table.files()) or file in _files_taken_away(current, path):
+            continue
+        if said is None:
             yield _finding(path, file, "was removed by a transaction, and the table's log has it still")
-        elif said is not None and file not in table.files() and described(table.uri, file, table.options) == said:
+        elif described(table.uri, file, table.options) == said:
             sentence = f"{path}: {file} was added by a transaction, and the table's log does not have it"
             yield Finding("file", path, sentence, RestoreFile(path, said))
+
+
+def _files_taken_away(current: Snapshot, table: str) -> set[str]:
+    """Files that commits to a table took away, as its log has it; what cannot be read there says nothing."""
+    folder = join(current.log.uri, table, "_delta_log")
+    fs, path = filesystem(folder, current.log.options)
+    found = set[str]()
+    with reaching(folder):
+        for name in fs.ls(path, detail=False):
+            for line in fs.cat_file(name).splitlines() if name.endswith(".json") else ():
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    found.add(str(json.loads(line)["remove"]["path"]))
+    return found
 
 
 def _transactions(current: Snapshot) -> Iterator[Transaction]:

@@ -25,6 +25,7 @@ from pipelines.store.findings import (
     RemoveRows,
     RestoreFile,
     RewriteTransaction,
+    WriteLogAgain,
 )
 from pipelines.store.parquet import DamagedFile, DataFile
 from pipelines.store.rewriting import rewrite_without
@@ -36,6 +37,7 @@ from pipelines.store.transaction_log import FOLDER, TransactionLog
 from pipelines.store.transactions import open_for_writing, transact
 from pipelines.store.written_files import WrittenFiles
 from pipelines.upkeep.checking import command_for
+from pipelines.upkeep.delta_logs import write_log_again
 from pipelines.upkeep.pairs import Damage, Pair, PairMender, difference
 
 COMMAND = "repair"
@@ -56,6 +58,11 @@ class Mender:
             if isinstance(mend, RewriteTransaction):
                 rewrite_transaction(self._store.log, mend.number)
                 return  # what the store holds can be judged only now
+        logs = [mend.table for mend in mends if isinstance(mend, WriteLogAgain)]
+        for table in logs:
+            write_log_again(self._store.log, table)
+        if logs:
+            return  # which files are damaged can be judged only now
         open_for_writing(self._store.log)
         emptied = {mend.path for mend in mends if isinstance(mend, RemoveResult)}
         for path in sorted(emptied):
@@ -88,7 +95,11 @@ class Mender:
         written.remove_unused(change)
         for one in change.tables if change else ():
             before = sum(current.files(one.table)[path].rows for path in one.remove)
-            self.removed[one.table] += max(0, before - sum(file.rows for file in one.add))
+            self._count(one.table, before - sum(file.rows for file in one.add))
+
+    def _count(self, table: str, rows: int) -> None:
+        if rows > 0:
+            self.removed[table] += rows
 
     def _mend_pair(self, pair: Pair, damage: Damage) -> None:
         written = WrittenFiles()
@@ -145,11 +156,12 @@ class Mender:
             return Update(add, remove, model, tables.statistics(counting, sound), has_saliency)
 
         tables.update(self._run_id, decide, COMMAND)
-        self.removed[path] += sum(taken)
+        self._count(path, sum(taken))
 
     def _empty(self, path: str) -> None:
         """Remove all rows of a result, and whatever it points at. path: KIND/NAME."""
         store, kind, name = self._store, *path.split("/", 1)
+        rows: dict[str, int] = {}
 
         def build(current: Snapshot) -> Change | None:
             pointer = current.pointers.get(path)
@@ -163,11 +175,13 @@ class Mender:
                     changes += [TableChange(f"{path}/{table}", schema, (), files)] if files else []
             if not changes and not pointer and not sweep:
                 return None
-            for change in changes:
-                self.removed[change.table] = sum(current.files(change.table)[file].rows for file in change.remove)
+            rows.clear()
+            rows.update({one.table: sum(current.files(one.table)[file].rows for file in one.remove) for one in changes})
             return Change(changes, {path: None} if pointer else {}, sorted(sweep))
 
         transact(store.log, build, run_id=self._run_id, command=COMMAND)
+        for table, count in rows.items():
+            self._count(table, count)
 
     def _sweep(self, paths: set[str]) -> None:
         """Remove files that nobody needs; the mark of a transaction goes with it."""
@@ -228,6 +242,7 @@ def rewrite_transaction(log: TransactionLog, number: int) -> None:
         command=COMMAND,
         created_at=before.created_at if before else "1970-01-01T00:00:00.000+00:00",
         pointers=dict(before.pointers) if before else {},
+        changed=dict(before.changed) if before else {},
     )
     storage.write_bytes(log.uri_of(number), again.to_json(), log.options)
     log.make_durable()

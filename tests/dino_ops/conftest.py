@@ -15,6 +15,7 @@ import skimage.data
 import timm
 import torch
 from PIL import Image
+from repository import ROOT
 from torch import nn
 
 from dino_ops import Extractor, ImageFeatures
@@ -110,7 +111,7 @@ def noise_map() -> Callable[..., np.ndarray]:
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Real images and outputs of the published code, which are not part of the repository."""
-    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
+    beside = ROOT.resolve().parent / "shared" / "data"
     folder = Path(os.environ.get("DINORAY_TEST_DATA", beside))
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder}: set DINORAY_TEST_DATA")

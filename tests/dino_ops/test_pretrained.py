@@ -14,13 +14,13 @@ import pytest
 import timm
 import torch
 from packaged_files import CARD, WEIGHTS, stand_in
+from repository import ROOT
 from safetensors.torch import load_file
 
 from dino_ops import hub, packaged
 from dino_ops.errors import ModelError
 from dino_ops.models import create_model, describe
 
-ROOT = Path(__file__).parents[2]
 LARGEST = 12_000_000  # bytes
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from docs import python_stubs
 from docs.generate import settings_page, tables_page
@@ -14,7 +14,7 @@ from pipelines.settings.loading import load_config
 from pipelines.settings.sections import Config
 from pipelines.store import schemas
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = ROOT / "docs"
 TABLES = {table.place: table for table in schemas.TABLES}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 from s3_server import S3Server, ServerUnavailable, s3_server
 from small_runs import photo
 
@@ -14,7 +15,7 @@ from small_runs import photo
 @pytest.fixture(scope="session")
 def data() -> Path:
     """Real images, weights and golden outputs."""
-    here = Path(os.environ.get("DINORAY_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    here = Path(os.environ.get("DINORAY_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not here.is_dir():
         pytest.skip(f"no test data at {here} (set DINORAY_TEST_DATA)")
     return here

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 from hand_made import add_images, source
+from repository import ROOT
 from small_runs import settings
 
 from pipelines.jobs import JOBS
 from pipelines.store.store import Store
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "how-it-is-built.md").read_text()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from deltalake import DeltaTable
-from file_systems import mounted
+from file_systems import enlarge, mounted
 from hand_made import add_images, finished_store
 from hand_made import source as listing_row
 from small_runs import as_options, photo, settings
@@ -43,6 +43,12 @@ def sentence(result: Result, code: int = 2) -> str:
 def says(text: str, *parts: object) -> None:
     for part in parts:
         assert str(part) in text
+
+
+@pytest.fixture(autouse=True)
+def no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine would show some before the sentence."""
+    monkeypatch.setattr("pipelines.running.progress.LOG_SECONDS", float("inf"))
 
 
 @pytest.fixture
@@ -232,7 +238,7 @@ def test_a_full_disk_ends_with_1_and_the_same_command_finishes_once_there_is_spa
         text = sentence(extract(source, disk / "store", *overrides), 1)
         says(text, disk / "store", "full", "free some space and run the same command again")
         assert verify.run(settings(), store=str(disk / "store")).images < 20
-        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        enlarge(disk)
         again = extract(source, disk / "store", *overrides)
         assert again.exit_code == 0, again.output
         whole = verify.run(settings(), store=str(disk / "store"))

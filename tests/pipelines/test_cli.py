@@ -156,6 +156,21 @@ def test_no_command_shows_a_secret(command: list[str], option: list[str]) -> Non
     assert result.exit_code == 0 and "..." in result.stdout and "hush-hush" not in result.output
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ["verify", "store", "storage.options.secret=hush-hush"],
+        ["verify", "store", SECRET_URI],
+        ["storage.options.secret=hush-hush"],
+    ],
+    ids=" ".join,
+)
+def test_arguments_that_cannot_be_parsed_show_no_secret(mistake: list[str]) -> None:
+    """Such as those of a --set that was forgotten."""
+    result = dinoray(*mistake)
+    assert result.exit_code == 2 and "..." in result.output and "hush" not in result.output
+
+
 @pytest.mark.parametrize("option", [["--json"], []])
 def test_what_a_job_found_is_shown_without_secrets(option: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found = verify.Result("r", "s3://key:hush-hush@bucket", problems=["hush-hush has no rows"], messages=[SECRET_URI])

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from deltalake import DeltaTable
 from PIL import Image
+from repository import ROOT
 
-FILE = Path(__file__).parents[2] / "examples" / "images-to-parts.ipynb"
+FILE = ROOT / "examples" / "images-to-parts.ipynb"
 PICTURES = 7  # photos, colours, saliency, foreground, parts, matches, masks
 
 

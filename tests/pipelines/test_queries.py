@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from hand_made import add_failure, features, source
+from repository import ROOT
 from small_runs import settings
 from tables_by_hand import commit_by_hand, made_table
 
@@ -25,7 +26,7 @@ from pipelines.store.extraction import Committer, ShardReport
 from pipelines.store.schemas import ASSIGNMENTS, CENTROIDS, MATCHES, PAIRS, PARTS_IMAGES, PARTS_PATCHES
 from pipelines.store.store import Store
 
-RUN = Path(__file__).parents[2] / "examples" / "queries" / "run.py"
+RUN = ROOT / "examples" / "queries" / "run.py"
 QUESTIONS = 10
 ROWS, COLS = 3, 4
 

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 from hand_made import add_failure, add_images, source, write_shard
+from repository import ROOT
 from small_runs import photo, settings
 from tables_by_hand import commit_by_hand
 from typer.testing import CliRunner
@@ -458,19 +459,18 @@ def test_a_description_is_checked_as_settings_are(store: Store, change: dict[str
 
 def test_nothing_of_ours_runs_what_it_reads() -> None:
     """No eval, exec, shells or unsafe loaders; pickles only between our own stages, and torch.load of tensors alone."""
-    root = Path(__file__).parents[2]
     forbidden = {"eval", "exec", "os.system", "os.popen", "pickle.load", "yaml.load", "yaml.unsafe_load"}
     seen = set()
-    for path in sorted([*(root / "pipelines").rglob("*.py"), *(root / "dino_ops").rglob("*.py")]):
+    for path in sorted([*(ROOT / "pipelines").rglob("*.py"), *(ROOT / "dino_ops").rglob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute):
                 continue
             name = ast.unparse(node.func)
-            where = f"{path.relative_to(root)}:{node.lineno} calls {name}"
+            where = f"{path.relative_to(ROOT)}:{node.lineno} calls {name}"
             assert name not in forbidden and not name.startswith("subprocess."), where
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert name != "torch.load" or options.get("weights_only") == "True", where
             assert name != "np.load" or options.get("allow_pickle", "False") == "False", where
             if name == "pickle.loads":
-                seen.add(str(path.relative_to(root)))
+                seen.add(str(path.relative_to(ROOT)))
     assert seen <= {"pipelines/extract/stages.py"}

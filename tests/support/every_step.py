@@ -1,16 +1,18 @@
-"""A run on copies of a store, disturbed before each of its steps on the way to storage in turn."""
+"""A run that is disturbed before each of its steps on the way to storage in turn, from the first to the last."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from trials import at_step
+from trials import KILLED, at_step
 
 LEAST_STEPS = 6  # of a run that does anything worth disturbing
+MOST_STEPS = 300  # of a run that ends
 
 
 class Killed(BaseException):
@@ -22,17 +24,56 @@ def die(store: str) -> None:
     raise Killed
 
 
+class Step:
+    """One step of a run, which is begun again for each of them. is_past: the run ended before it came to this step, so
+    that nothing disturbed it. name: what is done in the step."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.name = ""
+        self.is_past = False
+
+    def __str__(self) -> str:
+        return f"step {self.number} {self.name}".rstrip()
+
+    @contextmanager
+    def disturbed(self, act: Callable[[], object], *, reads: bool = False) -> Iterator[None]:
+        """Within, a run has `act` called before this step; see `at_step`."""
+        with at_step(self.number, act, reads=reads) as taken:
+            yield
+        self._took(taken)
+
+    def _took(self, taken: list[str]) -> None:
+        self.is_past = len(taken) <= self.number
+        self.name = "" if self.is_past else taken[self.number]
+
+    def ended(self, code: int) -> None:
+        """A process that was to die before this step has ended with a code."""
+        assert code in (0, KILLED), f"{self}: exit code {code}"
+        self.is_past = code == 0
+
+
+def each_step(least: int = LEAST_STEPS) -> Iterator[Step]:
+    """The steps of a run, and in the end one that is past: fails for a run of fewer than `least`, or without an end.
+
+    The caller begins the run again for each, and has it disturbed before that step (`Step.disturbed`, `Step.ended`).
+    """
+    for number in range(MOST_STEPS):
+        step = Step(number)
+        yield step
+        if step.is_past:
+            assert number >= least, f"only {number} steps were taken"
+            return
+    raise AssertionError(f"more than {MOST_STEPS} steps")
+
+
 def at_every_step(
     begin: Path, folder: Path, run: Callable[[str], object], act: Callable[[str], object]
 ) -> Iterator[str]:
     """Have `run` disturbed by `act`, each time on a new copy of the store `begin` below `folder`; the copies."""
-    number = 0
-    while True:
-        store = str(shutil.copytree(begin, folder / f"{number}"))
-        with at_step(number, partial(act, store)) as taken, contextlib.suppress(Killed):
+    for step in each_step():
+        store = str(shutil.copytree(begin, folder / f"{step.number}"))
+        with step.disturbed(partial(act, store)), contextlib.suppress(Killed):
             run(store)
-        if len(taken) <= number:
-            break
-        yield store
-        number += 1
-    assert number >= LEAST_STEPS, f"only {number} steps were taken"
+        if not step.is_past:
+            yield store

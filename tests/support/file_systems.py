@@ -12,13 +12,19 @@ import pytest
 
 
 @contextmanager
-def mounted(folder: Path, options: str) -> Iterator[None]:
-    """A tmpfs at `folder`, with options such as size=9m, where this user may mount one."""
+def mounted(folder: Path, options: str, *, kind: str = "tmpfs", device: str = "tmpfs") -> Iterator[Path]:
+    """A file system at `folder`, with options such as size=9m. Skips where this user may not mount one."""
     folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    command = ["mount", "-t", kind, "-o", options, device, str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a file system takes rights that this user lacks")
     try:
-        yield
+        yield folder
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        # what still has a file open must not keep the folder in the way of later tests
+        subprocess.run(["umount", *(["--lazy"] if kind == "tmpfs" else []), str(folder)], check=True)
+
+
+def enlarge(folder: Path, size: str = "200m") -> None:
+    """Give a small tmpfs room."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from file_systems import mounted
 
 
 def make_disk(image: Path, megabytes: int = 24) -> Path:
@@ -21,18 +21,10 @@ def make_disk(image: Path, megabytes: int = 24) -> Path:
     return image
 
 
-@contextmanager
-def mounted_disk(image: Path, folder: Path) -> Iterator[Path]:
+def mounted_disk(image: Path, folder: Path) -> AbstractContextManager[Path]:
     """The disk at a folder. Skips where this user may not mount one."""
-    folder.mkdir(exist_ok=True)
     # `commit`: so that the file system writes nothing by itself in the time of a test
-    command = ["mount", "-o", "loop,commit=300", str(image), str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a file system takes rights that this user lacks")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+    return mounted(folder, "loop,commit=300", kind="ext4", device=str(image))
 
 
 def cut_power(image: Path, copy: Path) -> Path:

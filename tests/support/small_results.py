@@ -42,11 +42,11 @@ def run_ids(store: str) -> dict[str, str]:
 
 
 def write_matches(tables: MatchTables, run_id: str, pairs: list[str], runs: dict[str, str]) -> MatchReport:
-    """Files of pairs such as "ab"; the last pair has no matches."""
+    """Files of pairs such as "ab"; about every seventh has no matches, such as "ac"."""
     name, matches = new_file_name(run_id), []
     rows: list[dict[str, Any]] = []
     for pair in sorted(pairs):
-        kept = MATCHES_OF_A_PAIR if pair != max(pairs) else 0
+        kept = MATCHES_OF_A_PAIR if sum(map(ord, pair)) % 7 else 0
         of_pair = {"image_a": pair[0], "image_b": pair[1]}
         rows.append(
             {

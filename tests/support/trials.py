@@ -172,7 +172,7 @@ def _sweep(arguments: dict[str, Any]) -> None:
 
 
 def _command(arguments: dict[str, Any]) -> None:
-    from store_changes import COMMANDS
+    from store_commands import COMMANDS
 
     COMMANDS[arguments["command"]](arguments["store"])
 
@@ -209,7 +209,7 @@ def _child(change: str, arguments: dict[str, Any]) -> None:
 
 def _serve() -> None:
     # before any fork, since what it imports must not be imported in many children
-    importlib.import_module("store_changes")
+    importlib.import_module("store_commands")
     storage_steps()
     for line in sys.stdin:
         request = json.loads(line)

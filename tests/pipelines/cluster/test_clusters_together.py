@@ -13,6 +13,7 @@ import pytest
 from changes_in_steps import commits_in_order
 from deltalake import DeltaTable
 from every_step import at_every_step, die
+from flipped_bits import flip_bit
 from hand_made import add_described, described
 from local_clusters import use_local_workers
 from small_runs import settings
@@ -204,9 +205,7 @@ def test_the_model_is_pointed_at_and_a_damaged_one_is_not_used(begun: Path) -> N
     pointer = snapshot(tables.log).pointers[f"clusters/{NAME}"]
     assert pointer.file == f"clusters/{NAME}/model/{training}.npz"
     file = begun / pointer.file
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
+    flip_bit(file, file.stat().st_size // 2)
     with pytest.raises(JobError, match="is damaged"):
         tables.model()
     with pytest.raises(JobError, match="is damaged"):

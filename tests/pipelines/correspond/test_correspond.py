@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 from documents import python_of_section
+from extraction_here import extraction_here
 from hand_made import DIMENSIONS, GRID, add_images, features, source
 from PIL import Image
 from s3_server import BUCKET, S3Server
@@ -39,6 +40,7 @@ from pipelines.correspond.worker import MatchSetup, PairRow, load_images, match_
 from pipelines.errors import RequestError
 from pipelines.extract import job as extract
 from pipelines.extract.shards import ShardWriter
+from pipelines.results.made_with import MadeWith
 from pipelines.results.matches import MatchReport, MatchTables
 from pipelines.store.changes import Transaction
 from pipelines.store.extraction import Committer, ShardReport, drop_images
@@ -61,7 +63,8 @@ def extracted(tmp_path_factory: pytest.TempPathFactory, ray: None) -> tuple[Path
         target.parent.mkdir(parents=True, exist_ok=True)
         photo(index, *((96, 72) if index % 3 else (72, 96))).save(target)
     config = settings(*OVERRIDES, "run.images_per_shard=5")
-    extract.run(config, input=str(folder / "in"), store=str(folder / "store"))
+    with extraction_here():
+        extract.run(config, input=str(folder / "in"), store=str(folder / "store"))
     return folder / "in", folder / "store"
 
 
@@ -90,7 +93,8 @@ def add(
 def by_hand(store: Store, name: str, pairs: list[str], *overrides: str) -> tuple[MatchTables, MatchReport]:
     """Files of pairs such as "ab", written as a worker does and not committed."""
     tables = MatchTables.open_or_make(store.uri, name, {})
-    correspond.settings_of_matches(store.uri, name, settings().correspond, {}).check(record=True)
+    made_with = MadeWith.of("correspond", store.uri, name, settings().correspond, correspond.how_to_match, {})
+    made_with.check(record=True)
     config = store.config.model_copy(update={"correspond": settings(*overrides).correspond})
     setup = MatchSetup(store.uri, tables.uri, "r9", config, "cpu")
     images = store.images.read(["image_id", "shard", "grid_height", "grid_width", "run_id"]).to_pylist()

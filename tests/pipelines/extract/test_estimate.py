@@ -61,7 +61,7 @@ def test_flops_are_those_that_torch_counts() -> None:
     assert facts.gflop_of(14 * 18) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.05)
 
 
-def test_a_named_device_and_its_cost(tmp_path: Path, photos: Callable[..., Path], ray: None) -> None:
+def test_a_named_device_and_its_cost(tmp_path: Path, photos: Callable[..., Path], extract_here: None) -> None:
     command = ["estimate", str(photos(8)), str(tmp_path / "store"), *as_options()]
     told = CliRunner().invoke(app, [*command, "--device", "t4", "--cpus", "1", "--price", "2", "--json"])
     assert told.exit_code == 0, told.stderr
@@ -78,7 +78,7 @@ def test_an_unknown_device_is_answered_with_the_known_ones(tmp_path: Path, photo
 
 
 @pytest.mark.slow
-def test_a_sample_without_a_readable_image_says_why(tmp_path: Path, ray: None) -> None:
+def test_a_sample_without_a_readable_image_says_why(tmp_path: Path, extract_here: None) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"no picture")
     with pytest.raises(RequestError, match="None of 1 sampled image "):

@@ -4,7 +4,6 @@ test_soak.py does all of it at random."""
 
 from __future__ import annotations
 
-import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -32,7 +31,7 @@ from disturbed_runs import (
     wait_for,
 )
 from faulty_proxy import KINDS, MAX_DELAY_SECONDS, FaultyProxy, by_chance, faulty_proxy
-from file_systems import mounted
+from file_systems import enlarge, mounted
 from hand_made import source as listing_row
 from hand_made import write_shard
 from s3_server import BUCKET, S3Server
@@ -317,7 +316,7 @@ def test_a_disk_that_fills_in_mid_run(undisturbed: tuple[Path, Path], tmp_path: 
         ended = run(place := Place(str(source), str(disk / "store")))
         assert ended.code == 1 and "is full: free some space and run the same command again" in ended.error
         assert verify.run(settings(), store=str(disk / "store")).problems == []
-        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        enlarge(disk)
         finish(place)
         judge(disk / "store", expected)
 

@@ -26,25 +26,19 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return source, store
 
 
-MOMENTS: dict[str, Callable[[Path], bool]] = {
-    "the store begins": lambda store: (store / "store.json").exists(),
-    "between the commits of two tables": lambda store: commits(store, "patches") > commits(store, "images"),
-    "some commits are made": lambda store: commits(store, "images") >= 4,
-}
-
-
-# tests/pipelines/store/test_commands_disturbed.py kills it at every step of a commit, in seconds
-@pytest.mark.parametrize(
-    "moments", [["the store begins", "some commits are made"], pytest.param(list(MOMENTS), marks=pytest.mark.slow)]
-)
+# tests/pipelines/store/test_commands_disturbed.py kills at every step of a commit, in seconds
 def test_a_driver_killed_at_several_moments_loses_and_repeats_nothing(
-    undisturbed: tuple[Path, Path], tmp_path: Path, moments: list[str]
+    undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:
     source, expected = undisturbed
     store = tmp_path / "store"
-    for moment in moments:
+    moments: list[Callable[[], bool]] = [
+        lambda: (store / "store.json").exists(),
+        lambda: commits(store, "images") >= 4,
+    ]
+    for happened in moments:
         with started(Place(str(source), str(store))) as process:
-            wait_for(lambda happened=MOMENTS[moment]: happened(store), process)
+            wait_for(happened, process)
             process.send_signal(signal.SIGKILL)
             process.wait()
     finish(Place(str(source), str(store)))

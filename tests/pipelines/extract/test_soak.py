@@ -41,7 +41,7 @@ from disturbed_runs import (
     workers,
 )
 from faulty_proxy import FaultyProxy, by_chance, faulty_proxy, nothing_wrong
-from file_systems import mounted
+from file_systems import enlarge, mounted
 from s3_server import BUCKET, S3Server
 from small_runs import photo
 
@@ -206,7 +206,7 @@ class Soak:
         try:
             with mounted(disk, f"size={self.random.randint(400, 1600)}k"):
                 self.injected["disk full"] += run(place).code == 1
-                subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+                enlarge(disk)
                 self.check(place)
         except pytest.skip.Exception:
             return  # this user may mount nothing

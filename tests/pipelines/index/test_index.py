@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flipped_bits import flip_bit, flipped_bits
 from hand_made import source
 from indices_by_hand import change_manifest
 from small_runs import as_options, photo, settings
@@ -210,10 +211,10 @@ def test_a_damaged_file_is_a_sentence(piece: str, make: Callable[..., Store]) ->
     file = Path(store.uri) / "index" / "main" / manifest.segments[0].files[piece]
     file.write_bytes(file.read_bytes()[:-30])
     result = dinoray("search", store.uri, "main", "001")
-    assert result.exit_code == 1 and "A file of the index main cannot be read" in result.stderr
+    assert result.exit_code == 1 and "/index/main/" in result.stderr
     file.unlink()
     result = dinoray("search", store.uri, "main", "001")
-    assert result.exit_code == 1 and "is gone: the index main was updated at this moment or is damaged" in result.stderr
+    assert result.exit_code == 1 and "is gone: run the same command again, and `dinoray repair" in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
@@ -224,13 +225,10 @@ def test_a_flipped_bit_of_an_index_is_a_sentence(kind: str, make: Callable[..., 
     assert manifest is not None
     name = manifest.segments[0].files["vectors"]
     file = Path(store.uri) / "index" / "main" / name
-    sound, random = file.read_bytes(), np.random.default_rng(0)
-    for at in random.choice(len(sound), 40, replace=False):
-        flipped = bytearray(sound)
-        flipped[at] ^= 1 << int(random.integers(8))
-        file.write_bytes(flipped)
-        with pytest.raises(JobError, match="cannot be read"):
+    for _ in flipped_bits(file, range(file.stat().st_size), 40):
+        with pytest.raises(JobError, match="is damaged"):
             index_files.read_parts(store, "main", manifest, index_files.read_dead(store, "main", manifest))
+    flip_bit(file, file.stat().st_size // 2)
     (problem,) = verify.run(store.config, store=store.uri).problems
     assert name in problem and "its checksum is crc32:" in problem
 

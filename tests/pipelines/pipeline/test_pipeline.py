@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from hand_made import add_images, source
+from repository import ROOT
 from shown_store import add_matches
 from small_runs import SMALL_MODEL, settings
 from stores import sound
@@ -24,8 +25,6 @@ from pipelines.running.reports import read_reports
 from pipelines.settings.loading import load_settings
 from pipelines.settings.pipeline_file import read_pipeline
 from pipelines.store.store import Store
-
-ROOT = Path(__file__).parents[3]
 
 
 def written(folder: Path, content: Any) -> Path:

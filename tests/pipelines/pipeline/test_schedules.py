@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from repository import ROOT
 from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.settings.pipeline_file import read_pipeline
 
-ROOT = Path(__file__).parents[3]
 SCHEDULES = ROOT / "examples" / "schedules"
 
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from shown_store import add_clusters, add_matches, add_parts, scenes, shown_store
 
+from pipelines import storage
 from pipelines.jobs import JOBS
 from pipelines.pipeline import job as pipeline
 from pipelines.results.cluster_models import Level, Model, Progress, model_uri, write_model
@@ -154,6 +155,19 @@ def test_a_file_that_a_job_names_is_read(
     assert night(job)["correspond nearest"] == f"{pairs} changed since"
     pairs.unlink()
     assert night(job)["correspond nearest"] == f"{pairs} changed since", "the job says what is wrong"
+
+
+def test_a_note_shows_no_credentials(
+    night: Callable[..., dict[str, str]], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file that a job reads, and of one that it wrote."""
+    monkeypatch.setattr(storage, "sha256", lambda *_: "0" * 64)
+    jobs = [{"correspond": {"name": "nearest", "pairs": "https://me:hush@host/pairs.csv"}}]
+    jobs += [{"cosegment": {"name": "things", "sets": "s3://key:hush@bucket/sets.csv"}}]
+    night(*jobs)
+    assert night(*jobs) == {"correspond nearest": "", "cosegment things": ""}
+    notes = [note.read_text() for note in Path(store.uri, "pipeline").iterdir()]
+    assert len(notes) == 2 and "...@bucket/sets.csv" in "".join(notes) and "hush" not in "".join(notes)
 
 
 def test_a_table_that_was_made_again_is_another_one(night: Callable[..., dict[str, str]], store: Store) -> None:

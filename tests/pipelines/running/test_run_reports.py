@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hand_made import add_failure, add_images, finished_store, source
+from hand_made import finished_store
 from small_runs import settings
 
 from pipelines.errors import JobError
@@ -17,8 +17,6 @@ from pipelines.extract import job as extract
 from pipelines.running import progress
 from pipelines.running.progress import ProgressLine
 from pipelines.running.reports import RunReport, new_run_id, read_reports
-from pipelines.store.store import Store
-from pipelines.upkeep import stats
 
 
 def report_of(store: Path | str, run_id: str) -> dict[str, Any]:
@@ -139,37 +137,6 @@ def test_a_run_that_broke_unexpectedly_reports_a_failure(
     with pytest.raises(TypeError, match="a bug"):
         extract.run(settings(), input=str(folder), store=str(store))
     assert last_report(store)["status"] == "failed"
-
-
-def test_stats_count_rows_bytes_labels_and_failures(tmp_path: Path) -> None:
-    made = Store.create(str(tmp_path / "store"), settings())
-    add_images(made, "r1", [{**source("a", 0), "label": "cat"}, {**source("b", 1), "label": "dog"}])
-    add_images(made, "r2", [{**source("c", 0), "label": "cat"}])
-    for image_id, error in [("d", "ImageError"), ("e", "ImageError"), ("f", "WorkerDied")]:
-        add_failure(made, "r2", image_id, error)
-    counted = stats.run(settings(), store=made.uri)
-    assert (counted.images, counted.patches, counted.failures, counted.labels) == (3, 36, 3, 2)
-    assert counted.files == {"images": 2, "patches": 2, "failures": 3}
-    for table, size in counted.bytes.items():
-        assert size == sum(path.stat().st_size for path in (Path(made.uri) / table).glob("*.parquet"))
-    assert counted.bytes_per_image == pytest.approx(sum(counted.bytes.values()) / 3, abs=0.1)
-    assert list(counted.failures_by_reason.items()) == [("decode: ImageError", 2), ("decode: WorkerDied", 1)]
-
-
-def test_stats_of_an_empty_store_are_zero(tmp_path: Path) -> None:
-    made = Store.create(str(tmp_path / "store"), settings())
-    counted = stats.run(settings(), store=made.uri)
-    assert (counted.images, counted.patches, counted.failures, counted.bytes_per_image) == (0, 0, 0, None)
-    assert counted.runs == []
-
-
-def test_stats_show_every_run_with_its_outcome(tmp_path: Path) -> None:
-    made = Store.create(str(tmp_path / "store"), settings())
-    RunReport("extract", made.uri, settings(), "r1", {}).finish("failed", result={"extracted": 5, "failed": 1})
-    RunReport("extract", made.uri, settings(), "r2", {}).finish("interrupted", result={"extracted": 7})
-    RunReport("extract", made.uri, settings(), "r3", {}).write()  # killed: nobody finished it
-    shown = [(run["run_id"], run["status"], run["extracted"]) for run in stats.run(settings(), store=made.uri).runs]
-    assert shown == [("r1", "failed", 5), ("r2", "interrupted", 7), ("r3", "running", None)]
 
 
 class Clock:

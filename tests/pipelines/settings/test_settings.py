@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from repository import ROOT
 
 from pipelines.errors import RequestError
 from pipelines.settings.loading import load_config
@@ -64,7 +65,7 @@ def test_defaults_are_those_of_the_contract(section: str) -> None:
 
 
 def test_the_commented_example_repeats_the_defaults() -> None:
-    example = Path(__file__).parents[3] / "configs" / "extract.yaml"
+    example = ROOT / "configs" / "extract.yaml"
     assert load_config([example]) == load_config()
 
 

@@ -13,6 +13,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import extraction_here
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -204,6 +205,15 @@ def dinoray(*arguments: str, environment: dict[str, str]) -> subprocess.Complete
     return python("-c", "from pipelines.cli import main; main()", *arguments, environment=environment)
 
 
+def dinoray_without_ray(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    program = (
+        "from extraction_here import extraction_here\nfrom pipelines.cli import main\nwith extraction_here(): main()"
+    )
+    support = str(Path(extraction_here.__file__).parent)
+    paths = os.pathsep.join([support, os.environ.get("PYTHONPATH", "")])
+    return python("-c", program, *arguments, environment=environment | {"PYTHONPATH": paths})
+
+
 def python(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """In a process that knows no other AWS configuration than this."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
@@ -231,7 +241,7 @@ def result_of(process: subprocess.CompletedProcess[str], exit_code: int = 0) -> 
 def test_a_store_in_a_bucket_lives_as_one_on_a_disk_and_keeps_no_secret(
     s3: S3Server, fs: Any, place: str, tmp_path: Path
 ) -> None:
-    """extract, nothing to do, a changed object with credentials given as settings, verify."""
+    """extract, nothing to do, a changed object with credentials that Ray's workers get as settings, verify."""
     for number in range(6):
         fs.pipe_file(f"{place}/in/{'cat' if number % 2 else 'dog'}/{number}.jpg", jpeg(number))
     fs.pipe_file(f"{place}/in/dog/broken.jpg", b"this is not an image")
@@ -239,12 +249,12 @@ def test_a_store_in_a_bucket_lives_as_one_on_a_disk_and_keeps_no_secret(
     asked = ["extract", source, store, *as_options("run.max_failed_fraction=0.5"), "--json"]
     outputs: list[str] = []
 
-    def run(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
-        process = dinoray(*arguments, environment=environment)
+    def run(arguments: list[str], environment: dict[str, str], with_ray: bool = True) -> dict[str, Any]:
+        process = (dinoray if with_ray else dinoray_without_ray)(*arguments, environment=environment)
         outputs.extend([process.stdout, process.stderr])
         return result_of(process)
 
-    first = run(asked, s3.environment)
+    first = run(asked, s3.environment, with_ray=False)
     assert (first["listed"], first["extracted"], first["failed"]) == (7, 6, 1)
     again = run(asked, s3.environment)
     assert (again["already_done"], again["failed_before"], again["pending"]) == (6, 1, 0)

@@ -81,6 +81,14 @@ def test_secrets_of_storage_options_are_hidden_wherever_they_are_said(option: st
 
 
 @pytest.mark.usefixtures("nothing_known")
+def test_a_short_secret_takes_no_names_apart() -> None:
+    """As people have them for servers that run for tests."""
+    secrets.remember({"key": "test", "secret": "test1234"})
+    said = "s3://test-bucket/test/a.jpg, tested: key test refused, 'test1234' too, with test."
+    assert hidden(said) == "s3://test-bucket/test/a.jpg, tested: key ... refused, '...' too, with ...."
+
+
+@pytest.mark.usefixtures("nothing_known")
 def test_what_signing_makes_of_a_secret_is_hidden() -> None:
     secrets.remember({"sas_token": "sv=2022&sig=pqr+/st="})
     assert hidden("GET https://h/a?x=sv%3D2022%26sig%3Dpqr%2B%2Fst%3D") == "GET https://h/a?x=..."

@@ -3,20 +3,18 @@ step while another command runs whole."""
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
+from every_step import each_step
 from small_runs import settings
-from store_changes import COMMANDS, after, compact, compact_and_sweep, contents, extract_written, new_store, opened
-from trials import KILLED, Trials, at_step
+from store_commands import COMMANDS, after, compact, compact_and_sweep, contents, extract_written, new_store, opened
+from trials import Trials
 
 from pipelines.errors import JobError
 from pipelines.upkeep import verify
-
-LONGEST = 300  # steps of one command
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +38,16 @@ def test_killed_at_every_step_before_another_command(
     trials: Trials, template: Path, tmp_path: Path, killed: str, then: str
 ) -> None:
     """The change has happened or has not, the other command makes its own, and then the first one runs again."""
-    for step in itertools.count():
+    for step in each_step():
         store = str(shutil.copytree(template, tmp_path / "store"))
-        code = trials.run("command", command=killed, store=store, die_at=step)
-        assert code in (0, KILLED), f"step {step}"
+        step.ended(trials.run("command", command=killed, store=store, die_at=step.number))
         verified = verify.run(settings(), store=store)
-        assert verified.problems == [], f"step {step}"
+        assert verified.problems == [], f"{step}"
         COMMANDS[then](store)
-        assert contents(store) in (after(then), after(then, killed)), f"step {step}"
+        assert contents(store) in (after(then), after(then, killed)), f"{step}"
         COMMANDS[killed](store)
-        assert contents(store) == after(then, killed), f"step {step}"
+        assert contents(store) == after(then, killed), f"{step}"
         shutil.rmtree(store)
-        if code == 0:
-            assert step > 5
-            return
-        assert step < LONGEST
 
 
 @pytest.mark.slow
@@ -74,19 +67,15 @@ def test_killed_at_every_step_before_another_command(
 def test_paused_at_every_step_while_another_command_runs(
     template: Path, tmp_path: Path, paused: str, meanwhile: str
 ) -> None:
-    for step in range(LONGEST):
+    for step in each_step(15):
         store = str(shutil.copytree(template, tmp_path / "store"))
-        with at_step(step, partial(COMMANDS[meanwhile], store), reads=True) as taken:
+        with step.disturbed(partial(COMMANDS[meanwhile], store), reads=True):
             COMMANDS[paused](store)
-        if len(taken) > step:
-            assert contents(store) == after(paused, meanwhile), f"step {step}: {taken[step]}"
+        if not step.is_past:
+            assert contents(store) == after(paused, meanwhile), f"{step}"
             compact_and_sweep(store)  # whatever is left over
-            assert contents(store) == after(paused, meanwhile), f"step {step}"
+            assert contents(store) == after(paused, meanwhile), f"{step}"
         shutil.rmtree(store)
-        if len(taken) <= step:
-            assert step > 15
-            return
-    raise AssertionError(f"more than {LONGEST} steps")
 
 
 @pytest.mark.slow
@@ -95,10 +84,10 @@ def test_paused_while_another_sweeps_without_retention(template: Path, tmp_path:
     """What workers have written and the driver has not named may be swept, and what is read replaced and swept at once:
     the command is whole, or fails with a sentence and changes nothing."""
     failed = 0
-    for step in range(LONGEST):
+    for step in each_step(15):
         store = str(shutil.copytree(template, tmp_path / "store"))
         commit = extract_written(opened(store)) if paused == "extract" else partial(COMMANDS[paused], store)
-        with at_step(step, partial(compact_and_sweep, store), reads=True) as taken:
+        with step.disturbed(partial(compact_and_sweep, store), reads=True):
             try:
                 commit()
             except JobError as error:
@@ -106,12 +95,9 @@ def test_paused_while_another_sweeps_without_retention(template: Path, tmp_path:
                 failed += 1
                 assert contents(store) == after()
                 COMMANDS[paused](store)
-        assert contents(store) == after(paused), f"step {step}"
+        assert contents(store) == after(paused), f"{step}"
         shutil.rmtree(store)
-        if len(taken) <= step:
-            assert failed or paused == "prune"
-            return
-    raise AssertionError(f"more than {LONGEST} steps")
+    assert failed or paused == "prune"
 
 
 def test_nothing_is_left_over_for_good(template: Path, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import pytest
 from changes_in_steps import commits_in_order, just_before_its_put
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
+from every_step import each_step
 from hand_made import source, write_shard
 from small_runs import settings
 from tables_by_hand import commit_by_hand
-from trials import at_step
 
 from pipelines.errors import JobError
 from pipelines.store.extraction import Committer, ShardReport, drop_images
@@ -26,8 +26,6 @@ from pipelines.store.rewriting import merge_files, rewrite_without
 from pipelines.store.store import Store
 from pipelines.store.table import Table
 from pipelines.upkeep import verify
-
-LONGEST = 200  # steps of one change
 
 
 def shard(store: Store, run_id: str, ids: list[str], version: str = "v1", value: float = 1.0) -> ShardReport:
@@ -66,18 +64,16 @@ def create_and_add(uri: str) -> None:
 
 def test_two_runs_that_create_one_store(tmp_path: Path) -> None:
     """One stands at any of its steps while the other creates the store and commits to it."""
-    for step in range(LONGEST):
-        uri = str(tmp_path / str(step))
-        with at_step(step, partial(create_and_add, uri), reads=True) as taken:
+    for step in each_step(10):
+        uri = str(tmp_path / str(step.number))
+        with step.disturbed(partial(create_and_add, uri), reads=True):
             store = Store.create(uri, settings())
-        if len(taken) <= step:
-            assert step > 10
-            return
+        if step.is_past:
+            continue
         add(store, "r1", ["a", "b"])
         assert rows(store) == versions_only(["a", "b"])
         sound(store)
         shutil.rmtree(uri)
-    raise AssertionError(f"more than {LONGEST} steps")
 
 
 def test_a_shard_becomes_visible_whole(store: Store) -> None:
@@ -121,19 +117,16 @@ def paused_at_every_step(
     folder: Path, first: Callable[[Store], object], one: Callable[[Store], object], other: Callable[[Store], object]
 ) -> Iterator[Store]:
     """Stores in which `other` ran whole while `one` stood at one of its steps, reading ones too."""
-    for step in range(LONGEST):
-        made = Store.create(str(folder / f"step-{step}"), settings())
+    for step in each_step(15):
+        made = Store.create(str(folder / f"step-{step.number}"), settings())
         first(made)
         opened, beside = (Store.open_existing(made.uri, made.config) for _ in range(2))
         assert opened and beside
-        with at_step(step, partial(other, beside), reads=True) as taken:
+        with step.disturbed(partial(other, beside), reads=True):
             one(opened)
-        if len(taken) <= step:
-            assert step > 15
-            return
-        yield made
+        if not step.is_past:
+            yield made
         shutil.rmtree(made.uri)
-    raise AssertionError(f"more than {LONGEST} steps")
 
 
 def add(store: Store, run_id: str, ids: list[str], version: str = "v1", value: float = 1.0) -> None:

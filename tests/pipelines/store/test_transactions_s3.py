@@ -6,7 +6,7 @@ import uuid
 from typing import Any
 
 import pytest
-from disturbed_changes import kill_everywhere, race
+from kills_pauses_and_races import kill_everywhere, race
 from s3_server import BUCKET, S3Server
 from small_changes import (
     SCHEMA,
@@ -64,7 +64,7 @@ def test_killed_at_every_step_in_a_bucket(trials: Trials, s3: S3Server) -> None:
     def new_store() -> TransactionLog:
         return with_old_images(TransactionLog(f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", s3.options))
 
-    assert kill_everywhere(trials, new_store, "new, replaced and copied rows") >= 8
+    kill_everywhere(trials, new_store, "new, replaced and copied rows", least=8)
 
 
 def test_two_processes_race_in_a_bucket(trials: Trials, s3: S3Server) -> None:

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from flipped_bits import flipped_bits
 from small_runs import photo
 
 from dino_ops.multicrop import Crops, MultiCrop
@@ -21,9 +23,9 @@ from dino_ops.training_presets import PRESETS
 from pipelines.errors import JobError, RequestError
 from pipelines.settings.loading import load_config
 from pipelines.settings.sections import TrainSettings
-from pipelines.sources import list_images
+from pipelines.sources import LISTING_SCHEMA, list_images
 from pipelines.train.accuracy import K, choose_labelled
-from pipelines.train.batches import MAX_SUBSTITUTES_PER_IMAGE, Reading, epoch_order, make_crops, make_views
+from pipelines.train.batches import MAX_SUBSTITUTES_PER_IMAGE, Reading, epoch_order, make_crops, make_views, read_images
 from pipelines.train.card import make_card
 from pipelines.train.checkpoints import list_checkpoints, read_checkpoint, remove_old, write_checkpoint
 from pipelines.train.job import Result
@@ -363,12 +365,8 @@ def test_a_flipped_bit_of_a_checkpoint_is_a_sentence_or_changes_nothing(tmp_path
     state = {"student": {"weight": torch.randn(64, 32)}, "epoch": 3}
     write_checkpoint(str(tmp_path), state, 5, {"model.name": "x"}, {})
     file = tmp_path / "checkpoints" / "step-00000005.pt"
-    sound, random = file.read_bytes(), np.random.default_rng(0)
     found = 0
-    for at in random.choice(len(sound), 300, replace=False):
-        flipped = bytearray(sound)
-        flipped[at] ^= 1 << int(random.integers(8))
-        file.write_bytes(flipped)
+    for at in flipped_bits(file, range(file.stat().st_size), 300):
         try:
             read, agreement = read_checkpoint(str(tmp_path), 5, {})
         except JobError as error:
@@ -421,6 +419,25 @@ def test_a_long_curve_is_shown_in_some_lines_with_every_accuracy(folder: Path) -
     ]
     assert rows[-1].startswith("| 166.67 | 0.000 |")
     assert "2 GPU workers" in card and "on the images of `val`; 6.0% at the beginning, 48.0% at the end" in card
+
+
+def test_nothing_secret_is_in_a_card(folder: Path) -> None:
+    asked = ["train.validation=https://me:hush@host/val", "model.weights=random", "train.batch_size=4"]
+    config = load_config([], ["model.name=test_vit", *asked])
+    training = make_setup(config, "s3://key:hush@bucket/out", list_images(str(folder)).table, "run")
+    records = [{"step": 60, "epoch": 1.0, "knn_accuracy": 0.5}]
+    result = Result("run", "s3://bucket/out", "https://host/photos.csv?sig=hush", "test_vit", device="cpu", workers=2)
+    card = make_card(training, records, result)
+    assert "hush" not in card
+    for shown in ("https://host/photos.csv?sig=...", "https://...@host/val", "model.weights=s3://...@bucket/out"):
+        assert shown in card
+
+
+def test_nothing_secret_is_said_of_an_image_that_cannot_be_read() -> None:
+    row = {"image_id": "a", "uri": "http://me:hush@127.0.0.1:9/a.png", "source_size": 10}
+    listing = pa.Table.from_pylist([row], schema=LISTING_SCHEMA)
+    (picture,), (bad,) = read_images(listing, np.array([0]), 16, Reading(0, 10**6, 1, {}))
+    assert picture is None and bad.uri == "http://127.0.0.1:9/a.png" and "hush" not in bad.message
 
 
 def test_nothing_secret_is_in_an_agreement(folder: Path) -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
 import tarfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from file_systems import mounted
+from file_systems import enlarge, mounted
 from s3_server import BUCKET, S3Server
 from small_runs import photo
 from tensorboardX.proto.event_pb2 import Event
@@ -503,7 +502,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_the_same_command_continue
         assert "the last whole checkpoint is of step 4" in said and "Make room" in said
         assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000004.pt"]
         assert not list(output.rglob("*.partial")) and not (output / "backbone.safetensors").exists()
-        subprocess.run(["mount", "-o", "remount,size=100m", str(tmp_path / "disk")], check=True)
+        enlarge(tmp_path / "disk")
         check_continued(source, output, undisturbed[0], 4)
 
 

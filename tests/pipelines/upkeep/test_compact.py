@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -18,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from changes_in_steps import commits_in_order
 from deltalake import DeltaTable
+from every_step import each_step
 from hand_made import add_failure, add_images, source, write_shard
 from small_runs import settings
 from stores import sorted_patches, sound
 from tables_by_hand import commit_by_hand, made_table
-from trials import at_step
 from typer.testing import CliRunner
 
 from pipelines.cli import app
@@ -197,30 +196,24 @@ def test_a_signal_at_any_step_ends_it_with_what_was_merged(tmp_path: Path) -> No
     small_runs_store(tmp_path / "begun", runs=2)
     before = every_row(tmp_path / "begun")
     merged = set[int]()
-    for step in itertools.count():
+    for step in each_step(10):
         folder = Path(shutil.copytree(tmp_path / "begun", tmp_path / "store"))
-        kind = signal.SIGTERM if step % 2 else signal.SIGINT
-        with at_step(step, partial(signal.raise_signal, kind)) as taken:
-            if step == 0:  # before the report says that it has begun
+        kind = signal.SIGTERM if step.number % 2 else signal.SIGINT
+        with step.disturbed(partial(signal.raise_signal, kind)):
+            if step.number == 0:  # before the report says that it has begun
                 with pytest.raises(KeyboardInterrupt):
                     compact.run(settings(KEEP_NOTHING), store=str(folder))
-                shutil.rmtree(folder)
-                continue
-            result = compact.run(settings(KEEP_NOTHING), store=str(folder))
-        if len(taken) == step + 1 and result.exit_code == 0:  # when all is done, and the report says so
-            shutil.rmtree(folder)
-            continue
-        if len(taken) <= step:
-            assert result.exit_code == 0 and step > 10
-            break
-        assert (result.status, result.exit_code) == ("interrupted", 130), f"step {step}: {taken[step]}"
-        files = [len(live(folder, table)) for table in ("patches", "images")]
-        assert files == ([1, 1] if result.merged else [2, 2]), f"step {step}: {taken[step]}"
-        replaced = 4 if result.merged and not result.vacuumed else 0
-        assert sound(folder).unreferenced_files == replaced, f"step {step}: {taken[step]}"
-        assert compact.run(settings(KEEP_NOTHING), store=str(folder)).exit_code == 0
-        assert every_row(folder) == before and sound(folder).unreferenced_files == 0
-        merged.add(result.merged)
+            else:
+                result = compact.run(settings(KEEP_NOTHING), store=str(folder))
+        if step.number and result.exit_code:
+            assert (result.status, result.exit_code) == ("interrupted", 130), f"{step}"
+            files = [len(live(folder, table)) for table in ("patches", "images")]
+            assert files == ([1, 1] if result.merged else [2, 2]), f"{step}"
+            replaced = 4 if result.merged and not result.vacuumed else 0
+            assert sound(folder).unreferenced_files == replaced, f"{step}"
+            assert compact.run(settings(KEEP_NOTHING), store=str(folder)).exit_code == 0
+            assert every_row(folder) == before and sound(folder).unreferenced_files == 0
+            merged.add(result.merged)
         shutil.rmtree(folder)
     assert merged == {0, 4}, "some signals came before the merge and some after it"
 

@@ -14,19 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 from hand_made import DIMENSIONS, GRID, add_failure, add_images, source
+from small_results import KINDS, run_ids
 from small_runs import settings
 from tables_by_hand import commit_by_hand
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.store import publishing
+from pipelines.store import parquet, publishing
 from pipelines.store.failures import failure_row
 from pipelines.store.parquet import DataFile, new_file_name, parquet_options
 from pipelines.store.schemas import FAILURES, vector
 from pipelines.store.store import Store
 from pipelines.store.table import Table
 from pipelines.store.transaction_log import TransactionLog
-from pipelines.upkeep import verify
+from pipelines.upkeep import compact, stats, verify
 
 CELLS = GRID[0] * GRID[1]
 
@@ -378,3 +379,67 @@ def test_a_table_that_is_behind_the_log(store: Store) -> None:
     add_images(store, "r2", [source("f", 0)])
     (Path(store.images.uri) / "_delta_log" / f"{3:020}.json").unlink()
     assert "images does not have transaction 5, which" in only_problem(store)
+
+
+# one damaged part and the others
+
+
+def with_results(store: Store) -> Store:
+    """Two matches and parts of images that the store has."""
+    for kind in KINDS:
+        tables = kind.tables(store.uri)
+        runs = run_ids(store.uri)
+        tables.commit([kind.write(tables, "r9", kind.wanted(["a", "b"]), runs)], "r9")
+    return store
+
+
+def lose_log(store: Store, table: str) -> None:
+    shutil.rmtree(Path(store.uri, table, "_delta_log"))
+
+
+def test_a_damaged_log_of_a_result_keeps_nothing_else_from_being_checked(store: Store) -> None:
+    with_results(store)
+    lose_log(store, "matches/m/pairs")
+    for log in Path(store.uri, "parts", "m", "images", "_delta_log").iterdir():
+        log.write_bytes(b"{")
+    path_of(store.failures, file_of(store.failures, "e")).unlink()
+    found = problems(store)
+    assert len(found) == 3
+    assert any("The log of" in one and "matches/m/pairs is gone" in one for one in found)
+    assert any("The log of" in one and "parts/m/images is damaged" in one for one in found)
+    assert any(one.startswith("failures: part-") for one in found)
+
+
+def test_stats_and_compact_say_it_and_go_on(store: Store) -> None:
+    with_results(store)
+    lose_log(store, "matches/m/pairs")
+    counted = stats.run(store.config, store=store.uri)
+    assert counted.images == 4 and list(counted.results["parts"]) == ["m"] and not counted.results["matches"]
+    merged = compact.run(store.config, store=store.uri)
+    assert merged.merged == 4 and merged.exit_code == 0
+    for (said,) in (counted.messages, merged.messages):
+        assert "matches/m" in said and f"dinoray repair {store.uri}" in said
+
+
+@pytest.mark.parametrize("table", ["images", "patches"])
+def test_a_lost_log_of_images_or_patches_is_found(store: Store, table: str) -> None:
+    lose_log(store, table)
+    assert f"/{table} is gone" in only_problem(store)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_file_that_may_not_be_read_is_an_error_and_no_damage(
+    store: Store, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    file = file_of(store.patches, "d").path
+    opened = parquet.checked_parquet
+
+    def refused(source: Any, **more: Any) -> Any:
+        if str(source).endswith(file):
+            raise error
+        return opened(source, **more)
+
+    monkeypatch.setattr(parquet, "checked_parquet", refused)
+    ended = CliRunner().invoke(app, ["verify", store.uri, "--deep"])
+    assert ended.exit_code == 1 and ended.stdout == ""
+    assert file in ended.stderr and "cannot be read" in ended.stderr and "damaged" not in ended.stderr

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from every_step import each_step
 from small_changes import (
     TABLES,
     Images,
@@ -21,14 +22,14 @@ from small_changes import (
     sweep,
     write,
 )
-from trials import KILLED, Trials, at_step
+from trials import Trials
 
 from pipelines.storage.filesystems import Options
 from pipelines.store import transaction_log
 from pipelines.store.transaction_log import TransactionLog
 
-# Steps of one change, reading ones included: one that does nothing takes fewer than the least.
-LEAST, LONGEST = 12, 200
+# Steps of one change, reading ones included: one that does nothing takes fewer.
+LEAST_STEPS_AND_READS = 12
 RACES_TRIED = 5
 # One after the other, they change it once.
 LEAD_CHANGES_OF_A_RACE = 3
@@ -41,20 +42,19 @@ CHANGES: dict[str, tuple[str, dict[str, Any], Images]] = {
 }
 
 
-def kill_everywhere(trials: Trials, new_store: Callable[[], TransactionLog], name: str) -> int:
-    """Kill a change at each of its steps, each time in a store of its own; the number of steps."""
+def kill_everywhere(trials: Trials, new_store: Callable[[], TransactionLog], name: str, least: int) -> None:
+    """Kill a change at each of its steps, of which there are at least some, each time in a store of its own."""
     change, arguments, wanted = CHANGES[name]
-    for step in itertools.count():
+    for step in each_step(least):
         log = new_store()
         before = seen_by_a_reader(log)
         if name == "sweep":
             leftovers = [write(log, table, {"x": 9}).path for table in TABLES]
-        code = trials.run(change, store=log.uri, options=log.options, die_at=step, **arguments)
-        assert code in (0, KILLED), f"step {step}"
+        step.ended(trials.run(change, store=log.uri, options=log.options, die_at=step.number, **arguments))
         found = seen_by_a_reader(log)
-        assert found in (before, wanted), f"step {step}: a reader sees {found}"
+        assert found in (before, wanted), f"{step}: a reader sees {found}"
         put_images(fresh(log), {"z": 0})  # another process opens the store, finishes, and does something of its own
-        assert seen_by_a_reader(log) in (before | {"z": 0}, wanted | {"z": 0}), f"step {step}"
+        assert seen_by_a_reader(log) in (before | {"z": 0}, wanted | {"z": 0}), f"{step}"
         if change == "put":
             put_images(fresh(log), arguments["images"][0])  # and the same command again
         if change == "compact":
@@ -65,26 +65,19 @@ def kill_everywhere(trials: Trials, new_store: Callable[[], TransactionLog], nam
             gone = [f"{log.uri}/{table}/{path}" for table, path in zip(TABLES, leftovers, strict=True)]
             assert not any(fs.exists(path) for path in gone)
         holds(log, wanted | {"z": 0})
-        if code == 0:
-            return step
-        assert step < LONGEST
-    raise AssertionError("unreachable")
 
 
 def pause_everywhere(
     tmp_path: Path, start: Images, change: Callable[[TransactionLog], Any], other: Callable[[TransactionLog], Any]
-) -> Iterator[tuple[TransactionLog, list[str]]]:
+) -> Iterator[TransactionLog]:
     """Stores in which `other` ran whole while `change` stood at one of its steps, reading ones too."""
-    for step in range(LONGEST):
+    for step in each_step(LEAST_STEPS_AND_READS):
         log = TransactionLog(str(tmp_path / uuid.uuid4().hex))
         in_other_words(log, start)
-        with at_step(step, partial(other, fresh(log)), reads=True) as taken:
+        with step.disturbed(partial(other, fresh(log)), reads=True):
             change(fresh(log))
-        if len(taken) <= step:
-            assert step >= LEAST, f"only {step} steps were taken"
-            return
-        yield log, taken
-    raise AssertionError(f"more than {LONGEST} steps")
+        if not step.is_past:
+            yield log
 
 
 def race(trials: Trials, uri: str, options: Options, each: int) -> None:
