@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import store_changes
+import store_commands
 from every_step import at_every_step, die
 from hand_made import add_images, source
 from local_clusters import use_local_workers
@@ -348,7 +348,7 @@ def test_what_is_printed(store: str) -> None:
 
 def small_store(folder: Path) -> Path:
     """Images in several files of which one is damaged, and nothing else."""
-    opened = store_changes.new_store(folder)
+    opened = store_commands.new_store(folder)
     damage_page(first_file(opened.uri, "patches"))
     return folder
 
@@ -374,7 +374,7 @@ def test_beside_another_command_at_every_step(command: str, tmp_path: Path) -> N
 
     def other(store: str) -> None:
         with contextlib.suppress(JobError):
-            store_changes.COMMANDS[command](store)
+            store_commands.COMMANDS[command](store)
 
     for copy in at_every_step(begin, tmp_path / "copies", lambda one: repair.run(settings(), store=one), other):
         repaired(copy)
