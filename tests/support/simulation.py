@@ -2,10 +2,10 @@
 
     python tests/support/simulation.py FOLDER [--jobs A,B] [--others C,D] [--only kills|pauses] [--looks] [--s3]
 
-Every effect on storage is a numbered step (trials.at_step). A job is killed with SIGKILL before each of its steps, and
-the same command runs again, at once or after another job; and it is paused before each of its steps while another one
-runs whole. Whatever happened, the store must be sound (`verify --deep`) and say what it says when the jobs run one
-after the other, in one order or the other.
+Every effect on storage is a numbered step (storage_steps.at_step). A job is killed with SIGKILL before each of its
+steps, and the same command runs again, at once or after another job; and it is paused before each of its steps while
+another one runs whole. Whatever happened, the store must be sound (`verify --deep`) and say what it says when the jobs
+run one after the other, in one order or the other.
 
 This process forks the ones that use storage, and uses none itself: delta-rs cannot be forked once it was used. What
 is found is printed as one JSON object.
@@ -35,8 +35,8 @@ from typing import Any
 import torch
 from s3_server import BUCKET, S3Server, s3_server
 from simulated_jobs import JOBS, OTHERS, PARTS_OF_RUN, Place, jobs_in_process, make_inputs, make_store
+from storage_steps import at_step
 from store_contents import Contents, contents_of, differences, twice
-from trials import at_step
 
 from pipelines.errors import DinorayError
 from pipelines.upkeep import verify
