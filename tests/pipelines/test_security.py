@@ -43,6 +43,7 @@ from pipelines.extract import job as extract
 from pipelines.results.indices import read_manifest
 from pipelines.sources import fetch, list_images
 from pipelines.store.parquet import DataFile
+from pipelines.store.spec import fingerprint
 from pipelines.store.store import Store
 from pipelines.upkeep import verify
 
@@ -445,7 +446,7 @@ def test_a_description_is_checked_as_settings_are(store: Store, change: dict[str
     content = json.loads(path.read_text())
     for section, values in change.items():
         content["spec"][section] |= values
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content | {"fingerprint": fingerprint(content["spec"])}))
     image = Path(store.uri).parent / "a.jpg"
     photo(1).save(image)
     with pytest.raises((RequestError, ModelError)):

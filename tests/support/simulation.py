@@ -26,7 +26,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -342,11 +342,11 @@ class Preparing:
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
 
-    def prepare(self) -> list[str]:
-        """Make the store that trials begin with, and run every job once; the modules that this took."""
+    def prepare(self, jobs: Iterable[str]) -> list[str]:
+        """Make the store that trials begin with, and run some jobs once; the modules that this took."""
         before = set(sys.modules)
         make_store(self._stores.template)
-        for name in JOBS:
+        for name in jobs:
             place = self._stores.copy(self._stores.template, "warm")
             JOBS[name](place)
             verify.run(place.config(), store=place.store, deep=True)
@@ -376,7 +376,7 @@ def simulate(
     make_inputs(folder / "inputs")
     stores, figures = Stores(folder, server), Figures()
     with jobs_in_process(), _child(lambda: Preparing(stores)) as preparing:
-        for name in preparing.ask("prepare"):
+        for name in preparing.ask("prepare", tuple(dict.fromkeys([*jobs, *(OTHERS if others is None else others)]))):
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
         gc.freeze()  # what is there now is shared by all children
