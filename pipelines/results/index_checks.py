@@ -51,7 +51,7 @@ class _Found:
 def check_index(store: Store, name: str, images: pa.Table) -> Findings:
     """Check one index of a store. images: image_id, run_id of every row of the images table.
 
-    Whatever is wrong, it is to be built anew, for which it takes no more than what the store holds.
+    Whatever is wrong, it has to be built again, which takes no more than what the store holds.
 
     Raises JobError for a file that cannot be reached or may not be read.
     """

@@ -45,7 +45,10 @@ def publish(store: Store, name: str, manifest: Manifest, before: Manifest | None
     Raises AnotherUpdate where the log points elsewhere by now; nothing was changed then.
     """
     path = index_path(name)
-    manifest, data = _written(store, name, manifest)
+    try:
+        manifest, data = _written(store, name, manifest)
+    except FileNotFoundError:  # another run was first, and took the file for a leftover before it had its name
+        raise AnotherUpdate from None
     file = manifest_file(manifest.number)
     named = sorted(f"{path}/{one}" for one in manifest.files)
     moved = Pointer(f"{path}/{file}", checksum_of(data), tuple(named))

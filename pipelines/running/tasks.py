@@ -50,5 +50,5 @@ def finished_tasks(submit: Callable[[], Any | None], workers: int, work: str) ->
         raise explain_ray_error(error, work) from None
     finally:
         # an iterator that is dropped rather than closed may end after Ray, which any call would start again
-        for task in waiting if ray.is_initialized() else ():
+        for task in waiting if waiting and ray.is_initialized() else ():
             ray.cancel(task)

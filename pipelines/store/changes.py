@@ -18,7 +18,7 @@ from pipelines.store.parquet import DataFile
 
 # A transaction's file with a higher format is a newer dinoray's.
 FORMAT = 1
-# Of the other entries, in a transaction's file; none in those of before there were any.
+# Of the other entries, in a transaction's file; none in those from before there were any.
 CHECKSUM = "checksum"
 
 

@@ -87,7 +87,7 @@ class Snapshot:
             return 0
         if path in self.transaction.changed:
             return self.transaction.changed[path]
-        # in logs of before it was noted; one at version 0 was removed and begun anew since
+        # in logs from before it was noted; one at version 0 was removed and begun again since
         of_table = [entry for entry in self.transaction.tables if entry.table == path]
         changed = any(entry.add or entry.remove for entry in of_table) and delta.version() > 0
         return self.number if changed else 0

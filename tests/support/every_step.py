@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from trials import KILLED, at_step
+from killable_processes import KILLED
+from storage_steps import at_step
 
 LEAST_STEPS = 6  # of a run that does anything worth disturbing
 MOST_STEPS = 300  # of a run that ends

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from every_step import each_step
-from small_changes import (
+from killable_processes import KillableProcesses
+from two_table_store import (
     TABLES,
     Images,
     compact,
@@ -22,7 +23,6 @@ from small_changes import (
     sweep,
     write,
 )
-from trials import Trials
 
 from pipelines.storage.filesystems import Options
 from pipelines.store import transaction_log
@@ -42,7 +42,9 @@ CHANGES: dict[str, tuple[str, dict[str, Any], Images]] = {
 }
 
 
-def kill_everywhere(trials: Trials, new_store: Callable[[], TransactionLog], name: str, least: int) -> None:
+def kill_everywhere(
+    processes: KillableProcesses, new_store: Callable[[], TransactionLog], name: str, least: int
+) -> None:
     """Kill a change at each of its steps, of which there are at least some, each time in a store of its own."""
     change, arguments, wanted = CHANGES[name]
     for step in each_step(least):
@@ -50,7 +52,7 @@ def kill_everywhere(trials: Trials, new_store: Callable[[], TransactionLog], nam
         before = seen_by_a_reader(log)
         if name == "sweep":
             leftovers = [write(log, table, {"x": 9}).path for table in TABLES]
-        step.ended(trials.run(change, store=log.uri, options=log.options, die_at=step.number, **arguments))
+        step.ended(processes.run(change, store=log.uri, options=log.options, die_at=step.number, **arguments))
         found = seen_by_a_reader(log)
         assert found in (before, wanted), f"{step}: a reader sees {found}"
         put_images(fresh(log), {"z": 0})  # another process opens the store, finishes, and does something of its own
@@ -80,16 +82,16 @@ def pause_everywhere(
             yield log
 
 
-def race(trials: Trials, uri: str, options: Options, each: int) -> None:
+def race(processes: KillableProcesses, uri: str, options: Options, each: int) -> None:
     """Two processes make transactions in one store below `uri`, each with an image of its own. They must have been at
     it at the same time; where one was through before the other began, it is tried again with another store."""
     for _ in range(RACES_TRIED):
         log = TransactionLog(f"{uri}/{uuid.uuid4().hex}", options)
         children = [
-            trials.start("put", store=log.uri, options=options, images=[{f"{name}{at:02}": 0} for at in range(each)])
+            processes.start("put", store=log.uri, options=options, images=[{f"{name}{at:02}": 0} for at in range(each)])
             for name in "pq"
         ]
-        assert [trials.wait(child) for child in children] == [0, 0]
+        assert [processes.wait(child) for child in children] == [0, 0]
         holds(log, {f"{name}{at:02}": 0 for name in "pq" for at in range(each)})
         assert log.listing().newest == 2 * each
         if _times_the_lead_changed(log) >= LEAD_CHANGES_OF_A_RACE:

@@ -2,10 +2,10 @@
 
     python tests/support/simulation.py FOLDER [--jobs A,B] [--others C,D] [--only kills|pauses] [--looks] [--s3]
 
-Every effect on storage is a numbered step (trials.at_step). A job is killed with SIGKILL before each of its steps, and
-the same command runs again, at once or after another job; and it is paused before each of its steps while another one
-runs whole. Whatever happened, the store must be sound (`verify --deep`) and say what it says when the jobs run one
-after the other, in one order or the other.
+Every effect on storage is a numbered step (storage_steps.at_step). A job is killed with SIGKILL before each of its
+steps, and the same command runs again, at once or after another job; and it is paused before each of its steps while
+another one runs whole. Whatever happened, the store must be sound (`verify --deep`) and say what it says when the jobs
+run one after the other, in one order or the other.
 
 This process forks the ones that use storage, and uses none itself: delta-rs cannot be forked once it was used. What
 is found is printed as one JSON object.
@@ -26,7 +26,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,8 +35,8 @@ from typing import Any
 import torch
 from s3_server import BUCKET, S3Server, s3_server
 from simulated_jobs import JOBS, OTHERS, PARTS_OF_RUN, Place, jobs_in_process, make_inputs, make_store
+from storage_steps import at_step
 from store_contents import Contents, contents_of, differences, twice
-from trials import at_step
 
 from pipelines.errors import DinorayError
 from pipelines.upkeep import verify
@@ -342,11 +342,11 @@ class Preparing:
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
 
-    def prepare(self) -> list[str]:
-        """Make the store that trials begin with, and run every job once; the modules that this took."""
+    def prepare(self, jobs: Iterable[str]) -> list[str]:
+        """Make the store that trials begin with, and run some jobs once; the modules that this took."""
         before = set(sys.modules)
         make_store(self._stores.template)
-        for name in JOBS:
+        for name in jobs:
             place = self._stores.copy(self._stores.template, "warm")
             JOBS[name](place)
             verify.run(place.config(), store=place.store, deep=True)
@@ -376,7 +376,7 @@ def simulate(
     make_inputs(folder / "inputs")
     stores, figures = Stores(folder, server), Figures()
     with jobs_in_process(), _child(lambda: Preparing(stores)) as preparing:
-        for name in preparing.ask("prepare"):
+        for name in preparing.ask("prepare", tuple(dict.fromkeys([*jobs, *(OTHERS if others is None else others)]))):
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
         gc.freeze()  # what is there now is shared by all children

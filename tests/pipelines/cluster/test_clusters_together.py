@@ -17,7 +17,7 @@ from flipped_bits import flip_bit
 from hand_made import add_described, described
 from local_clusters import use_local_workers
 from small_runs import settings
-from trials import at_step
+from storage_steps import at_step
 
 from pipelines.cluster import job as cluster
 from pipelines.errors import JobError

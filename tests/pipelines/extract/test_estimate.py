@@ -73,7 +73,7 @@ def test_a_named_device_and_its_cost(tmp_path: Path, photos: Callable[..., Path]
 
 
 def test_an_unknown_device_is_answered_with_the_known_ones(tmp_path: Path, photos: Callable[..., Path]) -> None:
-    with pytest.raises(RequestError, match="no device 'abacus': known are"):
+    with pytest.raises(RequestError, match="no device 'abacus': choose one of"):
         estimate.run(settings(), input=str(photos(2)), store=str(tmp_path / "s"), device="abacus")
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from s3_server import BUCKET, S3Server
 from small_runs import settings
+from trials import at_step
 
 from benchmarks.embedded import add_embeddings
 from dino_ops.nearest import MIN_TRAINING_VECTORS, unit
@@ -30,6 +32,7 @@ from pipelines.store.store import Store
 from pipelines.upkeep import verify
 
 DIMENSION = 8
+LONGEST = 60  # steps of an update
 
 
 def vectors(count: int, seed: int = 0) -> np.ndarray:
@@ -245,3 +248,19 @@ def test_two_updates_at_the_same_time_end_in_one_whole_index(tmp_path: Path) -> 
         "manifest-1.json",
         manifest_file(manifest(store).number),
     }
+
+
+def test_an_update_whose_manifest_another_one_removed_begins_again(tmp_path: Path) -> None:
+    """Half written, it has a name that leftovers have; at every step of the update."""
+    everything = vectors(40)
+    for step in range(LONGEST):
+        store = new_store(tmp_path / f"{step}", everything[:20])
+        index.run(settings(), store=store.uri, name="main")
+        add_embeddings(store, "r2", 20, everything[20:])
+        with at_step(step, partial(index.run, settings(), store=store.uri, name="main")) as taken:
+            result = index.run(settings(), store=store.uri, name="main")
+        assert result.status in ("done", "unchanged") and manifest(store).images == 40 and sound(store)
+        if len(taken) <= step:
+            assert "link" in taken
+            return
+    raise AssertionError(f"more than {LONGEST} steps")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from trials import Trials
+from killable_processes import KillableProcesses
 
 from pipelines.store import publishing, transaction_log
 from pipelines.store.transaction_log import TransactionLog
@@ -18,8 +18,8 @@ def log(tmp_path: Path) -> TransactionLog:
 
 
 @pytest.fixture(scope="session")
-def trials() -> Iterator[Trials]:
-    server = Trials()
+def processes() -> Iterator[KillableProcesses]:
+    server = KillableProcesses()
     yield server
     server.close()
 

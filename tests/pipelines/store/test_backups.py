@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from backups import Backup
 from simulated_jobs import JOBS, Place, jobs_in_process, make_inputs, make_store
+from storage_steps import at_step
 from store_contents import Contents, contents_of, differences
 from stores import sound
-from trials import at_step
 
 from pipelines.errors import JobError
 from pipelines.upkeep import verify
@@ -116,6 +116,6 @@ def test_tables_copied_before_the_transactions_are_refused(template: Place, tmp_
             return
         if problems := verify.run(template.config(), store=str(backup.copy)).problems:
             assert any("the store was copied while it was written to" in problem for problem in problems), problems
-            with pytest.raises(JobError, match="Copy or restore it whole"):
+            with pytest.raises(JobError, match="copied while it was written to; run `dinoray repair"):
                 JOBS["extract changed"](Place(str(backup.copy), template.inputs))
             refused += 1

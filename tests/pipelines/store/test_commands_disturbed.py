@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from every_step import each_step
+from killable_processes import KillableProcesses
 from small_runs import settings
 from store_commands import COMMANDS, after, compact, compact_and_sweep, contents, extract_written, new_store, opened
-from trials import Trials
 
 from pipelines.errors import JobError
 from pipelines.upkeep import verify
@@ -35,12 +35,12 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_killed_at_every_step_before_another_command(
-    trials: Trials, template: Path, tmp_path: Path, killed: str, then: str
+    processes: KillableProcesses, template: Path, tmp_path: Path, killed: str, then: str
 ) -> None:
     """The change has happened or has not, the other command makes its own, and then the first one runs again."""
     for step in each_step():
         store = str(shutil.copytree(template, tmp_path / "store"))
-        step.ended(trials.run("command", command=killed, store=store, die_at=step.number))
+        step.ended(processes.run("command", command=killed, store=store, die_at=step.number))
         verified = verify.run(settings(), store=store)
         assert verified.problems == [], f"{step}"
         COMMANDS[then](store)

@@ -20,11 +20,13 @@ from small_runs import settings
 from tables_by_hand import commit_by_hand
 
 from pipelines.errors import JobError
+from pipelines.store.changes import Change, TableChange
 from pipelines.store.extraction import Committer, ShardReport, drop_images
 from pipelines.store.failures import failure_row
 from pipelines.store.rewriting import merge_files, rewrite_without
 from pipelines.store.store import Store
 from pipelines.store.table import Table
+from pipelines.store.transactions import transact
 from pipelines.upkeep import verify
 
 
@@ -439,13 +441,15 @@ def test_a_repair_that_is_decided_again_counts_and_leaves_what_it_did(store: Sto
     Committer(store, "r1", set()).commit([lost, kept], versions(["l", "m"]))
     images = list(store.images.files().values())
     merged = merge_files(store.images, images, "part-compact-0123456789ab.parquet")
-    commit_by_hand(store.images, [merged], [file.path for file in images], "compact")
+    change = TableChange("images", store.images.schema, [merged], [file.path for file in images], rearranges=True)
+    transact(beside.log, lambda _: Change([change]), run_id="compact", command="compact")
     assert lost.patches
-    commit_by_hand(store.patches, [], [lost.patches.path], "r1")
+    change_of_patches = TableChange("patches", store.patches.schema, [], [lost.patches.path])
+    transact(beside.log, lambda _: Change([change_of_patches]), run_id="x", command="extract")
     Path(store.uri, "patches", lost.patches.path).unlink()
     with just_before_its_put(store.log, lambda: beside.repair("r2")):
         found = store.repair("r3")
     assert not any(found.values()), "the other one did it"
     assert rows(store) == versions_only(list("abcdm"))
-    assert files_that_no_transaction_named(store) == {f"images/{merged.path}"}
+    assert files_that_no_transaction_named(store) == set()
     sound(store)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from killable_processes import KillableProcesses
 from power_cuts import cut_power, make_disk, mounted_disk
 from simulated_jobs import Place, make_inputs
 from store_contents import contents_of, differences, twice
-from trials import Trials
 
 from pipelines.upkeep import verify
 
@@ -29,16 +29,16 @@ ROUNDS = 2
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_fifty_power_cuts_right_after_exit_0(trials: Trials, tmp_path: Path) -> None:
+def test_fifty_power_cuts_right_after_exit_0(processes: KillableProcesses, tmp_path: Path) -> None:
     assert ROUNDS * len(COMMANDS) == 50
-    trials.prepare_jobs()
+    processes.prepare_jobs()
     inputs = str(make_inputs(tmp_path / "inputs"))
     for number in range(ROUNDS):
         image = make_disk(tmp_path / f"image{number}", MEGABYTES)
         with mounted_disk(image, tmp_path / "disk") as disk:
             place = Place(str(disk / "new" / "store"), inputs)
             for command in COMMANDS:
-                assert trials.run("job", job=command, store=place.store, inputs=inputs) == 0, command
+                assert processes.run("job", job=command, store=place.store, inputs=inputs) == 0, command
                 found = cut_power(image, tmp_path / "found")
                 with mounted_disk(found, tmp_path / "after") as after:
                     _is_there(place, Place(str(after / "new" / "store"), inputs), command)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from hand_made import add_images, source
-from small_changes import files_in
 from small_runs import settings
+from two_table_store import files_in
 
 from pipelines.errors import DinorayError, JobError
 from pipelines.results.clusters import ClusterTables

@@ -13,7 +13,8 @@ import pytest
 from changes_in_steps import commits_in_order
 from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError
-from small_changes import (
+from tables_by_hand import commit_by_hand, made_table
+from two_table_store import (
     SCHEMA,
     TABLES,
     Images,
@@ -26,7 +27,6 @@ from small_changes import (
     seen_by_a_reader,
     write,
 )
-from tables_by_hand import commit_by_hand, made_table
 
 from pipelines.errors import JobError, RequestError
 from pipelines.storage import conditional

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from every_step import each_step
+from killable_processes import KILLED, KillableProcesses
 from kills_pauses_and_races import CHANGES, LEAST_STEPS_AND_READS, kill_everywhere, pause_everywhere, race
-from small_changes import (
+from two_table_store import (
     SCHEMA,
     Images,
     aged,
@@ -24,7 +25,6 @@ from small_changes import (
     sweep,
     with_old_images,
 )
-from trials import KILLED, Trials
 
 from pipelines.errors import JobError
 from pipelines.store.snapshots import snapshot
@@ -36,7 +36,7 @@ from pipelines.store.transaction_log import TransactionLog
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in ("compact", "sweep") else ()) for name in CHANGES]
 )
-def test_killed_at_every_step(trials: Trials, tmp_path: Path, name: str) -> None:
+def test_killed_at_every_step(processes: KillableProcesses, tmp_path: Path, name: str) -> None:
     template = TransactionLog(str(tmp_path / "template"))
     if name != "the first change of a new store":
         with_old_images(template)
@@ -47,7 +47,7 @@ def test_killed_at_every_step(trials: Trials, tmp_path: Path, name: str) -> None
             shutil.copytree(template.uri, log.uri)
         return log
 
-    kill_everywhere(trials, new_store, name, least=5 if name == "sweep" else 10)
+    kill_everywhere(processes, new_store, name, least=5 if name == "sweep" else 10)
 
 
 # Paused at every step
@@ -151,12 +151,12 @@ def test_a_reader_that_opens_its_tables_late_sees_its_transaction(log: Transacti
 # Races
 
 
-def test_two_processes_of_twenty_transactions_each(trials: Trials, tmp_path: Path) -> None:
-    race(trials, str(tmp_path), {}, 20)
+def test_two_processes_of_twenty_transactions_each(processes: KillableProcesses, tmp_path: Path) -> None:
+    race(processes, str(tmp_path), {}, 20)
 
 
 @pytest.mark.slow
-def test_races_of_four_with_kills(trials: Trials, tmp_path: Path) -> None:
+def test_races_of_four_with_kills(processes: KillableProcesses, tmp_path: Path) -> None:
     """Each is killed somewhere and started again until it is through."""
     for round_number in range(4):
         log = TransactionLog(str(tmp_path / str(round_number)))
@@ -164,11 +164,11 @@ def test_races_of_four_with_kills(trials: Trials, tmp_path: Path) -> None:
         codes = dict.fromkeys(lists, KILLED)
         for attempt in range(20):
             children = {
-                name: trials.start("put", store=log.uri, images=lists[name], die_at=3 + 7 * attempt + ord(name) % 5)
+                name: processes.start("put", store=log.uri, images=lists[name], die_at=3 + 7 * attempt + ord(name) % 5)
                 for name, code in codes.items()
                 if code == KILLED
             }
-            codes |= {name: trials.wait(child) for name, child in children.items()}
+            codes |= {name: processes.wait(child) for name, child in children.items()}
         assert set(codes.values()) == {0}
         put_images(log, {"z": 0})
         holds(log, {f"{name}{at}": 0 for name in lists for at in range(5)} | {"shared": 1, "z": 0})
@@ -176,7 +176,7 @@ def test_races_of_four_with_kills(trials: Trials, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_everything_at_once(trials: Trials, tmp_path: Path, seed: int) -> None:
+def test_everything_at_once(processes: KillableProcesses, tmp_path: Path, seed: int) -> None:
     """Two that add and replace, one that compacts, one that sweeps whatever is unnamed; all of them killed now and then
     and started again, and the log cut behind them. What was done stays, and every image is there once."""
     chance = random.Random(seed)
@@ -189,11 +189,11 @@ def test_everything_at_once(trials: Trials, tmp_path: Path, seed: int) -> None:
     codes = [KILLED] * len(work)
     for _ in range(60):
         children = [
-            trials.start(change, store=log.uri, die_at=chance.randrange(4, 120), **arguments)
+            processes.start(change, store=log.uri, die_at=chance.randrange(4, 120), **arguments)
             for (change, arguments), code in zip(work, codes, strict=True)
             if code == KILLED
         ]
-        ended = [trials.wait(child) for child in children]
+        ended = [processes.wait(child) for child in children]
         codes = [ended.pop(0) if code == KILLED else code for code in codes]
         assert set(codes) <= {0, KILLED}
         seen_by_a_reader(log)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from deltalake import DeltaTable
 from every_step import each_step
+from killable_processes import KillableProcesses
 from power_cuts import cut_power, make_disk, mounted_disk
-from small_changes import (
+from two_table_store import (
     TABLES,
     files_in,
     fresh,
@@ -20,14 +21,13 @@ from small_changes import (
     seen_by_a_reader,
     with_old_images,
 )
-from trials import Trials
 
 from pipelines.store.changes import Change, Pointer
 from pipelines.store.transaction_log import TransactionLog
 from pipelines.store.transactions import transact
 
 
-def test_a_power_cut_at_every_step(trials: Trials, tmp_path: Path) -> None:
+def test_a_power_cut_at_every_step(processes: KillableProcesses, tmp_path: Path) -> None:
     """What was said to be done is there, and the change that was on its way has happened or has not."""
     template = make_disk(tmp_path / "template")
     before, wanted = {"a": 0, "b": 0, "d": 0}, {"a": 1, "b": 0, "c": 0, "d": 0}
@@ -37,7 +37,7 @@ def test_a_power_cut_at_every_step(trials: Trials, tmp_path: Path) -> None:
         image = cut_power(template, tmp_path / "image")
         with mounted_disk(image, tmp_path / "disk") as disk:
             log = TransactionLog(str(disk / "store"))
-            step.ended(trials.run("put", store=log.uri, images=[{"a": 1, "c": 0}], die_at=step.number))
+            step.ended(processes.run("put", store=log.uri, images=[{"a": 1, "c": 0}], die_at=step.number))
             found = cut_power(image, tmp_path / "found")
         with mounted_disk(found, tmp_path / "disk"):
             assert seen_by_a_reader(log) in ([wanted] if step.is_past else [before, wanted]), f"{step}"
@@ -45,11 +45,11 @@ def test_a_power_cut_at_every_step(trials: Trials, tmp_path: Path) -> None:
             holds(log, wanted)
 
 
-def test_the_first_change_of_a_store_survives_a_power_cut(trials: Trials, tmp_path: Path) -> None:
+def test_the_first_change_of_a_store_survives_a_power_cut(processes: KillableProcesses, tmp_path: Path) -> None:
     image = make_disk(tmp_path / "image")
     with mounted_disk(image, tmp_path / "disk") as disk:
         log = TransactionLog(str(disk / "new" / "store"))
-        assert trials.run("put", store=log.uri, images=[{"a": 0}]) == 0
+        assert processes.run("put", store=log.uri, images=[{"a": 0}]) == 0
         found = cut_power(image, tmp_path / "found")
     with mounted_disk(found, tmp_path / "disk"):
         holds(log, {"a": 0})

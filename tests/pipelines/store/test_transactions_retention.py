@@ -13,7 +13,8 @@ import pytest
 from changes_in_steps import just_before_its_put
 from deltalake import DeltaTable
 from fsspec.implementations.local import LocalFileSystem
-from small_changes import (
+from tables_by_hand import made_table
+from two_table_store import (
     DAY,
     SCHEMA,
     TABLES,
@@ -27,7 +28,6 @@ from small_changes import (
     sweep,
     write,
 )
-from tables_by_hand import made_table
 
 from pipelines.errors import JobError
 from pipelines.store.changes import Change, Pointer

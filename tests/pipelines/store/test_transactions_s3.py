@@ -6,9 +6,10 @@ import uuid
 from typing import Any
 
 import pytest
+from killable_processes import KillableProcesses
 from kills_pauses_and_races import kill_everywhere, race
 from s3_server import BUCKET, S3Server
-from small_changes import (
+from two_table_store import (
     SCHEMA,
     aged,
     compact,
@@ -18,7 +19,6 @@ from small_changes import (
     with_old_images,
     write,
 )
-from trials import Trials
 
 from pipelines.errors import JobError
 from pipelines.storage import conditional
@@ -60,15 +60,15 @@ def test_a_bucket_has_put_if_absent_and_lost_answers_are_told(
 
 
 @pytest.mark.slow
-def test_killed_at_every_step_in_a_bucket(trials: Trials, s3: S3Server) -> None:
+def test_killed_at_every_step_in_a_bucket(processes: KillableProcesses, s3: S3Server) -> None:
     def new_store() -> TransactionLog:
         return with_old_images(TransactionLog(f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", s3.options))
 
-    kill_everywhere(trials, new_store, "new, replaced and copied rows", least=8)
+    kill_everywhere(processes, new_store, "new, replaced and copied rows", least=8)
 
 
-def test_two_processes_race_in_a_bucket(trials: Trials, s3: S3Server) -> None:
-    race(trials, f"s3://{BUCKET}", s3.options, 6)
+def test_two_processes_race_in_a_bucket(processes: KillableProcesses, s3: S3Server) -> None:
+    race(processes, f"s3://{BUCKET}", s3.options, 6)
 
 
 def test_garbage_and_cuts_in_a_bucket(bucket_log: TransactionLog) -> None:

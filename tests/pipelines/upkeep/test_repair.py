@@ -14,10 +14,10 @@ import store_commands
 from every_step import at_every_step, die
 from hand_made import add_images, source
 from local_clusters import use_local_workers
-from small_changes import files_in
 from small_results import MATCHES_OF_A_PAIR
 from small_runs import settings
 from tables_by_hand import commit_by_hand
+from two_table_store import files_in
 from typer.testing import CliRunner
 from whole_stores import IMAGES, NAME, contents, extract, make_results, whole_store
 

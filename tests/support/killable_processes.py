@@ -1,96 +1,30 @@
 """Changes in processes of their own, which die at a numbered step on their way to storage.
 
 delta-rs cannot be used in the child of a process that has used it. So a small server, which has imported everything and
-used nothing, forks a child for each trial: `python trials.py` reads requests and writes answers, a line of JSON each.
+used nothing, forks a child for each trial: `python killable_processes.py` reads requests and writes answers, a line of
+JSON each.
 """
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import importlib
-import inspect
 import json
 import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
+
+from storage_steps import at_step, storage_steps
 
 from pipelines.errors import JobError
 
 KILLED = 9  # exit code of a child that died at its step
 
 
-def storage_steps(*, reads: bool = False) -> list[tuple[Any, str]]:
-    """Where this program touches storage, as (owner, name of a function). reads: looks at it too."""
-    import faiss
-    import pyarrow.parquet as pq
-    from deltalake import DeltaTable
-    from fsspec.implementations.local import LocalFileSystem
-    from s3fs import S3FileSystem
-
-    from pipelines.store import publishing, snapshots
-    from pipelines.store.transaction_log import TransactionLog
-
-    found: list[tuple[Any, str]] = [(os, name) for name in ("link", "replace", "unlink", "remove")]
-    found += [(LocalFileSystem, "pipe_file"), (pq.ParquetWriter, "close"), (faiss, "write_index")]
-    found += [(S3FileSystem, name) for name in ("_pipe_file", "_put_file", "_rm_file")]
-    found += [(DeltaTable, "create"), (DeltaTable, "create_write_transaction")]
-    if reads:
-        found += [(TransactionLog, "listing"), (TransactionLog, "read")]
-        found += [(snapshots, "delta_of"), (publishing, "delta_of")]
-    return found
-
-
-@contextmanager
-def at_step(number: int, act: Callable[[], object], *, reads: bool = False) -> Iterator[list[str]]:
-    """Have `act` called before the step with this number (from 0) is taken; the names of all steps until then, `act`'s
-    own left out."""
-    taken: list[str] = []
-    inside: list[bool] = []
-
-    from s3fs import S3FileSystem
-
-    def before(name: str) -> None:
-        if inside:
-            return
-        taken.append(name)
-        if len(taken) == number + 1:
-            inside.append(True)
-            try:
-                act()
-            finally:
-                inside.pop()
-
-    def disturbed(original: Any, name: str) -> Any:
-        @functools.wraps(original)  # drivers are asked for their parameters
-        def step(*arguments: Any, **named: Any) -> Any:
-            before(name)
-            return original(*arguments, **named)
-
-        @functools.wraps(original)
-        async def asynchronous_step(*arguments: Any, **named: Any) -> Any:
-            # in a thread, since what `act` does waits for this loop
-            await asyncio.to_thread(before, name)
-            return await original(*arguments, **named)
-
-        return asynchronous_step if inspect.iscoroutinefunction(original) else step
-
-    with ExitStack() as stack:
-        stack.callback(S3FileSystem.clear_instance_cache)
-        for owner, name in storage_steps(reads=reads):
-            original = getattr(owner, name)
-            stack.enter_context(mock.patch.object(owner, name, disturbed(original, name)))
-        S3FileSystem.clear_instance_cache()  # its instances took hold of their methods when they were made
-        yield taken
-
-
-class Trials:
+class KillableProcesses:
     """The server, from the side of the tests."""
 
     def __init__(self) -> None:
@@ -133,7 +67,7 @@ class Trials:
 
 
 def _put(arguments: dict[str, Any]) -> None:
-    from small_changes import log_of, put_images
+    from two_table_store import log_of, put_images
 
     for images in arguments["images"]:
         log = log_of(arguments)
@@ -143,7 +77,7 @@ def _put(arguments: dict[str, Any]) -> None:
 
 def _insist(arguments: dict[str, Any]) -> None:
     """As _put, beside sweeps without retention, which may take a file before it is named."""
-    from small_changes import log_of, put_images
+    from two_table_store import log_of, put_images
 
     for images in arguments["images"]:
         while True:
@@ -155,7 +89,7 @@ def _insist(arguments: dict[str, Any]) -> None:
 
 
 def _compact(arguments: dict[str, Any]) -> None:
-    from small_changes import compact, log_of
+    from two_table_store import compact, log_of
 
     for _ in range(arguments.get("times", 1)):
         try:
@@ -165,7 +99,7 @@ def _compact(arguments: dict[str, Any]) -> None:
 
 
 def _sweep(arguments: dict[str, Any]) -> None:
-    from small_changes import log_of, sweep
+    from two_table_store import log_of, sweep
 
     for _ in range(arguments.get("times", 1)):
         sweep(log_of(arguments))
