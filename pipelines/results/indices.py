@@ -280,9 +280,12 @@ def read_file(store: Store, name: str, file: str, expected: str | None = None) -
         return read_faiss(uri, options, expected)
     try:
         with open_parquet(uri, options) as parquet:
-            return parquet.read()
+            rows = parquet.read()
     except FileNotFoundError:
         raise MissingFile(uri) from None
+    if not any(rows.schema.equals(schema) for schema in (IMAGES, CELLS, DEAD)):
+        raise DamagedFile(uri, f"it has other columns than an index has ({', '.join(rows.schema.names)})")
+    return rows
 
 
 def without_dead(images: pa.Table, dead: pa.Table) -> pa.Table:

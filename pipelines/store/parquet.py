@@ -188,7 +188,7 @@ def damage_explained(uri: str) -> Iterator[None]:
     """Raises DamagedFile for what Arrow says of a file that it cannot read; errors of the storage pass through."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a column's name
         of_the_system = isinstance(error, OSError) and error.errno is not None
         if of_the_system or isinstance(error, DamagedFile) or failed_storage(error):
             raise

@@ -32,7 +32,7 @@ def merge_files(
     Rows with the same key keep the order that they have within and among the files. `change` maps all rows to those
     that are written, in the same order. Takes memory for the rows of all files, twice.
     """
-    read = [table.read_file(file.path).cast(table.schema) for file in files]
+    read = [table.read_file(file.path, table.schema.names).cast(table.schema) for file in files]
     rows = pa.concat_tables(read)
     # the sort is stable
     rows = change(rows.take(pc.sort_indices(rows[table.key])))
@@ -79,7 +79,7 @@ def rewrite(table: Table, file: DataFile, run_id: str, change: Callable[[pa.Tabl
         schema = table.schema
         with pq.ParquetWriter(sink, schema, **parquet_options(schema)) as writer:
             for index in range(parquet.num_row_groups):
-                rows = change(parquet.read_row_group(index).cast(schema))
+                rows = change(parquet.read_row_group(index, columns=schema.names).cast(schema))
                 if len(rows):
                     writer.write_table(rows, row_group_size=len(rows))
                     kept += len(rows)

@@ -75,8 +75,8 @@ class Snapshot:
             if delta is not None and number < (expected := self._number_expected(path, delta)):
                 raise DamagedLog(
                     f"{self.log.uri}/{path} does not have transaction {expected}, which {self.log.folder} says it "
-                    "has: a part of its log is lost or was put back, or the store was copied while it was written to; "
-                    f"{run_repair(self.log.uri)}."
+                    "has: a part of its log is lost or was put back, or the store was copied while it was written to. "
+                    f"Copy or restore it whole, or {run_repair(self.log.uri)}."
                 )
             self.opened[path] = delta
         return self.opened[path]

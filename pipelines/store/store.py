@@ -316,14 +316,14 @@ def read_description(uri: str, config: Config) -> dict[str, Any] | None:
         return None
     if not {"spec", "fingerprint", "schema_version"} <= stored.keys():
         raise JobError(f"{uri}/store.json is not a store's description: it was damaged or written by something else.")
-    if fingerprint(stored["spec"]) != stored["fingerprint"]:
-        raise JobError(
-            f"{uri}/store.json is damaged (its spec has another fingerprint than it says): restore it from a copy."
-        )
     if stored["schema_version"] > SCHEMA_VERSION:
         raise RequestError(
             f"The store {uri} was written by a newer dinoray (schema {stored['schema_version']}, this one knows "
             f"{SCHEMA_VERSION}): update dinoray."
+        )
+    if fingerprint(stored["spec"]) != stored["fingerprint"]:
+        raise JobError(
+            f"{uri}/store.json is damaged (its spec has another fingerprint than it says): restore it from a copy."
         )
     return stored
 

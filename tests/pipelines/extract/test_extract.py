@@ -218,7 +218,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("pipelines", 
 @pytest.mark.usefixtures("extract_here")
 def test_a_lookup_of_one_image_reads_one_row_group(photos: Callable[..., Path], tmp_path: Path) -> None:
     source, store = photos(150), tmp_path / "store"
-    run(source, store, "run.images_per_shard=150", "image.shorter_side=32")
+    run(source, store, "run.images_per_shard=150", "run.commit_seconds=600", "image.shorter_side=32")
     (file,) = (store / "patches").glob("*.parquet")
     footer = pq.ParquetFile(file).metadata
     ranges = []

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from s3_server import BUCKET, S3Server
 from small_runs import settings
-from trials import at_step
+from storage_steps import at_step
 
 from benchmarks.embedded import add_embeddings
 from dino_ops.nearest import MIN_TRAINING_VECTORS, unit

@@ -123,7 +123,7 @@ def test_results_that_are_gone_or_damaged_are_made_again(
     assert night(job)[title] == ""
     damage(store)
     if why == "damaged":  # what the job itself says of a manifest that it cannot read ends the run
-        with pytest.raises(AssertionError, match="dinoray repair"):
+        with pytest.raises(AssertionError, match="which mends what can be mended"):
             night(job)
         return
     assert why in night(job)[title]

@@ -148,7 +148,7 @@ def test_a_file_that_is_missing_or_truncated_is_named(store: Store, piece: str, 
 def test_other_columns_are_named(store: Store) -> None:
     file = edit_table(store, FLAT, "images", lambda rows: rows.drop_columns(["run_id"]))
     assert only_problem(store) == (
-        f"index/flat: {file} has other columns than an index has (image_id, first_id, vectors)"
+        f"index/flat: {file} cannot be read (it has other columns than an index has (image_id, first_id, vectors))"
     )
 
 
