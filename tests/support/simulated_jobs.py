@@ -40,9 +40,10 @@ INPUTS: dict[str, dict[str, int]] = {
     "new": {"x/f": 1, "y/g": 1},
     "changed": {"x/a": 2, "y/c": 2},
     "all but one": {"x/a": 1, "x/b": 2, "y/c": 1, "y/e": 1},
+    "all but one, and new": {"x/a": 1, "x/b": 2, "y/c": 1, "y/e": 1, "x/f": 1, "y/g": 1},
 }
 """folder -> image -> version"""
-BROKEN = {"second": "x/broken", "new": "y/broken"}
+BROKEN = {"second": "x/broken", "new": "y/broken", "all but one, and new": "y/broken"}
 SETTINGS = (
     "image.shorter_side=16",
     "run.max_failed_fraction=1",
@@ -123,6 +124,9 @@ JOBS: dict[str, Callable[[Place], Any]] = {
     "first correspond": _correspond("first"),
 }
 """Those called `first` make a result that was not there, and with it its tables, as `index build` does."""
+
+PRUNE_AS_PLANNED = extract_from("all but one, and new", prune=True)
+"""What is left of `prune` where others extracted new images after it was planned: those are not gone."""
 
 OTHERS = tuple(name for name in JOBS if not name.startswith("first"))
 """What runs beside them, besides each itself."""
