@@ -116,6 +116,7 @@ def run(
             opened = Store.create(result.store, config)
             if fitted:
                 write_projections(opened.uri, config, fitted)
+        opened.make_tables()
         opened.complete()
         asked = {"input": input, "prune": prune, "retry_failed": retry_failed, "limit": limit}
         report = RunReport("extract", result.store, config, result.run_id, asked)

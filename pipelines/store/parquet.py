@@ -92,12 +92,16 @@ def write_parquet(
     uri = join(table, name)
     with new_file(uri, options) as sink:
         pq.write_table(rows, sink, row_group_size=row_group_rows, **parquet_options(rows.schema))
-    return DataFile(name, size_of(uri, options), len(rows), *key_range(rows[0]))
+        size = sink.tell()
+    return DataFile(name, size, len(rows), *key_range(rows[0]))
 
 
 @contextlib.contextmanager
 def new_file(uri: str, options: Options | None = None) -> Iterator[Any]:
-    """A file under a name that nobody else uses, to write to; gone again where writing ends with an error."""
+    """A file under a name that nobody else uses, to write to; gone again where writing ends with an error.
+
+    Its size is where writing ended: the file itself may be swept by the time it is closed, if nobody keeps leftovers.
+    """
     fs, path = filesystem(uri, options)
     if is_local(uri):
         # the table may not have been created yet
@@ -109,12 +113,6 @@ def new_file(uri: str, options: Options | None = None) -> Iterator[Any]:
         with contextlib.suppress(Exception):  # what stays is garbage, and the error counts
             fs.rm_file(path)
         raise
-
-
-def size_of(uri: str, options: Options | None = None) -> int:
-    """In bytes."""
-    fs, path = filesystem(uri, options)
-    return int(fs.size(path))
 
 
 def described(table: str, path: str, options: Options | None = None) -> DataFile | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -19,7 +20,6 @@ from pipelines.store.parquet import (
     new_file_name,
     open_parquet,
     parquet_options,
-    size_of,
 )
 from pipelines.store.table import Table
 
@@ -43,7 +43,9 @@ def merge_files(
     ):
         for group in row_groups(rows, table.key):
             writer.write_table(group, row_group_size=len(group))
-    return DataFile(name, size_of(uri, table.options), len(rows), *key_range(rows[table.key]))
+        writer.close()
+        size = sink.tell()
+    return DataFile(name, size, len(rows), *key_range(rows[table.key]))
 
 
 def row_groups(rows: pa.Table, key: str) -> Iterator[pa.Table]:
@@ -86,11 +88,13 @@ def rewrite(table: Table, file: DataFile, run_id: str, change: Callable[[pa.Tabl
                     bounds = pc.min_max(rows[table.key])
                     low.append(bounds["min"].as_py())
                     high.append(bounds["max"].as_py())
+        size = sink.tell()
     if not kept:
         fs, path = storage.filesystem(uri, table.options)
-        fs.rm_file(path)
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(path)
         return None
-    return DataFile(name, size_of(uri, table.options), kept, min(low), max(high))
+    return DataFile(name, size, kept, min(low), max(high))
 
 
 def _without(rows: pa.Table, image_ids: Iterable[str]) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import re
@@ -114,7 +115,7 @@ class Store:
                 f"The store {uri} was made with another spec ({'; '.join(differing)}): "
                 "give the stored settings again, or another STORE for these."
             )
-        return cls._with_tables(uri, config, stored, make_all=True)
+        return cls(uri, config, stored)
 
     @classmethod
     def create(cls, uri: str, config: Config) -> Store:
@@ -139,6 +140,7 @@ class Store:
             raise explained or JobError(f"The store {uri} cannot be created: {error}.") from None
         store = cls.open_existing(uri, config)
         assert store is not None
+        store.make_tables()
         return store
 
     @classmethod
@@ -155,7 +157,7 @@ class Store:
             raise RequestError(
                 f"There is no store at {uri} (no store.json): make one with `dinoray extract INPUT {uri}`."
             )
-        return cls._with_tables(uri, config_of(stored, config), stored)
+        return cls(uri, config_of(stored, config), stored)
 
     @classmethod
     def open_for_writing(cls, uri: str, config: Config) -> Store:
@@ -172,21 +174,25 @@ class Store:
 
         Raises JobError where it cannot be written, RequestError where a newer dinoray wrote the last transaction.
         """
-        try:
+        with self._write_errors_explained():
             open_for_writing(self.log)
             self.refresh()
+
+    def make_tables(self) -> None:
+        """Make the tables that are not there: other tools are to find every one, even an empty one.
+
+        Raises JobError for a table whose log is gone while its files are there, or where the store cannot be written.
+        """
+        with self._write_errors_explained():
+            make_tables(self.log, self.schemas, "extract")
+
+    @contextlib.contextmanager
+    def _write_errors_explained(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             explained = explain_write_error(error, self.uri) or storage.explain_failed_storage(error, self.uri)
             raise explained or error from None
-
-    @classmethod
-    def _with_tables(cls, uri: str, config: Config, stored: dict[str, Any], *, make_all: bool = False) -> Store:
-        try:
-            if make_all:
-                _make_tables(uri, config)
-            return cls(uri, config, stored)
-        except OSError as error:
-            raise explain_write_error(error, uri) or storage.explain_failed_storage(error, uri) or error from None
 
     def requires(
         self,
@@ -291,12 +297,6 @@ class Store:
 
 def _log_of(uri: str, config: Config) -> TransactionLog:
     return TransactionLog(uri, config.storage.options, retention_hours=config.compact.retention_hours)
-
-
-def _make_tables(uri: str, config: Config) -> None:
-    """Other tools are to find every table, even an empty one."""
-    schemas = {"patches": patches_schema(config), "images": IMAGES, "failures": FAILURES}
-    make_tables(_log_of(uri, config), schemas, "extract")
 
 
 def read_description(uri: str, config: Config) -> dict[str, Any] | None:

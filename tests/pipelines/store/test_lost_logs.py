@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from hand_made import add_images, source
-from small_runs import settings
+from small_runs import photo, settings
 from two_table_store import files_in
 
+from pipelines import extract
 from pipelines.errors import DinorayError, JobError
 from pipelines.results.clusters import ClusterTables
 from pipelines.results.matches import MatchTables
@@ -30,6 +31,15 @@ def store(tmp_path: Path) -> Store:
 
 def lose(table: str) -> None:
     shutil.rmtree(os.path.join(table, "_delta_log"))
+
+
+def extracting(store: Store) -> Store:
+    """The store as extract opens it."""
+    opened = Store.open_existing(store.uri, store.config)
+    assert opened
+    opened.make_tables()
+    opened.complete()
+    return opened
 
 
 def read_all(store: Store) -> None:
@@ -53,13 +63,22 @@ def test_a_reader_makes_no_table(name: str, read: Callable[[Store], object], sto
 def test_extract_makes_no_table_where_files_of_one_are(name: str, store: Store) -> None:
     lose(f"{store.uri}/{name}")
     with pytest.raises(JobError, match=f"The log of .*/{name} is gone"):
-        Store.open_existing(store.uri, store.config)
+        extracting(store)
+
+
+def test_a_dry_run_makes_no_table(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    photo(1).save(tmp_path / "photos" / "a.jpg")
+    lose(f"{store.uri}/failures")
+    before = sorted(files_in(store.log))
+    with pytest.raises(JobError, match="has no table failures"):
+        extract.run(store.config, input=str(tmp_path / "photos"), store=store.uri, dry_run=True)
+    assert sorted(files_in(store.log)) == before
 
 
 def test_extract_makes_what_a_run_left_out_that_was_killed_while_it_made_a_store(store: Store) -> None:
     shutil.rmtree(os.path.join(store.uri, "failures"))
-    opened = Store.open_existing(store.uri, store.config)
-    assert opened and len(opened.failures.files()) == 0
+    assert len(extracting(store).failures.files()) == 0
 
 
 @pytest.mark.parametrize("kind", [ClusterTables, PartTables, MatchTables])
