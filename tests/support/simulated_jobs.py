@@ -41,9 +41,16 @@ INPUTS: dict[str, dict[str, int]] = {
     "changed": {"x/a": 2, "y/c": 2},
     "all but one": {"x/a": 1, "x/b": 2, "y/c": 1, "y/e": 1},
     "all but one, and new": {"x/a": 1, "x/b": 2, "y/c": 1, "y/e": 1, "x/f": 1, "y/g": 1},
+    "all but one, and changed": {"x/a": 2, "x/b": 2, "y/c": 2, "y/e": 1},
+    "all but one, and new, and changed": {"x/a": 2, "x/b": 2, "y/c": 2, "y/e": 1, "x/f": 1, "y/g": 1},
 }
 """folder -> image -> version"""
-BROKEN = {"second": "x/broken", "new": "y/broken", "all but one, and new": "y/broken"}
+BROKEN = {
+    "second": "x/broken",
+    "new": "y/broken",
+    "all but one, and new": "y/broken",
+    "all but one, and new, and changed": "y/broken",
+}
 SETTINGS = (
     "image.shorter_side=16",
     "run.max_failed_fraction=1",
@@ -125,8 +132,21 @@ JOBS: dict[str, Callable[[Place], Any]] = {
 }
 """Those called `first` make a result that was not there, and with it its tables, as `index build` does."""
 
-PRUNE_AS_PLANNED = extract_from("all but one, and new", prune=True)
-"""What is left of `prune` where others extracted new images after it was planned: those are not gone."""
+
+def prune_as_planned(*, new: bool, changed: bool) -> str:
+    """What is left of `prune` where others extracted images after it was planned: those are neither gone nor to be
+    extracted again."""
+    return "all but one" + ", and new" * new + ", and changed" * changed
+
+
+PRUNES_AS_PLANNED = {
+    name: extract_from(name, prune=True)
+    for name in (
+        prune_as_planned(new=True, changed=False),
+        prune_as_planned(new=False, changed=True),
+        prune_as_planned(new=True, changed=True),
+    )
+}
 
 OTHERS = tuple(name for name in JOBS if not name.startswith("first"))
 """What runs beside them, besides each itself."""

@@ -1,11 +1,13 @@
 """Jobs that are killed and paused at every step, while others run: what comes of it, counted.
 
     python tests/support/simulation.py FOLDER [--jobs A,B] [--others C,D] [--only kills|pauses] [--looks] [--s3]
+    python tests/support/simulation.py FOLDER --walks COUNT [--seed N]     (or --minutes MINUTES)
 
 Every effect on storage is a numbered step (storage_steps.at_step). A job is killed with SIGKILL before each of its
 steps, and the same command runs again, at once or after another job; and it is paused before each of its steps while
 another one runs whole. Whatever happened, the store must be sound (`verify --deep`) and say what it says when the jobs
-run one after the other, in one order or the other.
+run one after the other, in one order or the other. Random walks (walks.py) do both to three or four jobs, and before
+looks at a log, too; `--walks 1 --seed N` repeats the one of seed N.
 
 This process forks the ones that use storage, and uses none itself: delta-rs cannot be forked once it was used. What
 is found is printed as one JSON object.
@@ -34,9 +36,20 @@ from typing import Any
 
 import torch
 from s3_server import BUCKET, S3Server, s3_server
-from simulated_jobs import JOBS, OTHERS, PARTS_OF_RUN, PRUNE_AS_PLANNED, Place, jobs_in_process, make_inputs, make_store
+from simulated_jobs import (
+    JOBS,
+    OTHERS,
+    PARTS_OF_RUN,
+    PRUNES_AS_PLANNED,
+    Place,
+    jobs_in_process,
+    make_inputs,
+    make_store,
+    prune_as_planned,
+)
 from storage_steps import at_step
 from store_contents import Contents, contents_of, differences, twice
+from walks import Order, Planned, Walk, orders_like, random_walk
 
 from pipelines.errors import DinorayError
 from pipelines.upkeep import verify
@@ -51,9 +64,10 @@ MOST_LEFTOVERS = 40
 
 @dataclass
 class Trial:
-    """One disturbance, and what came of it. kind: kill or pause. wrong: a word (lost, twice, wrong, stuck, unsound) and
-    what was seen; empty where all is well. again: somebody said to run the same command again. untold: of those, one
-    that said so by a traceback, since a file that it read was replaced and swept away without any retention."""
+    """One disturbance, and what came of it. kind: kill, pause or walk (job: all its jobs; step: its seed). wrong: a
+    word (lost, twice, wrong, stuck, unsound) and what was seen; empty where all is well. again: somebody said to run
+    the same command again. untold: of those, one that said so by a traceback, since a file that it read was replaced
+    and swept away without any retention."""
 
     kind: str
     job: str
@@ -67,6 +81,8 @@ class Trial:
     leftovers: int = 0
 
     def __str__(self) -> str:
+        if self.kind == "walk":
+            return f"walk of seed {self.step}: {self.job}: {self.wrong}"
         how = "killed, then" if self.kind == "kill" else "paused for"
         return f"{self.job} {how} {self.other or 'itself again'}, step {self.step}: {self.wrong}"
 
@@ -86,12 +102,20 @@ class Figures:
         self.counts["swept"] += trial.swept
         if trial.untold:
             self.counts["untold"] += 1
-            self.untold[f"{trial.job}, paused for {trial.other}: {trial.untold.partition(': ')[0]}"] += 1
+            paused = "" if trial.kind == "walk" else f"{trial.job}, paused for {trial.other}: "
+            self.untold[f"{paused}{trial.untold.partition(': ')[0]}"] += 1
         self.counts["most leftovers"] = max(self.counts["most leftovers"], trial.leftovers)
         if trial.wrong:
             self.counts[trial.wrong.partition(":")[0]] += 1
             self.wrong.append(str(trial))
             print(trial, file=sys.stderr, flush=True)
+
+    def take_walk(self, walk: Walk, trial: Trial) -> None:
+        """walk: what came of it."""
+        self.take(trial)
+        self.counts["jobs of walks"] += len(walk)
+        for fate in ("killed", "paused"):
+            self.counts[f"{fate} in walks"] += sum(one.fate == fate for one in walk)
 
 
 class Stores:
@@ -145,7 +169,7 @@ class Judge:
         if not other:
             self._must_be_sound(place, trial, "right after the kill")
         for name in [other, job] if other else [job]:
-            self._run(place, name, trial)
+            run_job(place, name, trial)
         between = [other] if other else []
         allowed = [(*between, job), (job, *between, job)]
         if job == "run":
@@ -162,7 +186,7 @@ class Judge:
         unfinished: list[str] = []
 
         def run(name: str) -> None:
-            if self._run(place, name, trial, may_fail=True):
+            if run_job(place, name, trial, may_fail=True):
                 unfinished.append(name)
 
         with at_step(trial.step, partial(run, other), reads=self._looks) as taken:
@@ -173,11 +197,11 @@ class Judge:
             if job == "run":
                 allowed += [(*PARTS_OF_RUN[:at], other, *PARTS_OF_RUN[at:]) for at in range(1, len(PARTS_OF_RUN))]
             if (job, other) == ("prune", "run"):
-                allowed.append((other, "prune as planned"))
+                allowed.append((other, prune_as_planned(new=True, changed=False)))
             if unfinished:
                 trial.again = True
                 for name in unfinished:
-                    self._run(place, name, trial)
+                    run_job(place, name, trial)
                 allowed += [(*before, name) for before in allowed for name in (job, other)]
                 allowed += [(*before, name) for before in allowed for name in (job, other)]
             self._must_hold(place, trial, allowed)
@@ -185,23 +209,14 @@ class Judge:
         self._stores.remove(place)
         return trial
 
-    def _run(self, place: Place, name: str, trial: Trial, *, may_fail: bool = False) -> bool:
-        """Run a job; whether it said, in a sentence, that it is to run again."""
-        try:
-            result = JOBS[name](place)
-        except DinorayError as error:
-            if not may_fail:
-                _blame(trial, f"stuck: {name} said {error}")
-            return True
-        except Exception as error:
-            if not may_fail or not isinstance(error, FileNotFoundError):
-                _blame(trial, f"stuck: {_broke(name, error)}")
-            trial.untold = trial.untold or _broke(name, error)
-            return True
-        said = [message for message in result.messages if RUNS_AGAIN in message.lower()]
-        if result.exit_code or (said and not may_fail):
-            _blame(trial, f"stuck: {name} ended with {result.exit_code}: {result.messages}")
-        return bool(said)
+    def after_walk(self, place: Place, trial: Trial, again: Sequence[str], allowed: Sequence[Order]) -> Trial:
+        """Jobs ran as they did in the store at `place`: have some run again."""
+        for name in again:
+            run_job(place, name, trial)
+        self._must_hold(place, trial, allowed)
+        self._sweep(place, trial, allowed)
+        self._stores.remove(place)
+        return trial
 
     def _must_be_sound(self, place: Place, trial: Trial, when: str) -> verify.Result | None:
         try:
@@ -223,10 +238,13 @@ class Judge:
         contents = contents_of(place.store, place.config())
         if tables := twice(contents):
             _blame(trial, f"twice: {tables}")
-        differing = [differences(contents, self._after(one)) for one in dict.fromkeys(allowed)]
-        if all(differing):
-            lost = all(_lacks(contents, self._after(one)) for one in allowed)
-            _blame(trial, f"{'lost' if lost else 'wrong'}: unlike {allowed[0]} in {min(differing, key=len)}")
+        differing = []
+        for one in dict.fromkeys(allowed):
+            differing.append(differences(contents, self._after(one)))
+            if not differing[-1]:
+                return
+        lost = all(_lacks(contents, self._after(one)) for one in allowed)
+        _blame(trial, f"{'lost' if lost else 'wrong'}: unlike {allowed[0]} in {min(differing, key=len)}")
 
     def _sweep(self, place: Place, trial: Trial, allowed: Sequence[tuple[str, ...]]) -> None:
         """Now and then: compact without any retention removes what is left over, and nothing else."""
@@ -234,7 +252,7 @@ class Judge:
         if trial.wrong or self._judged % SWEPT_EVERY:
             return
         before = contents_of(place.store, place.config())
-        self._run(place, "compact", trial)
+        run_job(place, "compact", trial)
         found = self._must_be_sound(place, trial, "after compact")
         if found is None or trial.wrong:
             return
@@ -249,10 +267,29 @@ class Judge:
         if jobs not in self._expected:
             place = self._stores.copy(self._stores.template, "expected")
             for name in jobs:
-                JOBS.get(name, PRUNE_AS_PLANNED)(place)
+                (JOBS | PRUNES_AS_PLANNED)[name](place)
             self._expected[jobs] = contents_of(place.store, place.config())
             self._stores.remove(place)
         return self._expected[jobs]
+
+
+def run_job(place: Place, name: str, trial: Trial, *, may_fail: bool = False) -> bool:
+    """Run a job; whether it said, in a sentence, that it is to run again."""
+    try:
+        result = JOBS[name](place)
+    except DinorayError as error:
+        if not may_fail:
+            _blame(trial, f"stuck: {name} said {error}")
+        return True
+    except Exception as error:
+        if not may_fail or not isinstance(error, FileNotFoundError):
+            _blame(trial, f"stuck: {_broke(name, error)}")
+        trial.untold = trial.untold or _broke(name, error)
+        return True
+    said = [message for message in result.messages if RUNS_AGAIN in message.lower()]
+    if result.exit_code or (said and not may_fail):
+        _blame(trial, f"stuck: {name} ended with {result.exit_code}: {result.messages}")
+    return bool(said)
 
 
 def _blame(trial: Trial, wrong: str) -> None:
@@ -338,11 +375,89 @@ def killed_at(place: Place, job: str, step: int) -> bool:
     return code != 0
 
 
+class Stopped:
+    """A job in a process of its own, which stops before a step, where it comes to that, until it is told to go on."""
+
+    def __init__(self, place: Place, planned: Planned, trial: Trial, *, may_fail: bool) -> None:
+        to_child, self._go_on = os.pipe()
+        self._reports, from_child = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                _be_quiet()
+                with os.fdopen(from_child, "wb", buffering=0) as writer:
+                    step = sys.maxsize if planned.fate == "whole" else planned.step
+                    with at_step(step, lambda: _stop(writer, to_child), reads=True):
+                        again = run_job(place, planned.job, trial, may_fail=may_fail)
+                    pickle.dump((again, trial), writer)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc(file=sys.__stderr__)
+            os._exit(1)
+        os.close(to_child)
+        os.close(from_child)
+        self._reader = os.fdopen(self._reports, "rb")
+        self._report = pickle.load(self._reader)
+
+    @property
+    def stands(self) -> bool:
+        return self._report is None
+
+    def kill(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+        self._close()
+
+    def end(self) -> tuple[bool, Trial]:
+        """Go on; whether it is to run again, and the trial with what was wrong."""
+        if self.stands:
+            os.write(self._go_on, b".")
+            self._report = pickle.load(self._reader)
+        self._close()
+        again, trial = self._report
+        return again, trial
+
+    def _close(self) -> None:
+        os.waitpid(self._pid, 0)
+        os.close(self._go_on)
+        self._reader.close()
+
+
+def _stop(writer: Any, go_on: int) -> None:
+    pickle.dump(None, writer)
+    if not os.read(go_on, 1):
+        os._exit(1)  # the process that would say so is gone
+
+
+def took(place: Place, walk: Walk, at: int, trial: Trial, overlapped: bool = False) -> tuple[Walk, set[int], Trial]:
+    """Have the jobs of a walk run as planned, from one on; what came of them, and those that are to run again.
+
+    overlapped: an earlier one is paused meanwhile, so that these may be told to run again.
+    """
+    if at == len(walk):
+        return (), set(), trial
+    planned = walk[at]
+    job = Stopped(place, planned, trial, may_fail=overlapped or planned.fate == "paused")
+    if job.stands and planned.fate == "paused":
+        rest, again, trial = took(place, walk, at + 1, trial, overlapped=True)
+        to_run_again, of_job = job.end()
+        _blame(trial, of_job.wrong)
+        trial.untold = trial.untold or of_job.untold
+        return (planned, *rest), again | ({at} if to_run_again else set()), trial
+    if job.stands:
+        job.kill()
+        rest, again, trial = took(place, walk, at + 1, trial, overlapped)
+        return (planned, *rest), again | {at}, trial
+    to_run_again, trial = job.end()
+    rest, again, trial = took(place, walk, at + 1, trial, overlapped)
+    return (Planned(planned.job, "whole"), *rest), again | ({at} if to_run_again else set()), trial
+
+
 class Preparing:
     """What is done in a process of its own before the first trial."""
 
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
+        self._steps: dict[str, int] = {}
 
     def prepare(self, jobs: Iterable[str]) -> list[str]:
         """Make the store that trials begin with, and run some jobs once; the modules that this took."""
@@ -350,11 +465,17 @@ class Preparing:
         make_store(self._stores.template)
         for name in jobs:
             place = self._stores.copy(self._stores.template, "warm")
-            JOBS[name](place)
+            with at_step(LONGEST, lambda: None, reads=True) as taken:
+                JOBS[name](place)
+            self._steps[name] = len(taken)
             verify.run(place.config(), store=place.store, deep=True)
             contents_of(place.store, place.config())
             self._stores.remove(place)
         return sorted(set(sys.modules) - before)
+
+    def steps(self) -> dict[str, int]:
+        """How many steps and looks each of those jobs has."""
+        return self._steps
 
     def copy(self, name: str) -> Place:
         return self._stores.copy(self._stores.template, name)
@@ -374,24 +495,63 @@ def simulate(
 
     folder: a place of its own, best in memory.
     """
+    figures = Figures()
+    with _prepared(folder, (*jobs, *(OTHERS if others is None else others)), looks, server) as (preparing, judge):
+        for job in jobs:
+            began = time.monotonic()
+            beside = dict.fromkeys([*OTHERS, job]) if others is None else others
+            if kills:
+                _kill_everywhere(job, [*beside], preparing, judge, figures)
+            if pauses:
+                _pause_everywhere(job, [*beside], judge, figures)
+            print(f"{job}: {time.monotonic() - began:.0f} s, {dict(figures.counts)}", file=sys.stderr, flush=True)
+    return figures
+
+
+def simulate_walks(
+    folder: Path,
+    jobs: Sequence[str],
+    seed: int,
+    *,
+    count: int | None = None,
+    minutes: float = 0,
+    server: S3Server | None = None,
+) -> Figures:
+    """Random walks of some jobs, `count` of them or for some minutes. Their seeds follow one another from `seed` on, so
+    that each can be had alone."""
+    figures = Figures()
+    with _prepared(folder, jobs, True, server) as (preparing, judge):
+        until = time.monotonic() + 60 * minutes
+        steps = figures.steps = preparing.ask("steps")
+        number = seed
+        while time.monotonic() < until if count is None else number < seed + count:
+            figures.take_walk(*_walk(random_walk(number, steps), number, preparing, judge))
+            number += 1
+    return figures
+
+
+def _walk(planned: Walk, seed: int, preparing: Child, judge: Child) -> tuple[Walk, Trial]:
+    place = preparing.ask("copy", "trial")
+    trial = Trial("walk", ", ".join(map(str, planned)), "", seed)
+    walk, again, trial = took(place, planned, 0, trial)
+    trial.again = any(walk[at].fate != "killed" for at in again)
+    jobs = [walk[at].job for at in sorted(again)]
+    return walk, judge.ask("after_walk", place, trial, jobs, orders_like(walk, again))
+
+
+@contextlib.contextmanager
+def _prepared(folder: Path, jobs: Sequence[str], looks: bool, server: S3Server | None) -> Iterator[tuple[Child, Child]]:
+    """A Preparing and a Judge, each in a process of its own, where everything is that these jobs need."""
     torch.set_num_threads(1)
     make_inputs(folder / "inputs")
-    stores, figures = Stores(folder, server), Figures()
+    stores = Stores(folder, server)
     with jobs_in_process(), _child(lambda: Preparing(stores)) as preparing:
-        for name in preparing.ask("prepare", tuple(dict.fromkeys([*jobs, *(OTHERS if others is None else others)]))):
+        for name in preparing.ask("prepare", tuple(dict.fromkeys(jobs))):
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
         gc.freeze()  # what is there now is shared by all children
         with _child(lambda: Judge(stores, looks)) as judge:
-            for job in jobs:
-                began = time.monotonic()
-                beside = dict.fromkeys([*OTHERS, job]) if others is None else others
-                if kills:
-                    _kill_everywhere(job, [*beside], preparing, judge, figures)
-                if pauses:
-                    _pause_everywhere(job, [*beside], judge, figures)
-                print(f"{job}: {time.monotonic() - began:.0f} s, {dict(figures.counts)}", file=sys.stderr, flush=True)
-    return figures
+            yield preparing, judge
 
 
 def _kill_everywhere(job: str, others: Sequence[str], preparing: Child, judge: Child, figures: Figures) -> None:
@@ -435,24 +595,36 @@ def main() -> None:
     parser.add_argument("--others", help="default: all; empty: none")
     parser.add_argument("--only", choices=("kills", "pauses"))
     parser.add_argument("--looks", action="store_true", help="pause jobs before they look at a log, too")
+    parser.add_argument("--walks", type=int, metavar="COUNT", help="only so many random walks of three or four jobs")
+    parser.add_argument("--minutes", type=float, help="only random walks, for so long")
+    parser.add_argument("--seed", type=int, default=0, help="of the first walk; the next one has the next")
     parser.add_argument("--s3", action="store_true", help="on a real S3 server of its own")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     with s3_server(asked.folder) if asked.s3 else contextlib.nullcontext() as server:
-        figures = simulate(
-            asked.folder,
-            asked.jobs.split(","),
-            None if asked.others is None else [name for name in asked.others.split(",") if name],
-            kills=asked.only != "pauses",
-            pauses=asked.only != "kills",
-            looks=asked.looks,
-            server=server,
-        )
+        figures = _asked_for(asked, server)
     print(
         json.dumps(
             {"counts": figures.counts, "steps": figures.steps, "wrong": figures.wrong, "untold": figures.untold},
             indent=1,
         )
+    )
+
+
+def _asked_for(asked: argparse.Namespace, server: S3Server | None) -> Figures:
+    jobs = asked.jobs.split(",")
+    if asked.walks is not None or asked.minutes is not None:
+        return simulate_walks(
+            asked.folder, jobs, asked.seed, count=asked.walks, minutes=asked.minutes or 0, server=server
+        )
+    return simulate(
+        asked.folder,
+        jobs,
+        None if asked.others is None else [name for name in asked.others.split(",") if name],
+        kills=asked.only != "pauses",
+        pauses=asked.only != "kills",
+        looks=asked.looks,
+        server=server,
     )
 
 
