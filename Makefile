@@ -57,8 +57,9 @@ bench: install  ## Speed, memory and size as ratios; appends to benchmarks/resul
 	$(BIN)/python -m benchmarks.cluster
 	$(BIN)/python -m benchmarks.train
 
-soak: install  ## Disturb runs in every way at random moments (SOAK_MINUTES=20 SOAK_SEED=any)
-	SOAK_MINUTES=$(or $(SOAK_MINUTES),20) $(BIN)/python -m pytest -q tests/pipelines/extract/test_soak.py
+soak: install  ## Disturb runs in every way at random moments, then take random walks (SOAK_MINUTES=20 each, SOAK_SEED=any)
+	SOAK_MINUTES=$(or $(SOAK_MINUTES),20) $(BIN)/python -m pytest -q tests/pipelines/extract/test_soak.py \
+		tests/pipelines/store/test_simulation.py::test_walks_for_a_while
 
 constraints: $(INSTALLED_SLOW)  ## Pin what is installed now
 	$(BIN)/pip freeze --exclude-editable --exclude dinoray > constraints.txt

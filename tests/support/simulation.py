@@ -58,6 +58,7 @@ LONGEST = 300  # steps of one job
 RUNS_AGAIN = "run the same command again"
 # Compacting costs as much as a trial.
 SWEPT_EVERY = 8
+WALKS_BETWEEN_REPORTS = 50
 # A job writes fewer; what it leaves is removed by `compact`.
 MOST_LEFTOVERS = 40
 
@@ -82,7 +83,7 @@ class Trial:
 
     def __str__(self) -> str:
         if self.kind == "walk":
-            return f"walk of seed {self.step}: {self.job}: {self.wrong}"
+            return f"--walks 1 --seed {self.step} ({self.job}): {self.wrong}"
         how = "killed, then" if self.kind == "kill" else "paused for"
         return f"{self.job} {how} {self.other or 'itself again'}, step {self.step}: {self.wrong}"
 
@@ -527,6 +528,8 @@ def simulate_walks(
         while time.monotonic() < until if count is None else number < seed + count:
             figures.take_walk(*_walk(random_walk(number, steps), number, preparing, judge))
             number += 1
+            if (number - seed) % WALKS_BETWEEN_REPORTS == 0:
+                print(f"{number - seed} walks: {dict(figures.counts)}", file=sys.stderr, flush=True)
     return figures
 
 

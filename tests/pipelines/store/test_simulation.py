@@ -2,13 +2,15 @@
 
     python -m benchmarks.simulation
 
-runs all of it and prints how much that was.
+runs all of it and prints how much that was. `make soak` takes random walks for SOAK_WALK_MINUTES (SOAK_MINUTES), the
+first one of SOAK_SEED.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ PAIRS_ON_S3 = (
     ("compact", "extract changed"),
     ("index update", "index update"),
 )
+WALK_MINUTES = float(os.environ.get("SOAK_WALK_MINUTES") or os.environ.get("SOAK_MINUTES", "1"))
 
 
 def simulated(folder: Path, *options: str, seconds: float) -> dict[str, Any]:
@@ -51,6 +54,25 @@ def test_an_extraction_is_killed(tmp_path: Path) -> None:
     assert (
         simulated(tmp_path, "--jobs", "extract changed", "--others", "", "--only", "kills", seconds=300)["kills"] > 10
     )
+
+
+def test_two_walks(tmp_path: Path) -> None:
+    jobs = "extract new,cluster --update,index update"
+    counts = simulated(tmp_path, "--jobs", jobs, "--walks", "2", "--seed", "1", seconds=300)
+    assert counts["walks"] == 2 and counts["killed in walks"] and counts["paused in walks"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 * WALK_MINUTES + 600)
+def test_walks_for_a_while(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seed = int(os.environ.get("SOAK_SEED") or random.SystemRandom().randrange(10**6))
+    with capsys.disabled():
+        print(f"\nwalks: SOAK_SEED={seed}", flush=True)
+    options = ("--minutes", str(WALK_MINUTES), "--seed", str(seed))
+    counts = simulated(tmp_path, *options, seconds=60 * WALK_MINUTES + 500)
+    with capsys.disabled():
+        print("".join(f"{what:28}{count:8,}\n" for what, count in sorted(counts.items())), flush=True)
+    assert counts["walks"] and counts["killed in walks"] + counts["paused in walks"]
 
 
 @pytest.mark.slow
