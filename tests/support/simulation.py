@@ -288,7 +288,7 @@ def run_job(place: Place, name: str, trial: Trial, *, may_fail: bool = False) ->
         trial.untold = trial.untold or _broke(name, error)
         return True
     said = [message for message in result.messages if RUNS_AGAIN in message.lower()]
-    if result.exit_code or (said and not may_fail):
+    if (result.exit_code or said) and not (said and may_fail):
         _blame(trial, f"stuck: {name} ended with {result.exit_code}: {result.messages}")
     return bool(said)
 
