@@ -25,7 +25,7 @@ from pipelines.cluster.vectors import (
     clustered_images_of,
     digest,
 )
-from pipelines.errors import JobError, RequestError
+from pipelines.errors import JobError, RequestError, counted
 from pipelines.results.cluster_models import Model, Progress, checkpoint_uri, model_uri, read_model, write_model
 from pipelines.results.cluster_statistics import Statistics
 from pipelines.results.clusters import ClusterTables, checkpoint, clusters_uri
@@ -220,6 +220,12 @@ def _train(job: ClusterJob, before: Model | None) -> None:
             result.messages.append(
                 f"Another run trained the same clusters {result.name} at the same time: its clusters were kept."
             )
+        elif changed := gives_way.changed_meanwhile:
+            result.messages.append(
+                f"{counted(changed, 'image')} that came, went, or {'was' if changed == 1 else 'were'} extracted again, "
+                f"meanwhile {'is' if changed == 1 else 'are'} not followed: run the same command again, or `dinoray "
+                f"cluster {result.store} {result.name} --update`, which keeps the centroids."
+            )
         _remove_checkpoint(job)
     result.seconds["commit"] = time.monotonic() - began
     result.describe(model, total)
@@ -227,24 +233,28 @@ def _train(job: ClusterJob, before: Model | None) -> None:
 
 class _GivesWay:
     """Whether a training gives way to one that another run ended since this one was planned: where that one has the
-    same settings, and the same images or those that the store holds now. to: that one."""
+    same settings, and the same images or those that the store holds now. to: that one. changed_meanwhile: images that
+    the store holds now and this training does not know, or the other way round; an update may have followed them."""
 
     def __init__(self, job: ClusterJob, tables: ClusterTables, before: Model | None) -> None:
         self._job = job
         self._tables = tables
         self._known = before.progress.run_id if before else ""
         self.to: Model | None = None
+        self.changed_meanwhile = 0
 
     def __call__(self, current: Snapshot, training: str) -> bool:
+        job = self._job
+        images = current.table("images", IMAGES)
+        now = job.images.slice(0, 0) if images is None else clustered_images_of(images, job.asked)
+        fresh, gone = find_changes(now, job.images)
+        self.changed_meanwhile = len({*fresh["image_id"].to_pylist(), *gone.to_pylist()})
         if training in ("", self._known):
             return False
-        job = self._job
         self.to = read_model(model_uri(job.uri, training), self._tables.options)
         if self.to is None or self.to.progress.settings != job.settings:
             return False
-        images = current.table("images", IMAGES)
-        now = digest(clustered_images_of(images, job.asked)) if images is not None else ""
-        return self.to.progress.images in (digest(job.images), now)
+        return self.to.progress.images in (digest(job.images), digest(now))
 
 
 def _remove_checkpoint(job: ClusterJob) -> None:

@@ -144,6 +144,22 @@ def test_an_update_that_ends_while_a_training_is_at_work(begun: Path, tmp_path: 
         holds(store)
 
 
+def test_a_training_says_what_it_does_not_follow(begun: Path) -> None:
+    """An update has assigned b, extracted again, and h, which are not what the training began with."""
+    store = str(begun)
+
+    def other() -> None:
+        add(store, 3, "bh")
+        update(store)
+
+    with at_step(0, other):
+        said = run(store).messages
+    assert any(one.startswith("2 images that came") and "run the same command again" in one for one in said)
+    fits(store)
+    assert not any("meanwhile" in one for one in run(store).messages)
+    holds(store)
+
+
 def test_files_are_merged_while_an_update_is_at_work(begun: Path, tmp_path: Path) -> None:
     def merge(store: str) -> None:
         tables = ClusterTables.open_or_make(store, NAME, {})
