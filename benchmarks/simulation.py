@@ -2,6 +2,7 @@
 
     python -m benchmarks.simulation                          (all jobs, an hour or two on an idle machine; in memory)
     python -m benchmarks.simulation --jobs "compact,prune"   (some of them, beside all)
+    python -m benchmarks.simulation --minutes 60 --seed 1    (random walks of three and four jobs)
     python -m benchmarks.simulation --s3 --jobs compact --others "extract changed"
     python -m benchmarks.simulation --found FILE ...         (only append what simulations have printed before)
 
@@ -62,10 +63,15 @@ def rows(found: list[dict[str, Any]], figures: str) -> list[Row]:
     steps = {job: number for one in found for job, number in one["steps"].items()}
     wrong = {name: counts[name] for name in WRONG}
     said = ", ".join(f"{name} {count}" for name, count in wrong.items())
+    walked = (
+        f"{counts['jobs of walks']} jobs, {counts['killed in walks']} of them killed, {counts['paused in walks']} "
+        "paused while all the following ones ran"
+    )
     return [
         Row("jobs", len(steps), "", ", ".join(f"{job}: {number} steps" for job, number in steps.items())),
         Row("kills, each followed by the same command, most by another one first", counts["kills"], "", figures),
         Row("pauses, in each of which another job ran whole", counts["pauses"], "", f"{counts['pairs']} pairs of jobs"),
+        Row("random walks of three and four jobs", counts["walks"], "", walked),
         Row("stores swept without retention afterwards", counts["swept"], "", ""),
         Row("said to run the command again", counts["again"], "", f"{counts['untold']} of them by a traceback"),
         Row("anything else than one job after the other", sum(wrong.values()), "<= 0", said),

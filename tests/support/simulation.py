@@ -27,9 +27,7 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,76 +45,20 @@ from simulated_jobs import (
     make_store,
     prune_as_planned,
 )
+from stopped_jobs import be_quiet, took
 from storage_steps import at_step
 from store_contents import Contents, contents_of, differences, twice
-from walks import Order, Planned, Walk, orders_like, random_walk
+from trials import Figures, Trial, blame, broke, run_job
+from walks import Order, Walk, orders_like, random_walk
 
-from pipelines.errors import DinorayError
 from pipelines.upkeep import verify
 
 LONGEST = 300  # steps of one job
-RUNS_AGAIN = "run the same command again"
 # Compacting costs as much as a trial.
 SWEPT_EVERY = 8
 WALKS_BETWEEN_REPORTS = 50
 # A job writes fewer; what it leaves is removed by `compact`.
 MOST_LEFTOVERS = 40
-
-
-@dataclass
-class Trial:
-    """One disturbance, and what came of it. kind: kill, pause or walk (job: all its jobs; step: its seed). wrong: a
-    word (lost, twice, wrong, stuck, unsound) and what was seen; empty where all is well. again: somebody said to run
-    the same command again. untold: of those, one that said so by a traceback, since a file that it read was replaced
-    and swept away without any retention."""
-
-    kind: str
-    job: str
-    other: str
-    step: int
-    ended: bool = False
-    wrong: str = ""
-    again: bool = False
-    untold: str = ""
-    swept: bool = False
-    leftovers: int = 0
-
-    def __str__(self) -> str:
-        if self.kind == "walk":
-            return f"--walks 1 --seed {self.step} ({self.job}): {self.wrong}"
-        how = "killed, then" if self.kind == "kill" else "paused for"
-        return f"{self.job} {how} {self.other or 'itself again'}, step {self.step}: {self.wrong}"
-
-
-@dataclass
-class Figures:
-    """What many trials came to."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    steps: dict[str, int] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
-    untold: Counter[str] = field(default_factory=Counter)
-
-    def take(self, trial: Trial) -> None:
-        self.counts[f"{trial.kind}s"] += 1
-        self.counts["again"] += trial.again
-        self.counts["swept"] += trial.swept
-        if trial.untold:
-            self.counts["untold"] += 1
-            paused = "" if trial.kind == "walk" else f"{trial.job}, paused for {trial.other}: "
-            self.untold[f"{paused}{trial.untold.partition(': ')[0]}"] += 1
-        self.counts["most leftovers"] = max(self.counts["most leftovers"], trial.leftovers)
-        if trial.wrong:
-            self.counts[trial.wrong.partition(":")[0]] += 1
-            self.wrong.append(str(trial))
-            print(trial, file=sys.stderr, flush=True)
-
-    def take_walk(self, walk: Walk, trial: Trial) -> None:
-        """walk: what came of it."""
-        self.take(trial)
-        self.counts["jobs of walks"] += len(walk)
-        for fate in ("killed", "paused"):
-            self.counts[f"{fate} in walks"] += sum(one.fate == fate for one in walk)
 
 
 class Stores:
@@ -223,10 +165,10 @@ class Judge:
         try:
             found = verify.run(place.config(), store=place.store, deep=True)
         except Exception as error:
-            _blame(trial, f"unsound: {when}, {_broke('verify', error)}")
+            blame(trial, f"unsound: {when}, {broke('verify', error)}")
             return None
         if found.problems:
-            _blame(trial, f"unsound: {when}, {found.problems}")
+            blame(trial, f"unsound: {when}, {found.problems}")
         return found
 
     def _must_hold(self, place: Place, trial: Trial, allowed: Sequence[tuple[str, ...]]) -> None:
@@ -235,17 +177,17 @@ class Judge:
             return
         trial.leftovers = found.unreferenced_files
         if trial.leftovers > MOST_LEFTOVERS:
-            _blame(trial, f"leftovers: {trial.leftovers}")
+            blame(trial, f"leftovers: {trial.leftovers}")
         contents = contents_of(place.store, place.config())
         if tables := twice(contents):
-            _blame(trial, f"twice: {tables}")
+            blame(trial, f"twice: {tables}")
         differing = []
         for one in dict.fromkeys(allowed):
             differing.append(differences(contents, self._after(one)))
             if not differing[-1]:
                 return
         lost = all(_lacks(contents, self._after(one)) for one in allowed)
-        _blame(trial, f"{'lost' if lost else 'wrong'}: unlike {allowed[0]} in {min(differing, key=len)}")
+        blame(trial, f"{'lost' if lost else 'wrong'}: unlike {allowed[0]} in {min(differing, key=len)}")
 
     def _sweep(self, place: Place, trial: Trial, allowed: Sequence[tuple[str, ...]]) -> None:
         """Now and then: compact without any retention removes what is left over, and nothing else."""
@@ -259,9 +201,9 @@ class Judge:
             return
         trial.swept = True
         if found.unreferenced_files:
-            _blame(trial, f"leftovers: {found.unreferenced_files} after compact")
+            blame(trial, f"leftovers: {found.unreferenced_files} after compact")
         if tables := differences(before, contents_of(place.store, place.config())):
-            _blame(trial, f"wrong: compact changed {tables}")
+            blame(trial, f"wrong: compact changed {tables}")
 
     def _after(self, jobs: tuple[str, ...]) -> Contents:
         """What a store holds in which some jobs ran one after the other."""
@@ -272,36 +214,6 @@ class Judge:
             self._expected[jobs] = contents_of(place.store, place.config())
             self._stores.remove(place)
         return self._expected[jobs]
-
-
-def run_job(place: Place, name: str, trial: Trial, *, may_fail: bool = False) -> bool:
-    """Run a job; whether it said, in a sentence, that it is to run again."""
-    try:
-        result = JOBS[name](place)
-    except DinorayError as error:
-        if not may_fail:
-            _blame(trial, f"stuck: {name} said {error}")
-        return True
-    except Exception as error:
-        if not may_fail or not isinstance(error, FileNotFoundError):
-            _blame(trial, f"stuck: {_broke(name, error)}")
-        trial.untold = trial.untold or _broke(name, error)
-        return True
-    said = [message for message in result.messages if RUNS_AGAIN in message.lower()]
-    if (result.exit_code or said) and not (said and may_fail):
-        _blame(trial, f"stuck: {name} ended with {result.exit_code}: {result.messages}")
-    return bool(said)
-
-
-def _blame(trial: Trial, wrong: str) -> None:
-    trial.wrong = trial.wrong or wrong
-
-
-def _broke(what: str, error: Exception) -> str:
-    """An error that is no sentence, and where in the program it came from."""
-    frames = [one for one in traceback.extract_tb(error.__traceback__) if "/pipelines/" in one.filename]
-    where = " < ".join(f"{Path(one.filename).stem}.{one.name}" for one in frames[:-4:-1])
-    return f"{what} broke in {where}: {type(error).__name__}: {str(error)[:200]}"
 
 
 def _lacks(found: Contents, expected: Contents) -> bool:
@@ -337,7 +249,7 @@ class Child:
 def _serve(make: Callable[[], Any], requests: int, answers: int) -> None:
     """The child's side, to its end."""
     try:
-        _be_quiet()
+        be_quiet()
         served = make()
         with os.fdopen(requests, "rb") as reader, os.fdopen(answers, "wb") as writer:
             while True:
@@ -352,18 +264,13 @@ def _serve(make: Callable[[], Any], requests: int, answers: int) -> None:
         os._exit(1)
 
 
-def _be_quiet() -> None:
-    """Progress of jobs goes nowhere."""
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-
-
 def killed_at(place: Place, job: str, step: int) -> bool:
     """Run a job in a process of its own, which is killed before a step; whether it came to that."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            _be_quiet()
+            be_quiet()
             with at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
                 JOBS[job](place)
             code = 0
@@ -374,83 +281,6 @@ def killed_at(place: Place, job: str, step: int) -> bool:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, -signal.SIGKILL), f"{job} ended with {code} at step {step}"
     return code != 0
-
-
-class Stopped:
-    """A job in a process of its own, which stops before a step, where it comes to that, until it is told to go on."""
-
-    def __init__(self, place: Place, planned: Planned, trial: Trial, *, may_fail: bool) -> None:
-        to_child, self._go_on = os.pipe()
-        self._reports, from_child = os.pipe()
-        self._pid = os.fork()
-        if self._pid == 0:
-            try:
-                _be_quiet()
-                with os.fdopen(from_child, "wb", buffering=0) as writer:
-                    step = sys.maxsize if planned.fate == "whole" else planned.step
-                    with at_step(step, lambda: _stop(writer, to_child), reads=True):
-                        again = run_job(place, planned.job, trial, may_fail=may_fail)
-                    pickle.dump((again, trial), writer)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc(file=sys.__stderr__)
-            os._exit(1)
-        os.close(to_child)
-        os.close(from_child)
-        self._reader = os.fdopen(self._reports, "rb")
-        self._report = pickle.load(self._reader)
-
-    @property
-    def stands(self) -> bool:
-        return self._report is None
-
-    def kill(self) -> None:
-        os.kill(self._pid, signal.SIGKILL)
-        self._close()
-
-    def end(self) -> tuple[bool, Trial]:
-        """Go on; whether it is to run again, and the trial with what was wrong."""
-        if self.stands:
-            os.write(self._go_on, b".")
-            self._report = pickle.load(self._reader)
-        self._close()
-        again, trial = self._report
-        return again, trial
-
-    def _close(self) -> None:
-        os.waitpid(self._pid, 0)
-        os.close(self._go_on)
-        self._reader.close()
-
-
-def _stop(writer: Any, go_on: int) -> None:
-    pickle.dump(None, writer)
-    if not os.read(go_on, 1):
-        os._exit(1)  # the process that would say so is gone
-
-
-def took(place: Place, walk: Walk, at: int, trial: Trial, overlapped: bool = False) -> tuple[Walk, set[int], Trial]:
-    """Have the jobs of a walk run as planned, from one on; what came of them, and those that are to run again.
-
-    overlapped: an earlier one is paused meanwhile, so that these may be told to run again.
-    """
-    if at == len(walk):
-        return (), set(), trial
-    planned = walk[at]
-    job = Stopped(place, planned, trial, may_fail=overlapped or planned.fate == "paused")
-    if job.stands and planned.fate == "paused":
-        rest, again, trial = took(place, walk, at + 1, trial, overlapped=True)
-        to_run_again, of_job = job.end()
-        _blame(trial, of_job.wrong)
-        trial.untold = trial.untold or of_job.untold
-        return (planned, *rest), again | ({at} if to_run_again else set()), trial
-    if job.stands:
-        job.kill()
-        rest, again, trial = took(place, walk, at + 1, trial, overlapped)
-        return (planned, *rest), again | {at}, trial
-    to_run_again, trial = job.end()
-    rest, again, trial = took(place, walk, at + 1, trial, overlapped)
-    return (Planned(planned.job, "whole"), *rest), again | ({at} if to_run_again else set()), trial
 
 
 class Preparing:
