@@ -25,7 +25,7 @@ from pipelines.cluster.vectors import (
     clustered_images_of,
     digest,
 )
-from pipelines.errors import JobError, RequestError
+from pipelines.errors import JobError, RequestError, counted
 from pipelines.results.cluster_models import Model, Progress, checkpoint_uri, model_uri, read_model, write_model
 from pipelines.results.cluster_statistics import Statistics
 from pipelines.results.clusters import ClusterTables, checkpoint, clusters_uri
@@ -212,13 +212,17 @@ def _train(job: ClusterJob, before: Model | None) -> None:
     model.progress.mean_distance = result.mean_distance
     began = time.monotonic()
     with uninterrupted():
-        write_model(model_uri(job.uri, model.progress.run_id), model, options)
         files, gives_way = [file.file for file in written], _GivesWay(job, tables, before)
         if not tables.replace(model, files, total, job.has_saliency, gives_way):
             assert gives_way.to
             model, total = gives_way.to, tables.stored_statistics()
             result.messages.append(
                 f"Another run trained the same clusters {result.name} at the same time: its clusters were kept."
+            )
+        elif gives_way.late:
+            result.messages.append(
+                f"{counted(gives_way.late, 'image')} came, changed or went while the clusters {result.name} were "
+                f"trained, which are of the images before that: run the same command again, or with --update."
             )
         _remove_checkpoint(job)
     result.seconds["commit"] = time.monotonic() - began
@@ -227,24 +231,27 @@ def _train(job: ClusterJob, before: Model | None) -> None:
 
 class _GivesWay:
     """Whether a training gives way to one that another run ended since this one was planned: where that one has the
-    same settings, and the same images or those that the store holds now. to: that one."""
+    same settings, and the same images or those that the store holds now. to: that one. late: images that the store
+    holds otherwise than when this training was planned."""
 
     def __init__(self, job: ClusterJob, tables: ClusterTables, before: Model | None) -> None:
         self._job = job
         self._tables = tables
         self._known = before.progress.run_id if before else ""
         self.to: Model | None = None
+        self.late = 0
 
     def __call__(self, current: Snapshot, training: str) -> bool:
+        job, images = self._job, current.table("images", IMAGES)
+        now = job.images.slice(0, 0) if images is None else clustered_images_of(images, job.asked)
+        fresh, gone = find_changes(now, job.images)
+        self.late = len(set(fresh["image_id"].to_pylist()).union(gone.to_pylist()))
         if training in ("", self._known):
             return False
-        job = self._job
         self.to = read_model(model_uri(job.uri, training), self._tables.options)
         if self.to is None or self.to.progress.settings != job.settings:
             return False
-        images = current.table("images", IMAGES)
-        now = digest(clustered_images_of(images, job.asked)) if images is not None else ""
-        return self.to.progress.images in (digest(job.images), now)
+        return self.to.progress.images in (digest(job.images), digest(now))
 
 
 def _remove_checkpoint(job: ClusterJob) -> None:
