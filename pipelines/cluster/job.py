@@ -212,7 +212,6 @@ def _train(job: ClusterJob, before: Model | None) -> None:
     model.progress.mean_distance = result.mean_distance
     began = time.monotonic()
     with uninterrupted():
-        write_model(model_uri(job.uri, model.progress.run_id), model, options)
         files, gives_way = [file.file for file in written], _GivesWay(job, tables, before)
         if not tables.replace(model, files, total, job.has_saliency, gives_way):
             assert gives_way.to
@@ -220,11 +219,10 @@ def _train(job: ClusterJob, before: Model | None) -> None:
             result.messages.append(
                 f"Another run trained the same clusters {result.name} at the same time: its clusters were kept."
             )
-        elif changed := gives_way.changed_meanwhile:
+        elif gives_way.late:
             result.messages.append(
-                f"{counted(changed, 'image')} that came, went, or {'was' if changed == 1 else 'were'} extracted again, "
-                f"meanwhile {'is' if changed == 1 else 'are'} not followed: run the same command again, or `dinoray "
-                f"cluster {result.store} {result.name} --update`, which keeps the centroids."
+                f"{counted(gives_way.late, 'image')} came, changed or went while the clusters {result.name} were "
+                f"trained, which are of the images before that: run the same command again, or with --update."
             )
         _remove_checkpoint(job)
     result.seconds["commit"] = time.monotonic() - began
@@ -233,22 +231,21 @@ def _train(job: ClusterJob, before: Model | None) -> None:
 
 class _GivesWay:
     """Whether a training gives way to one that another run ended since this one was planned: where that one has the
-    same settings, and the same images or those that the store holds now. to: that one. changed_meanwhile: images that
-    the store holds now and this training does not know, or the other way round; an update may have followed them."""
+    same settings, and the same images or those that the store holds now. to: that one. late: images that the store
+    holds otherwise than when this training was planned."""
 
     def __init__(self, job: ClusterJob, tables: ClusterTables, before: Model | None) -> None:
         self._job = job
         self._tables = tables
         self._known = before.progress.run_id if before else ""
         self.to: Model | None = None
-        self.changed_meanwhile = 0
+        self.late = 0
 
     def __call__(self, current: Snapshot, training: str) -> bool:
-        job = self._job
-        images = current.table("images", IMAGES)
+        job, images = self._job, current.table("images", IMAGES)
         now = job.images.slice(0, 0) if images is None else clustered_images_of(images, job.asked)
         fresh, gone = find_changes(now, job.images)
-        self.changed_meanwhile = len({*fresh["image_id"].to_pylist(), *gone.to_pylist()})
+        self.late = len(set(fresh["image_id"].to_pylist()).union(gone.to_pylist()))
         if training in ("", self._known):
             return False
         self.to = read_model(model_uri(job.uri, training), self._tables.options)

@@ -86,20 +86,14 @@ def model_uri(clusters: str, run_id: str) -> str:
     return storage.join(clusters, "model", f"{run_id}.npz")
 
 
-def write_model(uri: str, model: Model, options: storage.Options) -> int:
-    """Write a model whole. Returns its size in bytes."""
+def write_model(uri: str, model: Model, options: storage.Options) -> str:
+    """Write a model whole. Returns the checksum of its file."""
     arrays: dict[str, Any] = {f"centroids{at}": level.centroids for at, level in enumerate(model.levels)}
     arrays |= {f"offsets{at}": level.offsets for at, level in enumerate(model.levels) if level.offsets is not None}
     about = {"schema_version": SCHEMA_VERSION, "levels": len(model.levels), **asdict(model.progress)}
     data = npz_bytes(arrays | {"about": np.array(json.dumps(about))})
     storage.write_bytes(uri, data, options)
-    return len(data)
-
-
-def model_checksum(uri: str, options: storage.Options) -> str:
-    """Of a model's file, as a pointer to it has it. Raises FileNotFoundError where there is none."""
-    fs, path = storage.filesystem(uri, options)
-    return checksum_of(fs.cat_file(path))
+    return checksum_of(data)
 
 
 def read_model(uri: str, options: storage.Options, checksum: str | None = None) -> Model | None:

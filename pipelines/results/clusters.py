@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from pipelines import storage
 from pipelines.errors import JobError, counted
-from pipelines.results.cluster_models import Model, checkpoint_uri, model_checksum, model_uri, read_model
+from pipelines.results.cluster_models import Model, checkpoint_uri, model_uri, read_model, write_model
 from pipelines.results.cluster_statistics import Counting, Statistics
 from pipelines.results.names import result_uri
 from pipelines.results.stored import ResultTables
@@ -156,15 +156,16 @@ class ClusterTables(ResultTables):
         has_saliency: bool,
         gives_way: Callable[[Snapshot, str], bool] = lambda current, training: False,
     ) -> bool:
-        """Make a training's clusters visible in place of what is there. Returns whether it did.
+        """Write a training's model, and make its clusters visible in place of what is there. Returns whether it did.
 
         gives_way: whether this training should, to the one in a snapshot.
         """
         done = [True]
         centroids = self._centroids_file(model, statistics, has_saliency)
         run_id = model.progress.run_id
-        file = self._model_path(run_id)
-        pointer = Pointer(file, model_checksum(storage.join(self.log.uri, file), self.options))
+        # what comes is looked at when it is decided: one that is gone by then is said
+        checksum = write_model(model_uri(self.uri, run_id), model, self.options)
+        pointer = Pointer(self._model_path(run_id), checksum)
 
         def build(current: Snapshot) -> Change | None:
             done[0] = not gives_way(current, self.training_in(current))

@@ -160,6 +160,12 @@ def index_names(store: Store) -> list[str]:
     return [name for name in names if valid_manifest(store, name, current)]
 
 
+def begun_indices(store: Store, current: Snapshot) -> list[str]:
+    """Paths of folders that hold no index, and perhaps files of a first run that was killed or is at work."""
+    names = result_names(store.uri, "index", store.config.storage.options)
+    return [index_path(name) for name in names if not valid_manifest(store, name, current)]
+
+
 def files_present(store: Store, name: str) -> set[str]:
     """Every file in the folder of an index."""
     fs, path = storage.filesystem(index_uri(store.uri, name), store.config.storage.options)

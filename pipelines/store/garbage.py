@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from pipelines.storage.errors import reaching
 from pipelines.storage.files import filesystem, join
@@ -23,10 +23,12 @@ _LOG = "_delta_log"
 _OURS = re.compile(r".*\d{8}T\d{6}Z-[0-9a-f]{6}.*|manifest-\d+\.json(\.\w+\.partial)?")
 
 
-def garbage(current: Snapshot, retention_hours: float) -> list[str]:
+def garbage(current: Snapshot, retention_hours: float, begun: Collection[str] = ()) -> list[str]:
     """Paths, in the store, of files in its tables' folders and beside what its pointers name that are named by nobody.
 
-    current: the newest snapshot, as a `build` gets it. Spared is what
+    current: the newest snapshot, as a `build` gets it. begun: folders of results that no pointer has led to yet.
+
+    Spared is what
     - a table of the snapshot names, or what its pointers point at;
     - a transaction of the last `retention_hours` brought, took away or pointed at, since readers may be at it;
     - was written in that time, since its writer may be about to name it (what belongs to a log: within an hour, too);
@@ -40,7 +42,7 @@ def garbage(current: Snapshot, retention_hours: float) -> list[str]:
     log = current.log
     began = log.clock() - retention_hours * 3600
     named, reaches_back = set[str](), False
-    folders = set[str]()
+    folders = set(begun)
     listing = log.listing(times=True)
     for number in reversed(listing.numbers):
         try:

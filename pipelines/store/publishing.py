@@ -142,6 +142,14 @@ def number_of(delta: DeltaTable) -> int:
     return delta.transaction_version(APP) or 0
 
 
+def number_in(log: TransactionLog, table: str, delta: DeltaTable) -> int:
+    """As `number_of`, which reads all of a table's state: here once for a version, and never for a commit of ours."""
+    known = log.numbers.get(table)
+    if known is None or known[0] is not delta or known[1] != delta.version():
+        known = log.numbers[table] = (delta, delta.version(), number_of(delta))
+    return known[2]
+
+
 def _publish_table(
     log: TransactionLog, transaction: Transaction, entry: TableEntry, delta: DeltaTable | None
 ) -> list[str]:
@@ -154,11 +162,12 @@ def _publish_table(
         delta = delta or delta_of(log, entry.table) or _create(log, entry)
         if delta is None:
             return []
-        if number_of(delta) >= transaction.number or not (entry.add or entry.remove):
+        if number_in(log, entry.table, delta) >= transaction.number or not (entry.add or entry.remove):
             return _newest_files(log, entry.table)
         before, delta = delta, None
         try:
             _commit(log, before, transaction, entry)
+            log.numbers[entry.table] = (before, before.version() + 1, transaction.number)
             return _files_since(log, entry.table, 0 if entry.schema else before.version() + 1)
         except (OSError, DeltaError) as error:
             # another publisher was first, or the answer was lost, or the storage failed: the next look tells

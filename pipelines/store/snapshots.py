@@ -15,7 +15,7 @@ from pipelines.storage.errors import said
 from pipelines.store.changes import Pointer, Transaction
 from pipelines.store.damage import DamagedLog, run_repair
 from pipelines.store.parquet import DataFile
-from pipelines.store.publishing import as_table, delta_for_writing, delta_of, number_of
+from pipelines.store.publishing import as_table, delta_for_writing, delta_of, number_in, number_of
 from pipelines.store.table import Table, repeated
 from pipelines.store.transaction_log import TransactionLog
 
@@ -69,7 +69,7 @@ class Snapshot:
     def _delta(self, path: str) -> DeltaTable | None:
         if path not in self.opened:
             delta = (delta_for_writing if self.for_writing else delta_of)(self.log, path)
-            number = 0 if delta is None else number_of(delta)
+            number = 0 if delta is None else number_in(self.log, path, delta)
             if delta is not None and number > self.number:
                 number = self._go_back(path, delta, number)
             if delta is not None and number < (expected := self._number_expected(path, delta)):

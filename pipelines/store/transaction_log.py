@@ -63,6 +63,7 @@ class TransactionLog:
     messages: what a person should be told, each said once. clock: seconds since 1970; it dates transactions and says
     what is old enough to be removed, and no result depends on it. durable_folders: whose names are known to be on the
     disk. tables: as the last change through this log found them, to be brought up to date for the next one.
+    numbers: (table, version, number of the last transaction that touched it then), where that is known.
     _conditional: whether the storage honours put-if-absent; None before the first put.
     """
 
@@ -73,6 +74,7 @@ class TransactionLog:
     messages: list[str] = field(default_factory=list)
     durable_folders: set[str] = field(default_factory=set)
     tables: dict[str, DeltaTable] = field(default_factory=dict)
+    numbers: dict[str, tuple[DeltaTable, int, int]] = field(default_factory=dict)
     _conditional: bool | None = None
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from pipelines.errors import counted
 from pipelines.results.all_kinds import look_at_results
+from pipelines.results.indices import begun_indices
 from pipelines.running.interrupts import interruptible, uninterrupted
 from pipelines.running.progress import StatusLine
 from pipelines.running.reports import JobResult, RunReport, new_run_id, recorded
@@ -267,6 +268,7 @@ def _leftovers(store: Store, current: Snapshot, tables: list[LinkedTables], rete
     folders, spared = {FOLDER}, set[str]()
     for pointer in current.pointers.values():
         folders |= {path.rpartition("/")[0] for path in pointer.every_file}
+    folders.update(begun := begun_indices(store, current))
     for pair in tables:
         data = _path(store, pair.data)
         if pair.leading:
@@ -276,5 +278,5 @@ def _leftovers(store: Store, current: Snapshot, tables: list[LinkedTables], rete
                 continue  # nobody can say which files it names
             spared |= {f"{data}/{path}" for path in named}
         folders |= {data, f"{data}/_delta_log"}
-    found = garbage(current, retention_hours)
+    found = garbage(current, retention_hours, begun)
     return [path for path in found if path.rpartition("/")[0] in folders and path not in spared]

@@ -30,7 +30,7 @@ from pipelines.settings.sections import Config
 from pipelines.store import transactions
 from pipelines.store.extraction import Committer, ShardReport, drop_images
 from pipelines.store.store import Store
-from pipelines.upkeep import verify
+from pipelines.upkeep import compact, verify
 
 GRID, DIMENSION, PATCH = (3, 4), 8, 16
 KINDS = ("flat", "hnsw")  # ivfpq needs more vectors than are quick to store: see tests/dino_ops/test_nearest.py
@@ -531,3 +531,24 @@ def test_an_empty_store_is_one_sentence(command: list[str], make: Callable[..., 
 def test_a_name_is_a_name(name: str, make: Callable[..., Store]) -> None:
     with pytest.raises(RequestError, match="it names a folder"):
         index.run(asked(), store=make().uri, name=name)
+
+
+def test_what_a_first_run_left_that_was_killed_is_swept(
+    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make()
+    folder = Path(store.uri) / "index" / "main"
+    with monkeypatch.context() as patched:
+        patched.setattr("pipelines.index.job.publish", _killed)
+        patched.setattr("pipelines.index.job.remove_files", lambda *_: None)
+        with pytest.raises(SystemExit):
+            index.run(asked(), store=store.uri, name="main")
+    (folder / "notes.parquet").write_bytes(b"somebody's")
+    assert len(files(store)) == 3
+    assert compact.run(settings("compact.retention_hours=168"), store=store.uri).vacuumed == 0
+    assert compact.run(settings("compact.retention_hours=0"), store=store.uri).vacuumed >= 2
+    assert files(store) == {"notes.parquet"}
+
+
+def _killed(*_: Any) -> None:
+    raise SystemExit

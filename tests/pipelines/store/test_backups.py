@@ -116,6 +116,6 @@ def test_tables_copied_before_the_transactions_are_refused(template: Place, tmp_
             return
         if problems := verify.run(template.config(), store=str(backup.copy)).problems:
             assert any("the store was copied while it was written to" in problem for problem in problems), problems
-            with pytest.raises(JobError, match="copied while it was written to; run `dinoray repair"):
+            with pytest.raises(JobError, match=r"copied while it was written to[.] .*dinoray repair"):
                 JOBS["extract changed"](Place(str(backup.copy), template.inputs))
             refused += 1

@@ -385,7 +385,7 @@ def test_fewer_images_than_a_batch(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("key", "size", "nearest"), [("global_size", 40, 32), ("local_size", 25, 32)])
 def test_crops_that_are_no_whole_patches(key: str, size: int, nearest: int, source: Path, tmp_path: Path) -> None:
     said = refused(source, tmp_path / "output", f"train.{key}={size}")
-    assert f"train.{key} is {size} pixels" in said and "16 pixel patches" in said and f"use {nearest}" in said
+    assert f"train.{key} is {size} pixels" in said and "16-pixel patches" in said and f"use {nearest}" in said
 
 
 def test_missing_input(tmp_path: Path) -> None:
