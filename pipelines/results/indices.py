@@ -194,7 +194,7 @@ def valid_manifest(store: Store, name: str, current: Snapshot | None = None) -> 
 
 
 def _counts_by_itself(store: Store, name: str, file: str) -> bool:
-    """Whether a manifest to which the log does not point is from before transactions, or damaged, which whoever reads it
+    """Whether a manifest to which the log does not point is from before transactions, or damaged, as whoever reads it
     says. Any other one is of a first run that is at work or was killed."""
     try:
         content = storage.read_json(_uri(store, name, file), store.config.storage.options) or {}
