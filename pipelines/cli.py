@@ -22,10 +22,10 @@ import typer
 from typer.core import TyperGroup
 
 from pipelines import cli_output
-from pipelines.cli_output import say, say_json, warn
 from pipelines.errors import RequestError, exit_code_of
 from pipelines.jobs import JOBS, Argument, Job
 from pipelines.running import json_log
+from pipelines.running.terminal import say, say_json, warn
 from pipelines.storage.secrets import hidden, hidden_in
 
 LOG_JSON = "--log-json"

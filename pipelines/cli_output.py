@@ -1,42 +1,23 @@
 """What commands print: plain sentences and tables for people, or JSON.
 
-The printers of results are given results without secrets (`hidden_in`); what else is printed goes through `say`.
+The printers of results are given results without secrets (`hidden_in`); what else is printed goes through `say`
+(pipelines.running.terminal).
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import Any
 
 from rich.filesize import decimal
 
 from pipelines.errors import counted
-from pipelines.running.json_data import json_data
-from pipelines.storage.secrets import hidden
+from pipelines.running.terminal import printable
+from pipelines.upkeep.stats_tables import print_stats as print_stats
 
 ELSEWHERE = "done by another run at the same time"
-
-
-def say(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
-    """Print a text without the secrets in it. file: default: standard output."""
-    print(hidden(text), end=end, file=file, flush=True)
-
-
-def say_json(content: Mapping[str, Any]) -> None:
-    """Print an object on a line of its own."""
-    print(json.dumps(json_data(content), ensure_ascii=False, allow_nan=False), flush=True)
-
-
-def warn(sentence: str) -> None:
-    """Print a sentence to standard error, on one line."""
-    say(f"dinoray: {printable(sentence)}", file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """A stranger's text, such as a file's name, safe for a terminal: on one line, its control characters spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printer_of(command: str) -> Callable[[Any], None]:
@@ -380,62 +361,3 @@ def print_run(result: Any) -> None:
         print("Nothing was written.")
         return
     print(f"{result.status} in {result.total_seconds:.1f} s: {result.store}/runs/{result.run_id}.json")
-
-
-def print_stats(result: Any) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
-    table = Table("table", "rows", "files", "MB", title=result.store, title_justify="left")
-    for name in ("images", "patches", "failures"):
-        table.add_row(name, f"{getattr(result, name):,}", f"{result.files[name]:,}", f"{result.bytes[name] / 1e6:,.1f}")
-    for kind, of_kind in result.results.items():
-        for name, found in of_kind.items():
-            files, size = (f"{found['files']:,}", f"{found['bytes'] / 1e6:,.1f}") if "files" in found else ("", "")
-            table.add_row(f"{kind}/{name}", result.described[f"{kind}/{name}"], files, size)
-    console.print(table)
-    model, features = result.spec["model"], result.spec["features"]
-    console.print(
-        f"{model['name']} ({model['weights'][:19]}), {features['facet']} of layer {features['layer']}, "
-        f"{result.spec['store']['dtype']}; {counted(result.labels, 'label')}; "
-        f"{result.bytes_per_image or 0:,.0f} bytes an image",
-        highlight=False,
-    )
-    for reason, count in result.failures_by_reason.items():
-        console.print(f"  {count:,} failed: {printable(reason)}", markup=False, highlight=False)
-    runs = Table("run", "status", "extracted", "failed", "images/s", "device", title="runs", title_justify="left")
-    for run in result.runs[-10:]:
-        values = [run.get(key) for key in ("run_id", "status", "extracted", "failed", "images_per_second", "device")]
-        runs.add_row(*("" if value is None else escape(printable(str(value))) for value in values))
-    console.print(runs)
-    if result.trends:
-        _print_trends(console, result)
-
-
-def _print_trends(console: Any, result: Any) -> None:
-    """The last runs that did something; in brackets the change from the median of comparable ones before."""
-    from rich.table import Table
-
-    def shown(trend: dict[str, Any], key: str, form: str) -> str:
-        if (value := trend[key]) is None:
-            return ""
-        change = trend["change"].get(key)
-        if change is None:
-            return format(value, form)
-        # a fraction of what is usually 0 would say nothing
-        points = key == "failed_fraction"
-        return f"{format(value, form)} ({change * 100:+.1f} points)" if points else f"{value:{form}} ({change:+.0%})"
-
-    columns = {"per_second": ",.1f", "failed_fraction": ".1%", "bytes_per_image": ",.0f", "seconds": ",.1f"}
-    headings = ("run", "job", "device", "work", "a second", "failed", "bytes/image", "seconds", "compared with")
-    table = Table(*headings, title="trends (change)", title_justify="left")
-    for trend in result.trends[-8:]:
-        work = "" if trend["work"] is None else counted(round(trend["work"]), trend["of"].removesuffix("s"))
-        values = [shown(trend, key, form) for key, form in columns.items()]
-        peers = counted(trend["peers"], "run") if trend["peers"] else ""
-        table.add_row(trend["run_id"], trend["job"], trend["device"], work, *values, peers)
-    console.print(table)
-    for sentence in result.moved:
-        console.print(sentence, markup=False, highlight=False)

@@ -20,8 +20,7 @@ EXTRACTION = ("images", "patches")
 PIPELINE_COMMAND = "run"
 # Before the name of a clustering, where a value names one: cluster:NAME.
 CLUSTERING_PREFIX = "cluster:"
-# In the store.
-DEFAULT_REPORT = "report.html"
+REPORT_IN_STORE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -345,7 +344,7 @@ _ALL = (
         "pipelines.report",
         (
             _STORE,
-            _option("output", f"Default: {DEFAULT_REPORT} in the store.", "FILE", short="-o"),
+            _option("output", f"Default: {REPORT_IN_STORE} in the store.", "FILE", short="-o"),
             _option("sample", "How many images to show.", kind=int, least=1),
             _option("images", "An image_id, or a file that lists some; repeatable.", "ID|FILE", many=True),
             _option("query", "Which images: SELECT image_id FROM images WHERE ... (DuckDB).", "SQL"),
@@ -355,7 +354,7 @@ _ALL = (
         files=("images",),
         section="report",
         output="output",
-        default_output=DEFAULT_REPORT,
+        default_output=REPORT_IN_STORE,
         uses_ray=False,
     ),
     Job(

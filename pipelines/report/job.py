@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pipelines import storage
 from pipelines.errors import RequestError
-from pipelines.jobs import DEFAULT_REPORT
+from pipelines.jobs import REPORT_IN_STORE
 from pipelines.report.choose import choose
 from pipelines.report.contents import Results, read_contents
 from pipelines.report.page import make_page
@@ -57,10 +57,10 @@ def run(
     """
     started = time.monotonic()
     opened = Store.open(store, config)
-    target = storage.normalise(output) if output else storage.join(opened.uri, DEFAULT_REPORT)
+    target = storage.normalise(output) if output else storage.join(opened.uri, REPORT_IN_STORE)
     if not target.lower().endswith((".html", ".htm")):
         raise RequestError(
-            f"The report is an HTML file, but --output is {output}: give a name such as {DEFAULT_REPORT}."
+            f"The report is an HTML file, but --output is {output}: give a name such as {REPORT_IN_STORE}."
         )
     results = Results.of(opened)
     named = [images] if isinstance(images, str) else list(images or ())

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pipelines import storage
 from pipelines.errors import DinorayError
 from pipelines.results.indices import (
+    SCHEMA_VERSION,
     Manifest,
     files_present,
     highest_number,
@@ -71,8 +72,7 @@ def publish(store: Store, name: str, manifest: Manifest, before: Manifest | None
 def remove_unneeded(store: Store, name: str, files: set[str]) -> None:
     """Remove those files of an index that the valid manifest and the one that it replaced do not name.
 
-    Those of a first index may have been taken up by another run before the log pointed to one. What stays goes with the
-    next update.
+    What stays goes with the next update.
     """
     with contextlib.suppress(DinorayError, OSError):
         current = read_manifest(store, name)
@@ -86,7 +86,7 @@ def _written(store: Store, name: str, manifest: Manifest) -> tuple[Manifest, byt
     number = manifest.number - 1
     while True:
         number = max(number, highest_number(files_present(store, name))) + 1
-        manifest = replace(manifest, number=number)
+        manifest = replace(manifest, number=number, schema_version=SCHEMA_VERSION)
         data = manifest_json(manifest)
         uri = storage.join(index_uri(store.uri, name), manifest_file(number))
         if storage.write_once(uri, data, store.config.storage.options):

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from dino_ops.nearest import Kind, NearestIndex, estimate_bytes
 from pipelines import storage
-from pipelines.errors import RequestError
+from pipelines.errors import JobError, RequestError
 from pipelines.results.faiss_files import read_faiss, write_faiss
 from pipelines.results.names import result_names, result_uri
 from pipelines.storage.errors import reaching, said
@@ -43,7 +43,9 @@ from pipelines.store.parquet import DamagedFile, MissingFile, open_parquet, why_
 from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.store import Store
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Of manifests that count without a transaction that says so.
+VERSION_BEFORE_TRANSACTIONS = 1
 READS_AT_ONCE = 16
 
 IMAGES = pa.schema(
@@ -185,8 +187,20 @@ def valid_manifest(store: Store, name: str, current: Snapshot | None = None) -> 
     if pointer:
         # a folder that somebody removed is an index that is not there
         return pointer.file.rpartition("/")[2] if present else ""
-    number = highest_number(present)
-    return manifest_file(number) if number else ""
+    for number in sorted(_numbers(present), reverse=True):
+        if _counts_by_itself(store, name, manifest_file(number)):
+            return manifest_file(number)
+    return ""
+
+
+def _counts_by_itself(store: Store, name: str, file: str) -> bool:
+    """Whether a manifest to which the log does not point is from before transactions, or damaged, as whoever reads it
+    says. Any other one is of a first run that is at work or was killed."""
+    try:
+        content = storage.read_json(_uri(store, name, file), store.config.storage.options) or {}
+    except JobError:
+        return True
+    return content.get("schema_version", 0) <= VERSION_BEFORE_TRANSACTIONS
 
 
 def read_manifest(store: Store, name: str, current: Snapshot | None = None) -> Manifest | None:
@@ -340,8 +354,11 @@ def manifest_file(number: int) -> str:
 
 def highest_number(files: set[str], below: float = math.inf) -> int:
     """Of manifests among some files; 0 where there is none."""
-    numbers = [int(found[1]) for file in files if (found := _MANIFEST.fullmatch(file))]
-    return max((number for number in numbers if number < below), default=0)
+    return max((number for number in _numbers(files) if number < below), default=0)
+
+
+def _numbers(files: set[str]) -> list[int]:
+    return [int(found[1]) for file in files if (found := _MANIFEST.fullmatch(file))]
 
 
 def manifest_json(manifest: Manifest) -> bytes:

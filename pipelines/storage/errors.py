@@ -37,7 +37,8 @@ def explain_failed_storage(error: Exception, uri: str = "The storage") -> JobErr
 _DRIVER_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")
 _SAID_BY_DELTA = re.compile(r"Generic (S3|GCS|\w*Azure\w*|HTTP) error|Error performing ")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-_OF_A_BACKTRACE = re.compile(r"\d+: \S+$|at \S+:\d+:\d+$")  # which delta-rs appends
+# delta-rs appends one to some of its errors.
+_OF_A_BACKTRACE = re.compile(r"\d+: \S+$|at \S+:\d+:\d+$")
 MAX_QUOTED_CHARACTERS = 300
 
 

@@ -62,7 +62,8 @@ class Mender:
         for table in logs:
             write_log_again(self._store.log, table)
         if logs:
-            return  # which files are damaged can be judged only now
+            # only the next check can say which files are damaged
+            return
         open_for_writing(self._store.log)
         emptied = {mend.path for mend in mends if isinstance(mend, RemoveResult)}
         for path in sorted(emptied):

@@ -180,7 +180,7 @@ def test_what_a_job_found_is_shown_without_secrets(option: list[str], monkeypatc
 
 
 def test_commands_print_in_no_way_that_would_show_secrets() -> None:
-    """cli.py prints nothing itself: what it says goes through cli_output, which hides."""
+    """cli.py prints nothing itself: what it says goes through functions that hide."""
     calls = [node for node in ast.walk(ast.parse(inspect.getsource(cli))) if isinstance(node, ast.Call)]
     assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
 

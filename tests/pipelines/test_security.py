@@ -37,10 +37,10 @@ from typer.testing import CliRunner
 from dino_ops.errors import ModelError
 from dino_ops.weights import load_state_dict
 from pipelines.cli import app
-from pipelines.cli_output import printable
 from pipelines.errors import JobError, RequestError
 from pipelines.extract import job as extract
 from pipelines.results.indices import read_manifest
+from pipelines.running.terminal import printable
 from pipelines.sources import fetch, list_images
 from pipelines.store.parquet import DataFile
 from pipelines.store.spec import fingerprint

@@ -28,7 +28,9 @@ from pipelines.results import indices as index_files
 from pipelines.results.indices import Manifest
 from pipelines.settings.sections import Config
 from pipelines.store import transactions
+from pipelines.store.changes import Change
 from pipelines.store.extraction import Committer, ShardReport, drop_images
+from pipelines.store.snapshots import snapshot
 from pipelines.store.store import Store
 from pipelines.upkeep import compact, verify
 
@@ -307,17 +309,18 @@ def test_a_run_that_fails_after_it_was_decided_removes_nothing_that_others_build
         assert answers(store, "main", [image_id])[0][0]
 
 
-def test_a_first_index_that_another_run_took_up_is_not_removed(
+def test_a_first_index_counts_when_the_log_points_to_it(
     make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The log points to no index yet, so another run finds the manifest that this one is about to have it point to."""
+    """Its manifest is there before that: another run that comes then builds an index of its own."""
     store = make()
     transact = index_publishing.transact
 
     def late(*arguments: Any, **more: Any) -> None:
         monkeypatch.setattr(index_publishing, "transact", transact)
+        assert index_files.highest_number(files(store)) == 1 and index_files.index_names(store) == []
         add(store, "r3", *names(5, 20))
-        assert index.run(asked(), store=store.uri, name="main").added == 5
+        assert index.run(asked(), store=store.uri, name="main").added == 25
         transact(*arguments, **more)
 
     monkeypatch.setattr(index_publishing, "transact", late)
@@ -325,17 +328,17 @@ def test_a_first_index_that_another_run_took_up_is_not_removed(
     assert len(found(store, "022")) == 10 and verify.run(store.config, store=store.uri).problems == []
 
 
-def test_the_next_update_removes_what_killed_runs_left(make: Callable[..., Store]) -> None:
+def test_an_index_from_before_transactions_is_read_and_taken_over(make: Callable[..., Store]) -> None:
     store = make()
     index.run(asked(), store=store.uri, name="main")
-    left = ("29990101T000000Z-abcdef-images.parquet", "20200101T000000Z-abcdef-vectors.faiss")
-    for name in (*left, "manifest-2.json.77.partial", "notes.parquet"):
-        (Path(store.uri) / "index" / "main" / name).write_bytes(b"half")
+    change_manifest(store, "main", lambda content: content.update(schema_version=1))
+    transactions.transact(store.log, lambda _: Change(pointers={"index/main": None}), run_id="hand", command="index")
+    assert index.run(asked(), store=store.uri, name="main").status == "unchanged"
+    assert len(found(store, "002")) == 10
     add(store, "r3", *names(5, 20))
-    index.run(asked(), store=store.uri, name="main")
-    manifest = index_files.read_manifest(store, "main")
-    assert manifest is not None and len(manifest.files) == 4  # vectors and images of the base and of a segment
-    assert files(store) == manifest.files | {"manifest-1.json", "manifest-2.json", "notes.parquet"}
+    assert index.run(asked(), store=store.uri, name="main").added == 5
+    assert snapshot(store.log).pointers["index/main"].file == "index/main/manifest-2.json"
+    assert len(found(store, "022")) == 10 and verify.run(store.config, store=store.uri).problems == []
 
 
 @pytest.mark.parametrize("meanwhile", [0, 3])
