@@ -177,9 +177,12 @@ def _cluster_resources(spare_cpus: int) -> dict[str, float]:
 
 def explain_ray_error(error: BaseException, work: str) -> Exception:
     """The user's mistake inside a worker's error, or a JobError naming what Ray said."""
+    from ray.exceptions import RayTaskError
+
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, ModelError | DinorayError):
+        # Ray's own error is of the class of what it wraps, too, and says a traceback
+        if isinstance(cause, ModelError | DinorayError) and not isinstance(cause, RayTaskError):
             return cause
         cause = getattr(cause, "cause", None) or cause.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()]

@@ -76,7 +76,7 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
 def _repair(opened: Store, result: Result, line: StatusLine) -> None:
     before: list[Finding] = []
     for number in range(1, MOST_ROUNDS + 1):
-        line.show(f"checking everything ({number}. time)")
+        line.show(f"checking everything (round {number})")
         findings = _found(check(opened, deep=True))
         mendable = [one for one in findings if not isinstance(one.mend, ByHand)]
         if not mendable or findings == before or number == MOST_ROUNDS:

@@ -11,11 +11,13 @@ import sys
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from pipelines.errors import JobError
-from pipelines.running.ray_session import ray_session
+from pipelines.running.ray_session import explain_ray_error, ray_session
 from pipelines.settings.loading import load_config
 from pipelines.settings.sections import RunSettings
+from pipelines.store.parquet import DamagedFile
 
 
 def test_a_ray_that_does_not_start_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +74,7 @@ def test_the_jobs_of_a_pipeline_share_a_session_and_its_metrics_port(monkeypatch
 ADDRESSES_LISTENED_ON = """
 import json, sys
 import psutil
-from pipelines.running.ray_session import ray_session
+from pipelines.running.ray_session import explain_ray_error, ray_session
 from pipelines.settings.loading import load_config
 
 with ray_session(load_config([], ["run.address=local", "run.object_store_gb=0.1"]).run):
@@ -129,3 +131,13 @@ def test_a_cluster_is_joined_at_the_machines_own_address(monkeypatch: pytest.Mon
         with ray_session(run):
             pass
     assert started == [("local", None, False), ("auto", None, True), ("local", port, True)]
+
+
+def test_a_mistake_that_a_task_met_before_the_one_that_needs_it_is_a_sentence() -> None:
+    """A task whose argument failed has an error whose cause is of both kinds: Ray's own, and the mistake's."""
+    mistake = DamagedFile("/store/patches/part-x.parquet", "it is cut short")
+    reading = RayTaskError("load_images", "Traceback of load_images", mistake).as_instanceof_cause()
+    matching = RayTaskError("match_pairs", "Traceback of match_pairs", reading).as_instanceof_cause()
+    for error in (reading, matching):
+        explained = explain_ray_error(error, "the matching")
+        assert type(explained) is DamagedFile and str(explained) == str(mistake)
