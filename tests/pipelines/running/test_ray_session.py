@@ -74,7 +74,7 @@ def test_the_jobs_of_a_pipeline_share_a_session_and_its_metrics_port(monkeypatch
 ADDRESSES_LISTENED_ON = """
 import json, sys
 import psutil
-from pipelines.running.ray_session import explain_ray_error, ray_session
+from pipelines.running.ray_session import ray_session
 from pipelines.settings.loading import load_config
 
 with ray_session(load_config([], ["run.address=local", "run.object_store_gb=0.1"]).run):
