@@ -77,7 +77,7 @@ def use_local_ray(monkeypatch: pytest.MonkeyPatch, job: ModuleType, **resources:
     ray, exceptions, metrics = (ModuleType(name) for name in ("ray", "ray.exceptions", "ray.util.metrics"))
     vars(ray).update(remote=Task, get=get, put=Reference, wait=wait, exceptions=exceptions)
     vars(ray).update(is_initialized=lambda: True, cancel=lambda reference: None)
-    vars(exceptions).update(RayError=RayError)
+    vars(exceptions).update(RayError=RayError, RayTaskError=RayTaskError)
     vars(metrics).update(Counter=Counter)
     for module in (ray, exceptions, metrics):
         monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -82,7 +82,7 @@ def _modules() -> dict[str, ModuleType]:
     made = {name: ModuleType(name) for name in names}
     functions: dict[str, Callable[..., Any]] = {"get": get, "wait": wait, "remote": remote, "put": Reference}
     vars(made["ray"]).update(functions, kill=lambda actor: None, nodes=list, is_initialized=lambda: False, __path__=[])
-    vars(made["ray.exceptions"]).update(RayError=RayError)
+    vars(made["ray.exceptions"]).update(RayError=RayError, RayTaskError=RayError)
     vars(made["ray.util"]).update(__path__=[])
     vars(made["ray.util.metrics"]).update(dict.fromkeys(("Counter", "Gauge"), mock.MagicMock()))
     vars(made["ray.util.annotations"]).update(RayDeprecationWarning=DeprecationWarning)
