@@ -156,6 +156,8 @@ order, so a lookup by `image_id` reads one row group. [Python](python.md) shows 
       matches/NAME/  tables pairs and matches, settings.json, from `dinoray correspond`
       index/NAME/    FAISS files and their manifest, from `dinoray index`
       runs/          one JSON report for each run: what was asked, what was done, how fast, and what failed
+      transactions/  the store's own log: a small file for each change (docs/transactions.md)
+      pipeline/      what `dinoray run` remembers, to do only what is due
       report.html    photos and what was found in them, from `dinoray report`
 
 `patches` stores descriptors as `store.dtype` says:
