@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -92,11 +92,10 @@ def _check_footer(path: str, table: Table, file: DataFile, expected: list[str]) 
         yield _finding(path, file.path, f"has keys {low!r} to {high!r}, {said}")
 
 
-def _is_within(low: object, high: object, file: DataFile) -> bool:
+def _is_within(low: Any, high: Any, file: DataFile) -> bool:
     """Whether a range of keys lies within that of the log, which has another type where the log is damaged."""
-    if any(type(low) is not type(one) for one in (high, file.min_id, file.max_id)):
-        return False
-    return bool(file.min_id <= low <= high <= file.max_id)  # type: ignore[operator]
+    bounds: list[Any] = [file.min_id, low, high, file.max_id]
+    return len({type(one) for one in bounds}) == 1 and bounds == sorted(bounds)
 
 
 def _check_pages(path: str, table: Table, file: DataFile) -> Finding | None:

@@ -93,5 +93,5 @@ def took(place: Place, walk: Walk, at: int, trial: Trial, overlapped: bool = Fal
 
 
 def be_quiet() -> None:
-    """Progress of jobs goes nowhere."""
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    """Progress of jobs goes nowhere; tracebacks of this program still reach `sys.__stderr__`."""
+    sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")

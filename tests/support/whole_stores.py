@@ -19,6 +19,7 @@ from pipelines.cluster import job as cluster
 from pipelines.index import job as index
 from pipelines.index.search import run as search
 from pipelines.results.all_kinds import all_results
+from pipelines.results.clusters import ClusterTables
 from pipelines.store.patches import ImagePlace, read_patch_maps
 from pipelines.store.snapshots import snapshot
 from pipelines.store.store import Store
@@ -82,8 +83,8 @@ def contents(store: str) -> dict[str, Any]:
     for result in all_results(opened):
         for name, table in result.tables.items():
             found[f"{result.path}/{name}"] = _rows(table)
-        if result.kind == "clusters":
-            model = result.model()  # type: ignore[attr-defined]
+        if isinstance(result, ClusterTables):
+            model = result.model()
             found[f"{result.path}/model"] = None if model is None else model.levels[-1].centroids.tolist()
     for name, of in INDICES.items():
         for image in IMAGES:

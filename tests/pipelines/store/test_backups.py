@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 from backups import Backup
-from simulated_jobs import JOBS, Place, jobs_in_process, make_inputs, make_store
+from simulated_jobs import JOBS, Place
 from storage_steps import at_step
 from store_contents import Contents, contents_of, differences
 from stores import sound
@@ -19,19 +19,7 @@ from pipelines.upkeep import verify
 
 LONGEST = 100  # steps of a job
 
-
-@pytest.fixture(autouse=True, scope="module")
-def in_process() -> Iterator[None]:
-    with jobs_in_process():
-        yield
-
-
-@pytest.fixture(scope="module")
-def template(in_process: None, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("backups")
-    place = Place(str(folder / "store"), str(make_inputs(folder / "inputs")))
-    make_store(place)
-    return place
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 def contents(folder: str | Path, place: Place) -> Contents:

@@ -7,14 +7,14 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faulty_proxy import faulty_proxy
 from s3_server import BUCKET, S3Server
-from simulated_jobs import JOBS, Place, extract_from, jobs_in_process, make_inputs, make_store
+from simulated_jobs import JOBS, Place, extract_from, make_store
 from store_contents import contents_of, differences
 
 from pipelines.errors import RequestError
@@ -28,19 +28,7 @@ WRITING = {name: job for name, job in JOBS.items() if name != "run" and not name
 COMMANDS = READING | WRITING
 ONE_AT_A_TIME = "run only one command that writes to this store at a time"
 
-
-@pytest.fixture(autouse=True, scope="module")
-def in_process() -> Iterator[None]:
-    with jobs_in_process():
-        yield
-
-
-@pytest.fixture(scope="module")
-def template(in_process: None, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("places")
-    place = Place(str(folder / "store"), str(make_inputs(folder / "inputs")))
-    make_store(place)
-    return place
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture
