@@ -35,6 +35,7 @@ APP = "dinoray"
 # A commit leaves one, and now and then a checkpoint and a hint to it.
 NEWEST_LOG_FILES = 16
 REMOVED_AT_ONCE = 16
+COMMITS_BETWEEN_CHECKPOINTS = 10
 # No machine starts again in less.
 TORN_AFTER_SECONDS = 10.0
 
@@ -137,6 +138,15 @@ def complete_properties(log: TransactionLog, tables: Iterable[str]) -> None:
             _make_durable(log, _newest_files(log, table))  # later commits are built on it
 
 
+def cut_table_logs(log: TransactionLog, tables: Iterable[str]) -> None:
+    """Remove commits that checkpoints stand for and that nobody reads any more: those older than a table's
+    `delta.logRetentionDuration`, 30 days where it has none. Raises JobError for a damaged log."""
+    for table in tables:
+        if delta := delta_of(log, table):
+            with contextlib.suppress(DeltaError, OSError):  # the next time removes them
+                delta.cleanup_metadata()
+
+
 def number_of(delta: DeltaTable) -> int:
     """The number of the last transaction that touched a table, at the version that is open; 0 before any."""
     return delta.transaction_version(APP) or 0
@@ -209,11 +219,13 @@ def _create(log: TransactionLog, entry: TableEntry) -> DeltaTable | None:
 
 
 def _properties(key: str) -> dict[str, str]:
-    """Which columns have statistics in the log.
+    """What a table's log says of itself.
 
-    Readers through Arrow would take the absent ones of other columns for bounds, and find no row for a condition.
+    Which columns have statistics: readers through Arrow would take the absent ones of other columns for bounds, and
+    find no row for a condition. How often a checkpoint is written: each commit and each reader replays what came since
+    the last one, which with delta-rs' own interval of a hundred took longer than everything else in a commit.
     """
-    return {"delta.dataSkippingStatsColumns": key}
+    return {"delta.dataSkippingStatsColumns": key, "delta.checkpointInterval": str(COMMITS_BETWEEN_CHECKPOINTS)}
 
 
 def _commit(log: TransactionLog, delta: DeltaTable, transaction: Transaction, entry: TableEntry) -> None:

@@ -28,7 +28,7 @@ from pipelines.store.damage import DamagedLog
 from pipelines.store.garbage import garbage
 from pipelines.store.linked_tables import SMALL_FILE_SHARE_OF_TARGET, LinkedTables
 from pipelines.store.parquet import DamagedFile, DataFile, MissingFile, new_file_name
-from pipelines.store.publishing import complete_properties
+from pipelines.store.publishing import complete_properties, cut_table_logs
 from pipelines.store.rewriting import merge_files, rewrite
 from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.store import Store
@@ -103,6 +103,7 @@ def run(config: Config, *, store: str, dry_run: bool = False) -> Result:
         with uninterrupted():
             result.vacuumed = _remove_leftovers(opened, tables, retention_hours, result.run_id)
         opened.log.cut(retention_hours)
+        cut_table_logs(opened.log, dict.fromkeys(_path(opened, table) for pair in tables for table in pair.both))
         result.seconds["vacuum"] = time.monotonic() - started - result.seconds["merge"]
         result.files_after = sum(len(pair.data.files()) for pair in tables)
         if not result.merged and not result.vacuumed:

@@ -365,3 +365,24 @@ def test_files_of_two_trainings_stay_apart_and_say_which_they_are_of(tmp_path: P
     groups = linked.groups(1_000_000)
     assert [{training_of(file.path) for file in group} for group in groups] == [{trainings[0]}, {trainings[1]}]
     assert [training_of(linked.new_name(group, "20260103T000000Z-cccccc")) for group in groups] == list(trainings)
+
+
+def test_commits_of_more_than_a_month_ago_go_once_a_checkpoint_stands_for_them(tmp_path: Path) -> None:
+    store = small_runs_store(tmp_path / "store", runs=25)
+    log = tmp_path / "store" / "images" / "_delta_log"
+    days = 24 * 3600
+    for at, commit in enumerate(sorted(log.glob("*.json"))):
+        age = 40 * days if at < 15 else 20 * days
+        os.utime(commit, (time.time() - age,) * 2)
+        if (checkpoint := commit.with_suffix(".checkpoint.parquet")).exists():
+            os.utime(checkpoint, (time.time() - age,) * 2)
+    rows, before = every_row(tmp_path / "store"), store.images.content_identity
+    compact.run(settings("compact.target_mb=0.000001"), store=store.uri)
+    commits = sorted(int(path.stem) for path in log.glob("*.json"))
+    oldest = int(sorted(log.glob("*.checkpoint.parquet"))[0].name.partition(".")[0])
+    assert 0 < oldest < 15 and commits == list(range(oldest, 26))
+    for version in commits:
+        assert DeltaTable(store.images.uri, version=version).version() == version
+    assert every_row(tmp_path / "store") == rows
+    assert Store.open(store.uri, settings()).images.content_identity == before
+    sound(tmp_path / "store")
