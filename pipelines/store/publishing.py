@@ -27,6 +27,7 @@ from pipelines.storage.errors import explain_write_error, reaching, said
 from pipelines.storage.files import filesystem, is_there, join
 from pipelines.storage.filesystems import delta_options, is_local, local_path
 from pipelines.store.changes import TableEntry, Transaction
+from pipelines.store.parquet import DataFile
 from pipelines.store.table import CONTENT_VERSION_KEY, Table, open_delta, repeated
 from pipelines.store.transaction_log import FIRST_PAUSE_SECONDS, PUTS_TRIED, TransactionLog
 
@@ -160,6 +161,27 @@ def number_in(log: TransactionLog, table: str, delta: DeltaTable) -> int:
     return known[2]
 
 
+def files_for_writing(log: TransactionLog, table: str, delta: DeltaTable) -> Mapping[str, DataFile]:
+    """The files of a table by path, at the version that is open. Those of a version that a commit of ours made are
+    known from the one before."""
+    known = log.files.get(table)
+    if known is None or known[0] is not delta or known[1] != delta.version():
+        known = log.files[table] = (delta, delta.version(), as_table(log, table, delta).files())
+    return known[2]
+
+
+def _note_commit(log: TransactionLog, before: DeltaTable, number: int, entry: TableEntry) -> None:
+    """Know a table after a commit on top of the version that is open, without reading it again."""
+    version = before.version()
+    log.numbers[entry.table] = (before, version + 1, number)
+    known = log.files.get(entry.table)
+    if known and known[0] is before and known[1] == version:
+        gone = set(entry.remove)
+        files = {path: file for path, file in known[2].items() if path not in gone}
+        files |= {file.path: file for file in entry.add}
+        log.files[entry.table] = (before, version + 1, files)
+
+
 def _publish_table(
     log: TransactionLog, transaction: Transaction, entry: TableEntry, delta: DeltaTable | None
 ) -> list[str]:
@@ -177,7 +199,7 @@ def _publish_table(
         before, delta = delta, None
         try:
             _commit(log, before, transaction, entry)
-            log.numbers[entry.table] = (before, before.version() + 1, transaction.number)
+            _note_commit(log, before, transaction.number, entry)
             return _files_since(log, entry.table, 0 if entry.schema else before.version() + 1)
         except (OSError, DeltaError) as error:
             # another publisher was first, or the answer was lost, or the storage failed: the next look tells

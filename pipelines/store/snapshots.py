@@ -15,7 +15,14 @@ from pipelines.storage.errors import said
 from pipelines.store.changes import Pointer, Transaction
 from pipelines.store.damage import DamagedLog, run_repair
 from pipelines.store.parquet import DataFile
-from pipelines.store.publishing import as_table, delta_for_writing, delta_of, number_in, number_of
+from pipelines.store.publishing import (
+    as_table,
+    delta_for_writing,
+    delta_of,
+    files_for_writing,
+    number_in,
+    number_of,
+)
 from pipelines.store.table import Table, repeated
 from pipelines.store.transaction_log import TransactionLog
 
@@ -34,7 +41,7 @@ class Snapshot:
     transaction: Transaction | None
     for_writing: bool = False
     opened: dict[str, DeltaTable | None] = field(default_factory=dict)
-    _files: dict[str, dict[str, DataFile]] = field(default_factory=dict)
+    _files: dict[str, Mapping[str, DataFile]] = field(default_factory=dict)
 
     @property
     def number(self) -> int:
@@ -57,8 +64,13 @@ class Snapshot:
     def files(self, path: str) -> Mapping[str, DataFile]:
         """The files of a table by their paths in it; none where there is no table."""
         if path not in self._files:
-            table = self.table(path)
-            self._files[path] = {} if table is None else table.files()
+            delta = self._delta(path)
+            if delta is None:
+                self._files[path] = {}
+            elif self.for_writing:
+                self._files[path] = files_for_writing(self.log, path, delta)
+            else:
+                self._files[path] = as_table(self.log, path, delta).files()
         return self._files[path]
 
     def version(self, path: str) -> int | None:

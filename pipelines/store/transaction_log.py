@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from deltalake import DeltaTable
@@ -25,6 +24,7 @@ from pipelines.storage.files import filesystem, join, normalise
 from pipelines.storage.filesystems import Options, is_local, modified_at
 from pipelines.store.changes import Transaction
 from pipelines.store.damage import DamagedLog, gone, run_repair
+from pipelines.store.parquet import DataFile
 
 FOLDER = "transactions"
 PUTS_TRIED = 4
@@ -35,7 +35,8 @@ SHORTEST_KEPT_SECONDS = 3600.0
 # As compact.retention_hours has it.
 RETENTION_HOURS = 168.0
 
-_NAME = re.compile(r"(\d{20})\.(json|published)")
+# Of a number in the name of its files.
+DIGITS = 20
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class TransactionLog:
     messages: what a person should be told, each said once. clock: seconds since 1970; it dates transactions and says
     what is old enough to be removed, and no result depends on it. durable_folders: whose names are known to be on the
     disk. tables: as the last change through this log found them, to be brought up to date for the next one.
-    numbers: (table, version, number of the last transaction that touched it then), where that is known.
+    numbers: (table, version, number of the last transaction that touched it then), where that is known. files: (table,
+    version, its files by path), where those are known.
     _conditional: whether the storage honours put-if-absent; None before the first put.
     """
 
@@ -75,6 +77,7 @@ class TransactionLog:
     durable_folders: set[str] = field(default_factory=set)
     tables: dict[str, DeltaTable] = field(default_factory=dict)
     numbers: dict[str, tuple[DeltaTable, int, int]] = field(default_factory=dict)
+    files: dict[str, tuple[DeltaTable, int, Mapping[str, DataFile]]] = field(default_factory=dict)
     _conditional: bool | None = None
 
     def __post_init__(self) -> None:
@@ -83,30 +86,28 @@ class TransactionLog:
 
     def listing(self, *, times: bool = False) -> Listing:
         """What is there, nothing being written. times: with `modified`, which takes a look at every file."""
-        numbers, marked, modified = [], set(), {}
-        for name, written in self._files(times=times):
-            if not (found := _NAME.fullmatch(name)):
-                continue
-            if found[2] == "published":
-                marked.add(int(found[1]))
-                continue
-            numbers.append(int(found[1]))
-            if written is not None:
-                modified[int(found[1])] = written
-        return Listing(sorted(numbers), marked, modified)
+        files = self._files(times=times)
 
-    def _files(self, *, times: bool) -> Iterator[tuple[str, float | None]]:
+        def numbered(ending: str) -> dict[int, float | None]:
+            names = [name for name in files if name[DIGITS:] == ending and name[:DIGITS].isdecimal()]
+            return {int(name[:DIGITS]): files[name] for name in names}
+
+        written = numbered(".json")
+        modified = {number: time for number, time in written.items() if time is not None}
+        return Listing(sorted(written), set(numbered(".published")), modified)
+
+    def _files(self, *, times: bool) -> dict[str, float | None]:
         """Names in the folder, and when each file was written, where that was asked for."""
         fs, path = filesystem(self.folder, self.options)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        try:
             if is_local(self.folder) and not times:
                 # fsspec takes a hundred times as long, and every commit lists the log several times
-                yield from ((name, None) for name in os.listdir(path))
-                return
+                return dict.fromkeys(os.listdir(path))
             with reaching(self.folder):
                 entries = fs.ls(path, detail=True)
-            for entry in entries:
-                yield entry["name"].rsplit("/", 1)[-1], modified_at(entry) if times else None
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return {entry["name"].rsplit("/", 1)[-1]: modified_at(entry) if times else None for entry in entries}
 
     def read(self, number: int) -> Transaction | None:
         """A transaction, or None where the log was cut beyond it. Raises JobError for a damaged file."""
@@ -239,7 +240,7 @@ class TransactionLog:
         return removed
 
     def uri_of(self, number: int, ending: str = "json") -> str:
-        return join(self.folder, f"{number:020}.{ending}")
+        return join(self.folder, f"{number:0{DIGITS}}.{ending}")
 
     def _remove(self, uri: str) -> None:
         fs, path = filesystem(uri, self.options)

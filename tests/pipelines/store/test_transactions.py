@@ -32,7 +32,7 @@ from pipelines.errors import JobError, RequestError
 from pipelines.storage import conditional
 from pipelines.store import transaction_log
 from pipelines.store.changes import Change, Pointer, TableChange
-from pipelines.store.snapshots import snapshot
+from pipelines.store.snapshots import Snapshot, snapshot
 from pipelines.store.transaction_log import TransactionLog
 from pipelines.store.transactions import transact
 
@@ -66,6 +66,32 @@ def test_tables_are_published_in_the_order_of_the_change(log: TransactionLog, or
     with commits_in_order(log.uri) as committed:
         put_images(fresh(log), {"a": 0})
     assert committed == list(order)
+
+
+def test_a_writer_knows_the_files_that_its_own_commits_and_those_of_others_left(log: TransactionLog) -> None:
+    """Files of a version are remembered from the one before: the same as whoever opens the table reads."""
+    other = TransactionLog(log.uri)
+
+    def known(log: TransactionLog) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+
+        def build(current: Snapshot) -> None:
+            seen.update({table: dict(current.files(table)) for table in ("images", "patches")})
+
+        transact(log, build, run_id="run", command="test")
+        return seen
+
+    for writer, images in [
+        (log, {"a": 0, "b": 0}),
+        (log, {"a": 1, "c": 0}),
+        (other, {"b": 1}),
+        (log, {"b": 2, "d": 0}),
+        (other, {"a": 2, "d": 1}),
+    ]:
+        put_images(writer, images)
+        fresh = snapshot(TransactionLog(log.uri))
+        expected = {table: dict(fresh.files(table)) for table in ("images", "patches")}
+        assert known(log) == known(other) == expected
 
 
 def test_nothing_to_do_writes_nothing(log: TransactionLog) -> None:
