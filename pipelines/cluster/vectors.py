@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.errors import RequestError
 from pipelines.settings.sections import ClusterSettings, Config
-from pipelines.store.parquet import MissingFile, open_parquet
+from pipelines.store.parquet import open_parquet
 from pipelines.store.schemas import scale_column
 from pipelines.store.store import Store
 from pipelines.store.table import READS_AT_ONCE, Table
@@ -112,12 +112,9 @@ def list_units(store: Store, asked: ClusterSettings, images: pa.Table) -> list[U
 
     def footer(path: str) -> list[int]:
         uri = storage.join(table.uri, path)
-        try:
-            with open_parquet(uri, table.options) as parquet:
-                groups = parquet.metadata
-                return [groups.row_group(index).num_rows for index in range(groups.num_row_groups)]
-        except FileNotFoundError:
-            raise MissingFile(uri) from None
+        with open_parquet(uri, table.options) as parquet:
+            groups = parquet.metadata
+            return [groups.row_group(index).num_rows for index in range(groups.num_row_groups)]
 
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         rows_of = dict(zip(wanted, pool.map(footer, wanted), strict=True))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from dino_ops.nearest import pool
 from pipelines import storage
 from pipelines.settings.sections import IndexSettings
-from pipelines.store.parquet import MissingFile, open_parquet
+from pipelines.store.parquet import open_parquet
 from pipelines.store.schemas import scale_column
 from pipelines.store.store import Store
 from pipelines.store.vectors import decode
@@ -92,11 +92,8 @@ def _patches(store: Store, asked: IndexSettings, images: pa.Table) -> Iterator[V
     for shard in sorted(pc.unique(images["shard"]).drop_null().to_pylist()):
         of_shard = images.filter(pc.equal(images["shard"], shard))
         uri = storage.join(store.patches.uri, shard)
-        try:
-            with open_parquet(uri, store.patches.options) as parquet:
-                yield from _shard_patches(parquet, asked, of_shard)
-        except FileNotFoundError:
-            raise MissingFile(uri) from None
+        with open_parquet(uri, store.patches.options) as parquet:
+            yield from _shard_patches(parquet, asked, of_shard)
 
 
 def _shard_patches(parquet: pq.ParquetFile, asked: IndexSettings, images: pa.Table) -> Iterator[VectorBatch]:

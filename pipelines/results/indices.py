@@ -298,11 +298,8 @@ def read_file(store: Store, name: str, file: str, expected: str | None = None) -
     uri, options = _uri(store, name, file), store.config.storage.options
     if file.endswith(".faiss"):
         return read_faiss(uri, options, expected)
-    try:
-        with open_parquet(uri, options) as parquet:
-            rows = parquet.read()
-    except FileNotFoundError:
-        raise MissingFile(uri) from None
+    with open_parquet(uri, options) as parquet:
+        rows = parquet.read()
     if not any(rows.schema.equals(schema) for schema in (IMAGES, CELLS, DEAD)):
         raise DamagedFile(uri, f"it has other columns than an index has ({', '.join(rows.schema.names)})")
     return rows

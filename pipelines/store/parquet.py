@@ -139,16 +139,21 @@ def open_parquet(uri: str, options: Options | None = None) -> Iterator[pq.Parque
 
     Raises:
         DamagedFile: its footer, or a page that is read, is not what was written.
-        FileNotFoundError: there is none.
+        MissingFile: there is none.
     """
-    with damage_explained(uri):
-        if is_local(uri):
-            with checked_parquet(uri) as parquet:
+    try:
+        with damage_explained(uri):
+            if is_local(uri):
+                with checked_parquet(uri) as parquet:
+                    yield parquet
+                return
+            fs, path = filesystem(uri, options)
+            with fs.open(path, "rb") as source, checked_parquet(source) as parquet:
                 yield parquet
-            return
-        fs, path = filesystem(uri, options)
-        with fs.open(path, "rb") as source, checked_parquet(source) as parquet:
-            yield parquet
+    except MissingFile:
+        raise
+    except FileNotFoundError:
+        raise MissingFile(uri) from None
 
 
 def checked_parquet(source: Any, *, pre_buffer: bool = False) -> pq.ParquetFile:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
-from pipelines.store.parquet import MissingFile, group_may_hold, open_parquet
+from pipelines.store.parquet import group_may_hold, open_parquet
 from pipelines.store.table import Table
 
 MOST_SAMPLED_FILES = 64
@@ -30,16 +30,13 @@ def rows_of(table: Table, keys: Iterable[str], columns: Sequence[str], files: It
     names = [path for path, file in table.files().items() if file.may_hold(wanted)] if files is None else files
     for name in sorted(names) if wanted else []:
         uri = storage.join(table.uri, name)
-        try:
-            with open_parquet(uri, table.options) as parquet:
-                for group in range(parquet.num_row_groups):
-                    if not group_may_hold(parquet.metadata.row_group(group), wanted):
-                        continue
-                    rows = parquet.read_row_group(group, columns=list(dict.fromkeys([table.key, *columns])))
-                    rows = rows.filter(pc.is_in(rows[table.key], value_set=value_set))
-                    found.append(rows.select(columns).cast(schema))
-        except FileNotFoundError:
-            raise MissingFile(uri) from None
+        with open_parquet(uri, table.options) as parquet:
+            for group in range(parquet.num_row_groups):
+                if not group_may_hold(parquet.metadata.row_group(group), wanted):
+                    continue
+                rows = parquet.read_row_group(group, columns=list(dict.fromkeys([table.key, *columns])))
+                rows = rows.filter(pc.is_in(rows[table.key], value_set=value_set))
+                found.append(rows.select(columns).cast(schema))
     return pa.concat_tables(found)
 
 

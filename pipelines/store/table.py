@@ -21,7 +21,7 @@ from pipelines.storage.errors import explain_read_error, said
 from pipelines.storage.files import filesystem, is_there, join, normalise
 from pipelines.storage.filesystems import Options, delta_options, is_local
 from pipelines.store.damage import DamagedLog, run_repair, store_of
-from pipelines.store.parquet import DataFile, MissingFile, described, open_parquet, write_parquet
+from pipelines.store.parquet import DataFile, described, open_parquet, write_parquet
 
 READS_AT_ONCE = 16
 REMOTE_STORAGE_TRIES = 4
@@ -160,12 +160,8 @@ class Table:
 
     def read_file(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """Raises MissingFile for one that is gone, DamagedFile for one that cannot be read."""
-        uri = self.place(name)
-        try:
-            with open_parquet(uri, self.options) as parquet:
-                return parquet.read(columns)
-        except FileNotFoundError:
-            raise MissingFile(uri) from None
+        with open_parquet(self.place(name), self.options) as parquet:
+            return parquet.read(columns)
 
     def has_file(self, name: str) -> bool:
         return is_there(self.place(name), self.options)

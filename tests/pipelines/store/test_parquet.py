@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from tables_by_hand import commit_by_hand, made_table
 
-from pipelines.store.parquet import described, write_parquet
+from pipelines.errors import JobError
+from pipelines.store.parquet import described, open_parquet, write_parquet
 from pipelines.store.rewriting import merge_files, rewrite
 
 SCHEMA = pa.schema([("image_id", pa.string()), ("version", pa.int64())])
@@ -50,3 +51,11 @@ def test_a_file_is_described_by_its_footer(tmp_path: Path) -> None:
     assert described(table, "part-a.parquet") is None, "it is cut short"
     pq.write_table(rows("a"), path, write_statistics=False)
     assert described(table, "part-a.parquet") is None, "nobody can say which images it holds"
+
+
+def test_a_file_that_is_gone_is_one_sentence_whoever_opens_it(tmp_path: Path) -> None:
+    gone = tmp_path / "store" / "images" / "gone.parquet"
+    with pytest.raises(JobError, match=rf"{gone} is gone: .*dinoray repair {tmp_path}/store`"), open_parquet(str(gone)):
+        pass
+    with pytest.raises(FileNotFoundError), open_parquet(str(gone)):
+        pass
