@@ -20,6 +20,7 @@ from pipelines.storage.errors import failed_storage, said
 from pipelines.storage.files import filesystem, join
 from pipelines.storage.filesystems import Options, is_local
 from pipelines.store.damage import damaged, gone
+from pipelines.store.schemas import wrong_type
 
 
 class DamagedFile(JobError, OSError):
@@ -168,8 +169,14 @@ def checked_parquet(source: Any, *, pre_buffer: bool = False) -> pq.ParquetFile:
 class _CheckedFile(pq.ParquetFile):
     """A file whose columns are those that are asked for: Arrow passes over one that a damaged footer calls otherwise.
 
-    Raises ArrowInvalid for others.
+    Raises ArrowInvalid for others, and for a footer that gives columns another type than they have in our tables.
     """
+
+    def __init__(self, source: Any, **options: Any) -> None:
+        super().__init__(source, **options)
+        if wrong := wrong_type(self.schema_arrow):
+            self.close()
+            raise pa.ArrowInvalid(wrong)
 
     def read(self, columns: list[str] | None = None, **more: Any) -> pa.Table:
         self._check(columns)

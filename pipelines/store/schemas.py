@@ -169,6 +169,31 @@ PARTS_IMAGES = schema_of(PARTS_IMAGES_COLUMNS)
 PARTS_PATCHES = schema_of(PARTS_PATCHES_COLUMNS)
 
 
+# A column has the same type in whatever table it is.
+_TYPES = {
+    field.name: field.type
+    for schema in (IMAGES, FAILURES, PAIRS, MATCHES, CENTROIDS, ASSIGNMENTS, PARTS_IMAGES, PARTS_PATCHES)
+    for field in schema
+}
+_TYPES_IN_VECTORS = (pa.float32(), pa.float64(), pa.int8())
+
+
+def wrong_type(schema: pa.Schema) -> str:
+    """The first column of a file that has another type than columns of its name have, in words; empty where none has.
+
+    Nothing in a Parquet file guards its footer, and one that calls texts bytes, or signed numbers unsigned, would have
+    other values read than were written.
+    """
+    for field in schema:
+        if pa.types.is_list(field.type):
+            right = field.type.value_type in _TYPES_IN_VECTORS
+        else:
+            right = field.type == _TYPES.get(field.name, field.type)
+        if not right:
+            return f"its column {field.name} is of {field.type}"
+    return ""
+
+
 def descriptor_columns(config: Config) -> list[str]:
     """Names of the descriptor columns: `descriptor`, then one for each entry of features.extra."""
     return ["descriptor", *(item.column for item in config.features.extra)]

@@ -59,3 +59,22 @@ def test_a_file_that_is_gone_is_one_sentence_whoever_opens_it(tmp_path: Path) ->
         pass
     with pytest.raises(FileNotFoundError), open_parquet(str(gone)):
         pass
+
+
+@pytest.mark.parametrize(
+    ("column", "written"),
+    [
+        ("image_id", pa.array([b"a"], pa.binary())),
+        ("row", pa.array([255], pa.uint8())),
+        ("saliency", pa.array([1.0], pa.float64())),
+        ("extracted_at", pa.array([1], pa.int64())),
+        ("descriptor", pa.array([[251]], pa.list_(pa.uint8()))),
+    ],
+)
+def test_a_footer_that_calls_columns_otherwise_is_damage(column: str, written: pa.Array, tmp_path: Path) -> None:
+    """Footers have no checksum: one flipped bit makes texts bytes, or -5 251."""
+    file = tmp_path / "patches" / "a.parquet"
+    file.parent.mkdir()
+    pq.write_table(pa.table({column: written}), file)
+    with pytest.raises(JobError, match=rf"a\.parquet is damaged \(its column {column} is of "), open_parquet(str(file)):
+        pass
