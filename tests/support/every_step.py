@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ class Step:
     @contextmanager
     def disturbed(self, act: Callable[[], object], *, reads: bool = False) -> Iterator[None]:
         """Within, a run has `act` called before this step; see `at_step`."""
+        gc.collect()  # a writer of an earlier run that is let go of within would count as a step
         with at_step(self.number, act, reads=reads) as taken:
             yield
         self._took(taken)
