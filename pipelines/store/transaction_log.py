@@ -35,8 +35,7 @@ SHORTEST_KEPT_SECONDS = 3600.0
 # As compact.retention_hours has it.
 RETENTION_HOURS = 168.0
 
-# Of a number in the name of its files.
-DIGITS = 20
+FILE_NAME_DIGITS = 20
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,10 @@ class TransactionLog:
         files = self._files(times=times)
 
         def numbered(ending: str) -> dict[int, float | None]:
-            names = [name for name in files if name[DIGITS:] == ending and name[:DIGITS].isdecimal()]
-            return {int(name[:DIGITS]): files[name] for name in names}
+            names = [
+                name for name in files if name[FILE_NAME_DIGITS:] == ending and name[:FILE_NAME_DIGITS].isdecimal()
+            ]
+            return {int(name[:FILE_NAME_DIGITS]): files[name] for name in names}
 
         written = numbered(".json")
         modified = {number: time for number, time in written.items() if time is not None}
@@ -240,7 +241,7 @@ class TransactionLog:
         return removed
 
     def uri_of(self, number: int, ending: str = "json") -> str:
-        return join(self.folder, f"{number:0{DIGITS}}.{ending}")
+        return join(self.folder, f"{number:0{FILE_NAME_DIGITS}}.{ending}")
 
     def _remove(self, uri: str) -> None:
         fs, path = filesystem(uri, self.options)
